@@ -1,0 +1,3 @@
+"""SPLAT: a compiler for regular sparse attention."""
+
+__version__ = "0.1.0"

@@ -1,0 +1,33 @@
+"""Pattern -> ACSR, by rows or (for dK and dV) by columns."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from splat.acsr.format import ACSR, Component
+from splat.pattern.core import Array, Axis, Pattern, Run, is_runtime_array
+
+
+def build(pattern: Pattern, q_len: int, kv_len: int, query_offset: Any = 0) -> ACSR:
+    """The matrix of `pattern`: row i is position `i + query_offset`, column j is position j.
+
+    `query_offset` may be a traced scalar; then (or with run-time arrays in the pattern) so are start and count.
+    """
+    runs = pattern.runs(Axis(query_offset, q_len), Axis(0, kv_len))
+    return ACSR((q_len, kv_len), tuple(_component(run, 0) for run in runs))
+
+
+def build_transposed(pattern: Pattern, q_len: int, kv_len: int, query_offset: Any = 0) -> ACSR:
+    """The transposed matrix in closed form: row j is key position j, column i is query position `i + query_offset`."""
+    runs = pattern.column_runs(Axis(0, kv_len), Axis(query_offset, q_len))
+    return ACSR((kv_len, q_len), tuple(_component(run, query_offset) for run in runs))
+
+
+def _component(run: Run, origin: Any) -> Component:
+    def as_int32(values: Array) -> Array:
+        return values if values.dtype == np.int32 else values.astype(np.int32)
+
+    moved = run.start if not is_runtime_array(origin) and origin == 0 else run.start - origin
+    return Component(run.stride, as_int32(moved), as_int32(run.count), run.line_step)

@@ -1,0 +1,160 @@
+"""Affine-compressed sparse rows: the matrix format of the paper (section 4), with several disjoint components.
+
+The paper stores one affine run per row. Here a matrix is a short tuple of components, each with one static stride:
+
+    for component in acsr.components:
+        for i in range(q_len):
+            for t in range(component.count[i]):
+                mask[i, component.start[i] + component.stride * t] = True     # each pair is named once
+
+Metadata is O(rows), whatever the number of non-zeros.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from functools import cached_property
+
+import numpy as np
+
+from splat.errors import PatternError
+from splat.pattern.core import Array, Run, array_namespace
+from splat.pattern.data import transpose_runs
+
+#: Lattice coordinates of rows without a run: past everything, so that every comparison with them is false.
+NOWHERE = np.int32(2**30)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Component:
+    """One affine run per row.
+
+    Attributes:
+      stride: static; the linear part of the affine index.
+      start, count: int32 [rows]; the translation and the number of columns (0: the row has no run here).
+      line_step: rows whose indices are equal modulo `line_step` share `start mod stride`; None: no such number.
+    """
+
+    stride: int
+    start: Array
+    count: Array
+    line_step: int | None = 1
+
+    @property
+    def is_static(self) -> bool:
+        return isinstance(self.start, np.ndarray) and isinstance(self.count, np.ndarray)
+
+    @cached_property
+    def has_empty_rows(self) -> bool:
+        """Whether some row has no run here (assumed where that is not known yet)."""
+        return not self.is_static or (self.count.size > 0 and int(self.count.min()) <= 0)
+
+    @cached_property
+    def bounds(self) -> tuple[Array, Array]:
+        """(lower, upper), int32 [rows]: the row's columns in lattice coordinates x = column // stride are [lower, upper).
+
+        Rows without a run get lower = NOWHERE and upper = -NOWHERE.
+        """
+        lower = self.start if self.stride == 1 else self.start // np.int32(self.stride)
+        upper = lower + self.count
+        if self.has_empty_rows:
+            xp = array_namespace(self.start, self.count)
+            here = self.count > 0
+            lower, upper = xp.where(here, lower, NOWHERE), xp.where(here, upper, -NOWHERE)
+        return lower, upper
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class ACSR:
+    """The non-zeros of a q_len x kv_len matrix as disjoint affine components. Values live elsewhere (see DESIGN)."""
+
+    shape: tuple[int, int]
+    components: tuple[Component, ...]
+
+    @property
+    def is_static(self) -> bool:
+        return all(c.is_static for c in self.components)
+
+    @cached_property
+    def row_nnz(self) -> np.ndarray:
+        """Non-zeros of each row, int32 [rows]."""
+        total = np.zeros(self.shape[0], np.int32)
+        for component in self.components:
+            total += component.count
+        return total
+
+    @cached_property
+    def nnz(self) -> int:
+        return sum(int(c.count.sum(dtype=np.int64)) for c in self.components)
+
+    @property
+    def density(self) -> float:
+        return self.nnz / max(self.shape[0] * self.shape[1], 1)
+
+    @property
+    def metadata_bytes(self) -> int:
+        """Bytes of all start and count arrays."""
+        return sum(2 * 4 * self.shape[0] for _ in self.components)
+
+    def to_dense(self) -> np.ndarray:
+        """The mask, bool [q_len, kv_len]. Raises PatternError where a pair is named twice or lies outside."""
+        count = np.zeros(self.shape, np.int32)
+        row = np.arange(self.shape[0])
+        for component in self.components:
+            start, number = np.asarray(component.start), np.asarray(component.count)
+            for t in range(int(number.max(initial=0))):
+                here = t < number
+                np.add.at(count, (row[here], start[here] + component.stride * t), 1)
+        if (count > 1).any():
+            raise PatternError("this ACSR names a pair more than once: its components are not disjoint")
+        return count.astype(bool)
+
+    def validate(self) -> None:
+        """Raises PatternError unless shapes, dtypes, bounds and line steps are right (disjointness: `to_dense`)."""
+        rows, cols = self.shape
+        for n, c in enumerate(self.components):
+            where = f"component {n} of this ACSR"
+            if c.stride < 1 or c.start.shape != (rows,) or c.count.shape != (rows,):
+                raise PatternError(f"{where} needs stride >= 1 and start, count of shape [{rows}], but has {c}")
+            if c.start.dtype != np.int32 or c.count.dtype != np.int32:
+                raise PatternError(f"{where} needs int32 arrays, but has {c.start.dtype} and {c.count.dtype}")
+            if not c.is_static:
+                continue
+            start, last = c.start[c.count > 0], (c.start + (c.count - 1) * c.stride)[c.count > 0]
+            if (c.count < 0).any() or (start < 0).any() or (last >= cols).any():
+                raise PatternError(f"{where} leaves the matrix of {rows} x {cols}")
+            if c.line_step is not None and c.stride > 1:
+                row = np.flatnonzero(c.count > 0)
+                group, residue = row % c.line_step, start % c.stride
+                order = np.argsort(group, kind="stable")
+                same = group[order][1:] == group[order][:-1]
+                if (residue[order][1:] != residue[order][:-1])[same].any():
+                    raise PatternError(f"{where}: rows equal modulo {c.line_step} do not share a residue")
+
+    def transpose(self) -> ACSR:
+        """The transposed matrix, by its numbers. Raises IrregularPatternError where its columns are not regular."""
+        runs = transpose_runs([Run(c.stride, c.start, c.count, c.line_step) for c in self.components], self.shape[1])
+        components = tuple(Component(r.stride, r.start, r.count, r.line_step) for r in runs)
+        return ACSR((self.shape[1], self.shape[0]), components)
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, ACSR) or self.shape != other.shape or len(self.components) != len(other.components):
+            return False
+        return all(
+            a.stride == b.stride and np.array_equal(a.count, b.count) and np.array_equal(_used(a), _used(b))
+            for a, b in zip(self.components, other.components, strict=True)
+        )
+
+    def __str__(self) -> str:
+        rows, cols = self.shape
+        lines = [f"ACSR {rows} x {cols}, {len(self.components)} components"]
+        if self.is_static:
+            lines[0] += f", {self.nnz} non-zeros ({self.density:.2%}), {self.metadata_bytes} bytes of metadata"
+        for n, c in enumerate(self.components):
+            here = f", up to {int(c.count.max(initial=0))} a row" if c.is_static else ", run-time"
+            lines.append(f"  {n}: stride {c.stride}{here}")
+        return "\n".join(lines)
+
+
+def _used(component: Component) -> np.ndarray:
+    return np.where(component.count > 0, component.start, 0)

@@ -1,0 +1,40 @@
+"""Every exception SPLAT raises on purpose.
+
+A message names the argument, what was expected, what was given and the remedy.
+"""
+
+from __future__ import annotations
+
+
+class SplatError(Exception):
+    """Base of all SPLAT errors."""
+
+
+class ArgumentError(SplatError, ValueError):
+    """An argument has a wrong value, shape or dtype."""
+
+
+class PatternError(ArgumentError):
+    """A pattern is malformed, or does not fit the lengths it is used with."""
+
+
+class ParseError(PatternError):
+    """A pattern expression cannot be read."""
+
+
+class IrregularPatternError(PatternError):
+    """A pattern, or the result of set algebra, needs too many affine components.
+
+    Attributes:
+      row: the row that needs most runs, or None where the components rather than one row are too many.
+      runs: how many runs that row (or how many components the pattern) needs.
+    """
+
+    def __init__(self, message: str, *, row: int | None = None, runs: int | None = None):
+        super().__init__(message)
+        self.row = row
+        self.runs = runs
+
+
+class UnsupportedError(SplatError, NotImplementedError):
+    """The request is meaningful, but no (or not the named) implementation can serve it."""

@@ -1,0 +1,104 @@
+"""Transformation alignment (paper, section 5.3): which rows share a row tile.
+
+A tile over columns of stride s is dense only if all its rows have their columns in one residue class modulo s. Rows
+are therefore grouped before they are cut into row tiles:
+
+    step 1                 step 4, block_q 2 (12 rows)
+    tile 0: rows 0 1 2     tile 0: rows 0 4      tile 2: rows 1 5     ...
+    tile 1: rows 3 4 5     tile 1: rows 8 .      tile 3: rows 9 .     (. is padding)
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from functools import cached_property
+
+import numpy as np
+
+from splat.acsr import Component
+from splat.pattern.core import Array, array_namespace, ceil_div
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class RowTiles:
+    """The row tiles of one row grouping.
+
+    Attributes:
+      num_rows, block_q: rows in all, and rows a tile (the last of a group may be padded).
+      step: rows `r, r + step, r + 2*step, ...` form a group. With `row_map` set, only its tiles count.
+      row_map: int32 [tiles, block_q], where rows are grouped by number; `num_rows` marks padding.
+    """
+
+    num_rows: int
+    block_q: int
+    step: int = 1
+    row_map: np.ndarray | None = None
+
+    @property
+    def tiles_per_group(self) -> int:
+        return ceil_div(ceil_div(self.num_rows, self.step), self.block_q)
+
+    @property
+    def num_tiles(self) -> int:
+        return self.step * self.tiles_per_group if self.row_map is None else self.row_map.shape[0]
+
+    @cached_property
+    def rows(self) -> np.ndarray:
+        """int32 [num_tiles, block_q]: the row map; `num_rows` where a tile is padded."""
+        if self.row_map is not None:
+            return self.row_map
+        in_group = np.arange(self.tiles_per_group * self.block_q, dtype=np.int32)
+        rows = np.arange(self.step, dtype=np.int32)[:, None] + self.step * in_group
+        return np.where(rows < self.num_rows, rows, self.num_rows).reshape(-1, self.block_q)
+
+    def arrange(self, values: Array) -> Array:
+        """Per-row values with a tile's rows along axis 1: [tiles, block_q], or [tiles of a group, block_q, groups].
+
+        Padding repeats a row of the same group, which no minimum or maximum notices.
+        """
+        if self.row_map is not None:
+            first = self.row_map[:, :1]
+            return values[np.where(self.row_map < self.num_rows, self.row_map, first)]
+        xp = array_namespace(values)
+        tiles = self.tiles_per_group
+        missing = tiles * self.block_q * self.step - self.num_rows
+        if missing:
+            tail = values[self.num_rows - self.step :]
+            values = xp.concatenate([values, xp.tile(tail, ceil_div(missing, self.step))[:missing]])
+        if self.step == 1:
+            return values.reshape(tiles, self.block_q)
+        return values.reshape(tiles, self.block_q, self.step)
+
+    def by_tile(self, reduced: Array) -> Array:
+        """What a reduction of `arrange`d values along axis 1 leaves, in tile order."""
+        return reduced.T.reshape(-1) if self.step > 1 and self.row_map is None else reduced
+
+    def __str__(self) -> str:
+        how = f"step {self.step}" if self.row_map is None else "row map"
+        return f"{self.num_tiles} row tiles of {self.block_q} ({how})"
+
+
+def align_by_step(num_rows: int, step: int, block_q: int) -> RowTiles:
+    """Groups of rows equal modulo `step`; a block never exceeds what a group can fill."""
+    step = max(min(step, num_rows), 1)
+    longest = ceil_div(max(num_rows, 1), step)
+    return RowTiles(num_rows, min(block_q, next_power_of_two(longest)), step)
+
+
+def align_by_residue(component: Component, num_rows: int, block_q: int) -> RowTiles:
+    """Groups of rows by the residue that they have in `component`: any regular pattern, through a row map."""
+    residue = np.where(component.count > 0, component.start % component.stride, component.stride)
+    order = np.argsort(residue, kind="stable").astype(np.int32)
+    sizes = np.bincount(residue, minlength=component.stride + 1)
+    sizes = sizes[sizes > 0]
+    block_q = min(block_q, next_power_of_two(int(sizes.max(initial=1))))
+    tiles = -(-sizes // block_q)
+    row_map = np.full((int(tiles.sum()), block_q), num_rows, np.int32)
+    slot = np.arange(num_rows) - np.repeat(np.cumsum(sizes) - sizes, sizes)
+    slot += np.repeat((np.cumsum(tiles) - tiles) * block_q, sizes)
+    row_map.reshape(-1)[slot] = order
+    return RowTiles(num_rows, block_q, 1, row_map)
+
+
+def next_power_of_two(n: int) -> int:
+    return 1 << max(n - 1, 0).bit_length()

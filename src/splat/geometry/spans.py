@@ -1,0 +1,97 @@
+"""Spans: what the rows of a tile touch along one component, in lattice coordinates.
+
+With lower/upper the bounds of each row (`Component.bounds`), a span is four numbers and a residue:
+
+                x0        x1                x2        x3
+    row 0       [###################################)
+    row 1           [###################################)
+    row 2              [#############################)
+                 left edge |       full         | right edge
+    x0 = min lower, x1 = max lower, x2 = min upper, x3 = max upper
+
+Between x1 and x2 every row has every column: no mask. Rows without a run push x1 to infinity: no column is full.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+
+from splat.acsr import NOWHERE, Component
+from splat.geometry.alignment import RowTiles
+from splat.pattern.core import Array, array_namespace, ceil_div
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Spans:
+    """Per row tile, int32 [tiles]: the bounds x0 <= x1, x2 <= x3 and the columns' residue modulo the stride.
+
+    A column of the span is `residue + stride * x`. A tile without any column has x0 > x3.
+    """
+
+    x0: Array
+    x1: Array
+    x2: Array
+    x3: Array
+    residue: Array
+
+    @property
+    def width(self) -> Array:
+        """Lattice columns from first to last, int32 [tiles]; 0 where there are none."""
+        xp = array_namespace(self.x0)
+        return xp.maximum(self.x3 - self.x0, 0)
+
+    def coarsen(self, factor: int, tiles: RowTiles) -> Spans:
+        """The spans of tiles of `factor` times as many rows; `tiles` is what these spans were made for."""
+        if factor == 1:
+            return self
+        groups, per_group = tiles.step, tiles.tiles_per_group
+        missing = ceil_div(per_group, factor) * factor - per_group
+
+        def merge(values: Array, reduce, neutral: int) -> Array:
+            xp = array_namespace(values)
+            grid = values.reshape(groups, per_group)
+            if missing:
+                grid = xp.pad(grid, ((0, 0), (0, missing)), constant_values=neutral)
+            return reduce(grid.reshape(-1, factor), axis=1)
+
+        xp, far = array_namespace(self.x0), int(NOWHERE)
+        return Spans(
+            merge(self.x0, xp.min, far),
+            merge(self.x1, xp.max, -far),
+            merge(self.x2, xp.min, far),
+            merge(self.x3, xp.max, -far),
+            merge(self.residue, xp.max, 0),
+        )
+
+
+def analyze(component: Component, tiles: RowTiles) -> Spans:
+    """The spans of `component` for every row tile; one pass over the rows."""
+    lower, upper = component.bounds
+    xp = array_namespace(component.start, component.count)
+    low, high = tiles.arrange(lower), tiles.arrange(upper)
+    x0, x1 = tiles.by_tile(low.min(axis=1)), tiles.by_tile(low.max(axis=1))
+    x2, x3 = tiles.by_tile(high.min(axis=1)), tiles.by_tile(high.max(axis=1))
+    if component.stride == 1:
+        residue = xp.zeros_like(x0)
+    else:
+        residue = component.start % np.int32(component.stride)
+        if component.has_empty_rows:
+            residue = xp.where(component.count > 0, residue, 0)
+        residue = tiles.by_tile(tiles.arrange(residue).max(axis=1))
+    return Spans(x0, x1, x2, x3, residue)
+
+
+def is_aligned(component: Component, tiles: RowTiles) -> bool:
+    """Whether all rows of every tile share the component's residue, so that its tiles are dense lattices."""
+    if component.stride == 1:
+        return True
+    if tiles.row_map is None and component.line_step is not None:
+        return tiles.step % component.line_step == 0 or tiles.step >= tiles.num_rows
+    if not component.is_static:
+        return False
+    residue = component.start % component.stride
+    low = tiles.arrange(np.where(component.count > 0, residue, NOWHERE)).min(axis=1)
+    high = tiles.arrange(np.where(component.count > 0, residue, -1)).max(axis=1)
+    return bool(((low == high) | (high < 0)).all())

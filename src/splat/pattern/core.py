@@ -1,0 +1,272 @@
+"""The `Pattern` base class, and the two values every pattern is evaluated on and to: `Axis` and `Run`."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import math
+from collections.abc import Callable, Iterator
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+
+from splat.errors import PatternError
+
+Array = Any  # a NumPy array, or a (traced) JAX array: whatever follows the array API
+
+#: Positions are int32; half of its range leaves room for `i - left` and the like.
+MAX_LENGTH = 2**30
+
+
+def array_namespace(*values: Array) -> Any:
+    """`numpy`, or the array namespace (`jax.numpy`) of the first run-time array among `values`."""
+    for value in values:
+        if is_runtime_array(value):
+            return value.__array_namespace__()
+    return np
+
+
+def is_runtime_array(value: Any) -> bool:
+    """Whether `value` is an array whose contents are known only at run time (any array but NumPy's)."""
+    return hasattr(value, "__array_namespace__") and not isinstance(value, (np.ndarray, np.generic))
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Axis:
+    """Absolute positions `start + [0, length)` along queries or along keys.
+
+    `start` is an int, or a traced scalar (a run-time `query_offset`); `length` is always static.
+    """
+
+    start: Any
+    length: int
+
+    @property
+    def stop(self) -> Any:
+        return self.start + self.length
+
+    @property
+    def is_static(self) -> bool:
+        return not is_runtime_array(self.start)
+
+    @cached_property
+    def positions(self) -> Array:
+        """int32 [length], absolute."""
+        xp = array_namespace(self.start)
+        if xp is np:
+            return np.arange(self.start, self.start + self.length, dtype=np.int32)
+        return xp.arange(self.length, dtype=np.int32) + self.start.astype(np.int32)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Run:
+    """One arithmetic progression per line: line i holds `start[i] + stride*t` for `0 <= t < count[i]`.
+
+    Attributes:
+      stride: static, the same for every line.
+      start, count: int32 [lines]; `count <= 0` where the line has no run.
+      line_step: how lines must be grouped so that all of a group share the residue `start mod stride`: lines whose
+        positions are equal modulo `line_step` do. 1: all lines do. None: nothing is known, look at the numbers.
+        For `stride == 1` any grouping is legal, and `line_step` is the one under which equal lines meet.
+    """
+
+    stride: int
+    start: Array
+    count: Array
+    line_step: int | None = 1
+
+    @property
+    def stop(self) -> Array:
+        """One past the last element's lattice step: `start + stride*count`."""
+        return self.start + self.count * self.stride if self.stride > 1 else self.start + self.count
+
+    @property
+    def is_static(self) -> bool:
+        return not (is_runtime_array(self.start) or is_runtime_array(self.count))
+
+    def clip(self, lo: Array, hi: Array) -> Run:
+        """The elements in `[lo, hi)`; the bounds are scalars or one per line."""
+        xp = array_namespace(self.start, self.count, lo, hi)
+        if self.stride == 1:
+            start = xp.maximum(self.start, lo)
+            count = xp.minimum(self.stop, hi) - start
+            return Run(1, start, xp.maximum(count, 0), self.line_step)
+        skipped = xp.maximum(-((self.start - lo) // self.stride), 0)
+        kept = xp.minimum(self.count, -((self.start - hi) // self.stride))
+        return Run(self.stride, self.start + skipped * self.stride, xp.maximum(kept - skipped, 0), self.line_step)
+
+
+class Frozen:
+    """A hashable, read-only array inside a pattern; run-time arrays are kept as they are and compare by identity."""
+
+    def __init__(self, values: Any, dtype: Any = np.int32):
+        if is_runtime_array(values):
+            self.array: Any = values
+            self._key: Any = id(values)
+            return
+        array = np.array(values, dtype=dtype)
+        array.flags.writeable = False
+        self.array = array
+        self._key = (array.shape, array.dtype.str, hashlib.sha256(array.tobytes()).digest())
+
+    @property
+    def is_static(self) -> bool:
+        return isinstance(self.array, np.ndarray)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Frozen) and self._key == other._key
+
+    def __hash__(self) -> int:
+        return hash(self._key)
+
+    def __repr__(self) -> str:
+        if not self.is_static:
+            return f"<run-time array {self.array.dtype}{list(self.array.shape)}>"
+        return encode_array(self.array)
+
+
+def encode_array(array: np.ndarray) -> str:
+    """Text for an array inside an expression: a list while short, else a compressed string."""
+    if array.size <= 64:
+        return repr(array.tolist())
+    import base64
+    import zlib
+
+    data = np.ascontiguousarray(np.diff(array.astype(np.int64), axis=-1, prepend=0))
+    payload = base64.b85encode(zlib.compress(data.astype("<i8").tobytes(), 6)).decode()
+    shape = "x".join(str(n) for n in array.shape)
+    return f'"{shape}:{payload}"'
+
+
+def decode_array(text: str) -> np.ndarray:
+    """The array that `encode_array` wrote as a string."""
+    import base64
+    import zlib
+
+    try:
+        shape, payload = text.split(":", 1)
+        sizes = tuple(int(n) for n in shape.split("x"))
+        data = np.frombuffer(zlib.decompress(base64.b85decode(payload)), "<i8").reshape(sizes)
+    except (ValueError, zlib.error) as error:
+        raise PatternError(f"array text {text[:24]!r}... is not one that repr() of a pattern wrote: {error}") from None
+    return np.cumsum(data, axis=-1).astype(np.int32)
+
+
+@dataclasses.dataclass(frozen=True, repr=False)
+class Pattern:
+    """A set of (query, key) pairs, symbolic: an expression, not an array.
+
+    Combine patterns with `&` (both), `|` (either), `-` (first without second) and `~` (all others); `p.T` swaps
+    queries and keys. Patterns are frozen and hashable; `repr(p)` is an expression that `splat.parse` reads back.
+    Row i and column j are absolute positions.
+
+    >>> import splat
+    >>> splat.causal() & splat.window(512) | splat.sink(4)
+    causal() & window(512) | sink(4)
+    """
+
+    # -- what a pattern must tell: its runs, line by line, in both directions ------------------------------------
+
+    def runs(self, rows: Axis, cols: Axis) -> list[Run]:
+        """Disjoint runs of columns (absolute, inside `cols`) for every position of `rows`."""
+        raise NotImplementedError
+
+    def column_runs(self, cols: Axis, rows: Axis) -> list[Run]:
+        """The transposed view: disjoint runs of rows (inside `rows`) for every position of `cols`."""
+        raise NotImplementedError
+
+    @property
+    def children(self) -> tuple[Pattern, ...]:
+        return ()
+
+    @property
+    def is_static(self) -> bool:
+        """Whether everything is known now: no traced or device array inside."""
+        own = (getattr(self, f.name) for f in dataclasses.fields(self))
+        return all(not isinstance(v, Frozen) or v.is_static for v in own) and all(c.is_static for c in self.children)
+
+    # -- looking -------------------------------------------------------------------------------------------------
+
+    def to_dense(self, q_len: int, kv_len: int | None = None, *, query_offset: int = 0) -> np.ndarray:
+        """The mask, bool [q_len, kv_len], True = attend. For looking and testing: it is O(q_len x kv_len)."""
+        cols = Axis(0, q_len if kv_len is None else kv_len)
+        mask = np.zeros((q_len, cols.length), bool)
+        line = np.arange(q_len)
+        for run in self.runs(Axis(query_offset, q_len), cols):
+            start, count = np.asarray(run.start), np.asarray(run.count)
+            for t in range(int(count.max(initial=0))):
+                here = t < count
+                mask[line[here], start[here] + run.stride * t] = True
+        return mask
+
+    # -- set algebra (the operators only build the expression; `algebra` evaluates it) ---------------------------
+
+    def __and__(self, other: Pattern) -> Pattern:
+        return _combine("intersection", self, other)
+
+    def __or__(self, other: Pattern) -> Pattern:
+        return _combine("union", self, other)
+
+    def __sub__(self, other: Pattern) -> Pattern:
+        return _combine("difference", self, other)
+
+    def __invert__(self) -> Pattern:
+        return _OPERATIONS["complement"](self)
+
+    @property
+    def T(self) -> Pattern:
+        """The same pairs with queries and keys swapped."""
+        return _OPERATIONS["transpose"](self)
+
+    # -- text ----------------------------------------------------------------------------------------------------
+
+    #: How tightly the outermost operator binds (Python's order: `|` 1, `&` 2, `-` 3, `~` 4, calls 5).
+    precedence = 5
+
+    def __repr__(self) -> str:
+        raise NotImplementedError
+
+
+#: name -> constructor of the operations' nodes; `algebra` fills it, so that this file need not import it.
+_OPERATIONS: dict[str, Callable[..., Pattern]] = {}
+
+
+def _combine(operation: str, left: Pattern, right: object) -> Any:
+    if not isinstance(right, Pattern):
+        return NotImplemented
+    lift = getattr(right, "lift", None)  # per_head on the right: combine head by head
+    if lift is not None:
+        return lift(operation, left)
+    return _OPERATIONS[operation](left, right)
+
+
+def walk(pattern: Pattern) -> Iterator[Pattern]:
+    """`pattern` and everything inside it."""
+    yield pattern
+    for child in pattern.children:
+        yield from walk(child)
+
+
+def check_int(constructor: str, argument: str, value: Any, minimum: int, maximum: int = MAX_LENGTH) -> int:
+    """`value` as an int in `[minimum, maximum]`, or a `PatternError` naming the argument."""
+    try:
+        number = value.__index__()
+    except AttributeError:
+        number = None
+    if isinstance(value, bool) or number is None:
+        raise PatternError(
+            f"{constructor}: {argument} must be an int, but {value!r} of type {type(value).__name__} was given"
+        )
+    if not minimum <= number <= maximum:
+        raise PatternError(f"{constructor}: {argument} must be in [{minimum}, {maximum}], but {number} was given")
+    return int(number)
+
+
+def ceil_div(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+def lcm(a: int | None, b: int | None) -> int | None:
+    """Least common multiple of two line steps; unknown where either is."""
+    return None if a is None or b is None else math.lcm(a, b)

@@ -1,0 +1,206 @@
+"""Patterns on blocks and grids: `random_blocks` and `neighborhood`."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import math
+from collections.abc import Sequence
+
+import numpy as np
+
+from splat.errors import PatternError, UnsupportedError
+from splat.pattern.algebra import coalesce, prune
+from splat.pattern.core import MAX_LENGTH, Array, Axis, Pattern, Run, array_namespace, ceil_div, check_int
+from splat.pattern.library import _CONSTRUCTORS, _Primitive
+
+
+def _mix(xp, value: Array) -> Array:
+    """A 32-bit integer hash (the finaliser of MurmurHash3): the same numbers in NumPy and JAX."""
+    value = (value ^ (value >> 16)) * xp.asarray(0x85EBCA6B, dtype=np.uint32)
+    value = (value ^ (value >> 13)) * xp.asarray(0xC2B2AE35, dtype=np.uint32)
+    return value ^ (value >> 16)
+
+
+@dataclasses.dataclass(frozen=True, repr=False)
+class RandomBlocks(_Primitive):
+    block: int
+    per_row: int
+    seed: int
+
+    def _chosen(self, block_row: Array, num_cols: int) -> Array:
+        """int32 [min(per_row, num_cols), lines]: distinct block columns in increasing order (Floyd's sampling)."""
+        xp = array_namespace(block_row)
+        base = _mix(xp, block_row.astype(np.uint32) + xp.asarray((self.seed * 0x9E3779B9) % 2**32, dtype=np.uint32))
+        chosen: list[Array] = []
+        picks = min(self.per_row, num_cols)
+        for t in range(picks):
+            top = num_cols - picks + t
+            draw = _mix(xp, base + xp.asarray((t + 1) * 0x7F4A7C15 % 2**32, dtype=np.uint32))
+            draw = (draw % xp.asarray(top + 1, dtype=np.uint32)).astype(np.int32)
+            taken = xp.zeros(draw.shape, dtype=bool)
+            for other in chosen:
+                taken = taken | (other == draw)
+            chosen.append(xp.where(taken, np.int32(top), draw))
+        return xp.sort(xp.stack(chosen), axis=0)
+
+    def runs(self, rows: Axis, cols: Axis) -> list[Run]:
+        if self.per_row == 0 or cols.length == 0 or rows.length == 0:
+            return []
+        lo, hi = cols.start, cols.stop
+        # The same choice serves all rows of a block: draw once a block where positions are known.
+        num_cols = ceil_div(hi, self.block)
+        if rows.is_static:
+            first = rows.start // self.block
+            blocks = np.arange(first, (rows.stop - 1) // self.block + 1, dtype=np.int32)
+            chosen = self._chosen(blocks, num_cols)[:, rows.positions // self.block - first]
+        else:
+            chosen = self._chosen(rows.positions // self.block, num_cols)
+        runs = [Run(1, c * self.block, self.block + 0 * c).clip(lo, hi) for c in chosen]
+        return prune(coalesce(runs))
+
+    def column_runs(self, cols: Axis, rows: Axis) -> list[Run]:
+        if not rows.is_static:
+            raise UnsupportedError(
+                "random_blocks: gradients with a run-time query_offset are not supported, because which rows choose a "
+                "block column is only known once the offset is. Pass query_offset as an int."
+            )
+        if self.per_row == 0 or cols.length == 0 or rows.length == 0:
+            return []
+        num_cols = ceil_div(cols.stop, self.block)
+        first = rows.start // self.block
+        blocks = np.arange(first, (rows.stop - 1) // self.block + 1, dtype=np.int32)
+        chosen = self._chosen(blocks, num_cols)
+        # Sorting the (block column, block row) pairs lists the block rows of every block column.
+        col, row = chosen.reshape(-1), np.tile(blocks, chosen.shape[0])
+        order = np.lexsort((row, col))
+        col, row = col[order], row[order]
+        kth = np.arange(col.size) - np.searchsorted(col, col, side="left")
+        width = int(kth.max(initial=-1)) + 1
+        table = np.full((width, num_cols), -1, np.int32)
+        table[kth, col] = row
+        here = table[:, cols.positions // self.block]
+        lo, hi = rows.start, rows.stop
+        runs = [Run(1, c * self.block, np.where(c >= 0, np.int32(self.block), 0)).clip(lo, hi) for c in here]
+        return prune(coalesce(runs))
+
+
+@dataclasses.dataclass(frozen=True, repr=False)
+class Neighborhood(_Primitive):
+    shape: tuple[int, ...]
+    kernel: tuple[int, ...]
+    dilation: tuple[int, ...] | int = 1
+    causal: tuple[bool, ...] | bool = False
+
+    def runs(self, rows: Axis, cols: Axis) -> list[Run]:
+        return self._product(rows, cols, _neighbours)
+
+    def column_runs(self, cols: Axis, rows: Axis) -> list[Run]:
+        return self._product(cols, rows, _neighbours_of)
+
+    def _product(self, lines: Axis, cross: Axis, interval) -> list[Run]:
+        total = math.prod(self.shape)
+        for axis in (lines, cross):
+            if axis.is_static and axis.stop > total:
+                raise PatternError(
+                    f"neighborhood: a grid of shape {self.shape} has {total} positions, but the pattern is used up to "
+                    f"position {axis.stop}. Give the grid's own shape."
+                )
+        xp = array_namespace(lines.start, cross.start)
+        dims = len(self.shape)
+        dilation = self.dilation if isinstance(self.dilation, tuple) else (self.dilation,) * dims
+        causal = self.causal if isinstance(self.causal, tuple) else (self.causal,) * dims
+        at = lines.positions
+        axes = []  # per dimension: (first neighbour, count, dilation), first as a coordinate of the grid
+        for n in reversed(range(dims)):
+            x, at = at % self.shape[n], at // self.shape[n]
+            group, m = x % dilation[n], x // dilation[n]
+            length = (self.shape[n] - group + dilation[n] - 1) // dilation[n]
+            first, count, most = interval(xp, m, length, self.kernel[n], causal[n])
+            axes.insert(0, (first * dilation[n] + group, count, dilation[n], most))
+        first, count, last_dilation, _ = axes[-1]
+        out = []
+        for steps in itertools.product(*(range(most) for *_, most in axes[:-1])):
+            start, here = 0, count
+            for n, step in enumerate(steps):
+                lead, lead_count, lead_dilation, _ = axes[n]
+                start = (start + lead + step * lead_dilation) * self.shape[n + 1]
+                here = xp.where(step < lead_count, here, 0)
+            run = Run(last_dilation, start + first, here, last_dilation)
+            out.append(run.clip(cross.start, cross.stop))
+        return prune(coalesce(prune(out)))
+
+
+def _neighbours(xp, m: Array, length: Array, kernel: int, causal: bool) -> tuple[Array, Array, int]:
+    """First neighbour and number of neighbours of m, and the most there can be; all inside one dilation group."""
+    if causal:
+        return xp.maximum(m - kernel + 1, 0), xp.minimum(m + 1, kernel), kernel
+    return xp.clip(m - kernel // 2, 0, length - kernel), xp.zeros_like(m) + kernel, kernel
+
+
+def _neighbours_of(xp, n: Array, length: Array, kernel: int, causal: bool) -> tuple[Array, Array, int]:
+    """First query and number of queries that have n as a neighbour: an interval, because `first` is monotone."""
+    if causal:
+        return n, xp.minimum(length - n, kernel), kernel
+    half = kernel // 2
+    first = xp.where(n < kernel, 0, n - kernel + 1 + half)
+    stop = xp.where(n >= length - kernel, length, n + half + 1)
+    return first, stop - first, kernel + half
+
+
+def random_blocks(block: int, per_row: int, seed: int) -> Pattern:
+    """Per block row, `per_row` distinct random block columns (all of them where there are fewer).
+
+    The choice is a hash of (seed, block row, number of block columns): the same on every machine and in every backend.
+    """
+    block, per_row = check_int("random_blocks", "block", block, 1), check_int("random_blocks", "per_row", per_row, 0, 256)
+    return RandomBlocks(block, per_row, check_int("random_blocks", "seed", seed, 0))
+
+
+def neighborhood(
+    shape: int | Sequence[int],
+    kernel: int | Sequence[int],
+    dilation: int | Sequence[int] = 1,
+    causal: bool | Sequence[bool] = False,
+) -> Pattern:
+    """Neighbourhood attention (NATTEN's meaning) on a flattened 1-, 2- or 3-D grid.
+
+    Every position attends to the `kernel` nearest positions of each dimension (of its own dilation group); near an
+    edge the window is shifted inwards, so that its size never changes. In a causal dimension the window ends at the
+    query's own coordinate and is cut at the edge.
+
+    Args:
+      shape: the grid, row-major; its product is the number of positions.
+      kernel, dilation, causal: one value, or one per dimension; `kernel * dilation <= shape` in every dimension.
+
+    Source: Hassani et al., "Neighborhood Attention Transformer", CVPR 2023, arXiv 2204.07143; dilated: 2209.15001.
+    """
+    grid = tuple(shape) if isinstance(shape, Sequence) else (shape,)
+    if not 1 <= len(grid) <= 3:
+        raise PatternError(f"neighborhood: shape must have 1 to 3 dimensions, but {grid} was given")
+    grid = tuple(check_int("neighborhood", "shape", n, 1) for n in grid)
+
+    def spread(name: str, value) -> tuple:
+        values = tuple(value) if isinstance(value, Sequence) else (value,) * len(grid)
+        if len(values) != len(grid):
+            raise PatternError(f"neighborhood: {name} {values} does not fit shape {grid}: give one value or {len(grid)}")
+        return values
+
+    kernels = tuple(check_int("neighborhood", "kernel", k, 1) for k in spread("kernel", kernel))
+    dilations = tuple(check_int("neighborhood", "dilation", d, 1) for d in spread("dilation", dilation))
+    flags = tuple(bool(c) for c in spread("causal", causal))
+    for length, k, d in zip(grid, kernels, dilations, strict=True):
+        if k * d > length:
+            raise PatternError(
+                f"neighborhood: kernel * dilation must not exceed the grid, but {k} * {d} > {length} was given. "
+                "Use a smaller kernel, or full() for a dimension that attends everywhere."
+            )
+    return Neighborhood(
+        grid,
+        kernels,
+        dilations[0] if len(set(dilations)) == 1 else dilations,
+        flags[0] if len(set(flags)) == 1 else flags,
+    )
+
+
+_CONSTRUCTORS.update(RandomBlocks="random_blocks", Neighborhood="neighborhood")

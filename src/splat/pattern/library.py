@@ -1,0 +1,376 @@
+"""The vocabulary: every primitive pattern, its exact meaning, and its runs in closed form.
+
+i is a row (query position), j a column (key position), both absolute; `//` floors, `mod` is never negative.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import numpy as np
+
+from splat.errors import PatternError
+from splat.pattern.algebra import everything
+from splat.pattern.core import MAX_LENGTH, Array, Axis, Frozen, Pattern, Run, array_namespace, check_int, is_runtime_array
+
+
+@dataclasses.dataclass(frozen=True, repr=False)
+class _Primitive(Pattern):
+    """A named constructor: `repr` is the call with the arguments that differ from their defaults."""
+
+    def __repr__(self) -> str:
+        name = type(self).__name__
+        return f"{_CONSTRUCTORS[name]}({', '.join(self._arguments())})"
+
+    def _arguments(self) -> list[str]:
+        shown = []
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if field.default is dataclasses.MISSING:
+                shown.append(repr(value))
+            elif value != field.default:
+                shown.append(f"{field.name}={value!r}")
+        return shown
+
+
+def _between(lines: Axis, cross: Axis, first: Array, stop: Array, line_step: int = 1) -> list[Run]:
+    """The run `[first, stop)` of every line, clipped to `cross`."""
+    xp = array_namespace(lines.start, cross.start, first, stop)
+    start = xp.maximum(first, cross.start)
+    count = xp.maximum(xp.minimum(stop, cross.stop) - start, 0)
+
+    def spread(values: Array) -> Array:
+        return xp.broadcast_to(xp.asarray(values, dtype=np.int32), (lines.length,))
+
+    return [Run(1, spread(start), spread(count), line_step)]
+
+
+class _Symmetric(_Primitive):
+    """Equal to its own transpose."""
+
+    def column_runs(self, cols: Axis, rows: Axis) -> list[Run]:
+        return self.runs(cols, rows)
+
+
+@dataclasses.dataclass(frozen=True, repr=False)
+class Full(_Symmetric):
+    def runs(self, rows: Axis, cols: Axis) -> list[Run]:
+        return [everything(rows, cols)]
+
+
+@dataclasses.dataclass(frozen=True, repr=False)
+class Causal(_Primitive):
+    def runs(self, rows: Axis, cols: Axis) -> list[Run]:
+        return _between(rows, cols, cols.start, rows.positions + 1)
+
+    def column_runs(self, cols: Axis, rows: Axis) -> list[Run]:
+        return _between(cols, rows, cols.positions, rows.stop)
+
+
+@dataclasses.dataclass(frozen=True, repr=False)
+class Window(_Primitive):
+    left: int
+    right: int
+
+    def runs(self, rows: Axis, cols: Axis) -> list[Run]:
+        return _between(rows, cols, rows.positions - self.left, rows.positions + (self.right + 1))
+
+    def column_runs(self, cols: Axis, rows: Axis) -> list[Run]:
+        return Window(self.right, self.left).runs(cols, rows)
+
+    def _arguments(self) -> list[str]:
+        return [str(self.left)] if self.left == self.right else [str(self.left), str(self.right)]
+
+
+@dataclasses.dataclass(frozen=True, repr=False)
+class SlidingWindow(_Primitive):
+    n: int
+
+    def runs(self, rows: Axis, cols: Axis) -> list[Run]:
+        return Window(self.n - 1, 0).runs(rows, cols)
+
+    def column_runs(self, cols: Axis, rows: Axis) -> list[Run]:
+        return Window(0, self.n - 1).runs(cols, rows)
+
+
+@dataclasses.dataclass(frozen=True, repr=False)
+class DilatedWindow(_Primitive):
+    left: int
+    right: int
+    dilation: int
+
+    def runs(self, rows: Axis, cols: Axis) -> list[Run]:
+        xp = array_namespace(rows.start, cols.start)
+        start = rows.positions - self.left * self.dilation
+        count = xp.zeros(rows.length, dtype=np.int32) + np.int32(self.left + self.right + 1)
+        return [Run(self.dilation, start, count, self.dilation).clip(cols.start, cols.stop)]
+
+    def column_runs(self, cols: Axis, rows: Axis) -> list[Run]:
+        return DilatedWindow(self.right, self.left, self.dilation).runs(cols, rows)
+
+
+def _progression(lines: Axis, cross: Axis, residue: Array, stride: int, line_step: int) -> Run:
+    """All positions of `cross` that equal `residue` modulo `stride`."""
+    xp = array_namespace(lines.start, cross.start, residue)
+    zero = xp.zeros(lines.length, dtype=np.int32)
+    start = zero + cross.start + (residue - cross.start) % stride
+    count = xp.maximum(-((start - cross.stop) // stride), 0)
+    return Run(stride, start, count, line_step)
+
+
+@dataclasses.dataclass(frozen=True, repr=False)
+class Strided(_Symmetric):
+    stride: int
+
+    def runs(self, rows: Axis, cols: Axis) -> list[Run]:
+        return [_progression(rows, cols, rows.positions % self.stride, self.stride, self.stride)]
+
+
+@dataclasses.dataclass(frozen=True, repr=False)
+class LatticeColumns(_Primitive):
+    stride: int
+    offset: int = 0
+
+    def runs(self, rows: Axis, cols: Axis) -> list[Run]:
+        return [_progression(rows, cols, np.int32(self.offset % self.stride), self.stride, 1)]
+
+    def column_runs(self, cols: Axis, rows: Axis) -> list[Run]:
+        xp = array_namespace(cols.start, rows.start)
+        run = everything(cols, rows)
+        here = (cols.positions - self.offset) % self.stride == 0
+        return [Run(1, run.start, xp.where(here, run.count, 0), self.stride)]
+
+
+@dataclasses.dataclass(frozen=True, repr=False)
+class Blocked(_Primitive):
+    block: int
+    before: int = 0
+    after: int = 0
+
+    def runs(self, rows: Axis, cols: Axis) -> list[Run]:
+        first = (rows.positions // self.block - self.before) * self.block
+        return _between(rows, cols, first, first + (self.before + 1 + self.after) * self.block)
+
+    def column_runs(self, cols: Axis, rows: Axis) -> list[Run]:
+        return Blocked(self.block, self.after, self.before).runs(cols, rows)
+
+
+@dataclasses.dataclass(frozen=True, repr=False)
+class Sink(_Primitive):
+    n: int
+
+    def runs(self, rows: Axis, cols: Axis) -> list[Run]:
+        return _between(rows, cols, cols.start, self.n)
+
+    def column_runs(self, cols: Axis, rows: Axis) -> list[Run]:
+        return GlobalRows(self.n).runs(cols, rows)
+
+
+@dataclasses.dataclass(frozen=True, repr=False)
+class GlobalRows(_Primitive):
+    n: int
+
+    def runs(self, rows: Axis, cols: Axis) -> list[Run]:
+        xp = array_namespace(rows.start, cols.start)
+        run = everything(rows, cols)
+        return [Run(1, run.start, xp.where(rows.positions < self.n, run.count, 0))]
+
+    def column_runs(self, cols: Axis, rows: Axis) -> list[Run]:
+        return Sink(self.n).runs(cols, rows)
+
+
+@dataclasses.dataclass(frozen=True, repr=False)
+class Segments(_Symmetric):
+    """Same segment id. Static ids may recur anywhere; run-time ids must be contiguous (each id one stretch)."""
+
+    ids: Frozen
+
+    def runs(self, rows: Axis, cols: Axis) -> list[Run]:
+        ids = self.ids.array
+        for axis in (rows, cols):
+            if axis.is_static and axis.stop > ids.shape[0]:
+                raise PatternError(
+                    f"segments: ids name {ids.shape[0]} positions, but the pattern is used up to position {axis.stop}. "
+                    "Give one id per position (a negative id marks padding)."
+                )
+        if self.ids.is_static:
+            return self._static_runs(rows, cols, ids)
+        xp = array_namespace(ids)
+        change = xp.concat([xp.zeros(1, dtype=np.int32), (ids[1:] != ids[:-1]).astype(np.int32)])
+        order = xp.cumsum(change)
+        first = xp.searchsorted(order, order, side="left").astype(np.int32)
+        stop = xp.searchsorted(order, order, side="right").astype(np.int32)
+        at = rows.positions
+        return _between(rows, cols, first[at], xp.where(ids[at] >= 0, stop[at], 0))
+
+    def _static_runs(self, rows: Axis, cols: Axis, ids: np.ndarray) -> list[Run]:
+        edges = np.flatnonzero(np.concatenate([[True], ids[1:] != ids[:-1]])) if ids.size else np.zeros(0, int)
+        first = edges.astype(np.int32)
+        stop = np.append(first[1:], np.int32(ids.size))
+        stretch_id = ids[first]
+        # k-th stretch of its id: with ids that never recur there is one component.
+        order = np.argsort(stretch_id, kind="stable")
+        sorted_ids = stretch_id[order]
+        group_start = np.searchsorted(sorted_ids, sorted_ids, side="left")
+        kth = np.arange(order.size) - group_start
+        group = np.empty(order.size, np.int64)
+        group[order] = group_start
+        here = np.repeat(np.arange(first.size), stop - first)
+        xp = array_namespace(rows.start)
+        out: list[Run] = []
+        for k in range(int(kth.max(initial=-1)) + 1):
+            # the k-th stretch with the same id as each stretch, or nothing
+            index = np.minimum(group + k, order.size - 1)
+            mate = order[index]
+            ok = (stretch_id[mate] == stretch_id) & (stretch_id >= 0) & (group + k < order.size)
+            begin = np.where(ok, first[mate], 0).astype(np.int32)[here]
+            end = np.where(ok, stop[mate], 0).astype(np.int32)[here]
+            if xp is np and rows.is_static:
+                at: Any = slice(rows.start, rows.stop)
+                out += _between(rows, cols, begin[at], end[at])
+            else:
+                out += _between(rows, cols, xp.asarray(begin)[rows.positions], xp.asarray(end)[rows.positions])
+        return out
+
+    def __repr__(self) -> str:
+        return f"segments({self.ids!r})"
+
+
+# -- constructors: what users call -------------------------------------------------------------------------------------
+
+
+def full() -> Pattern:
+    """All pairs."""
+    return Full()
+
+
+def causal() -> Pattern:
+    """`j <= i` (row i is position `i + query_offset`)."""
+    return Causal()
+
+
+def window(left: int, right: int | None = None) -> Pattern:
+    """`i - left <= j <= i + right`, both ends included; `right` is `left` where not given."""
+    left = check_int("window", "left", left, 0)
+    return Window(left, left if right is None else check_int("window", "right", right, 0))
+
+
+def sliding_window(n: int) -> Pattern:
+    """`i - n < j <= i`: n keys with the query's own, as Mistral and Hugging Face count."""
+    return SlidingWindow(check_int("sliding_window", "n", n, 1))
+
+
+def dilated_window(left: int, right: int, dilation: int) -> Pattern:
+    """`j = i + dilation*t` for `-left <= t <= right`."""
+    left, right = check_int("dilated_window", "left", left, 0), check_int("dilated_window", "right", right, 0)
+    dilation = check_int("dilated_window", "dilation", dilation, 1)
+    reach = MAX_LENGTH // dilation
+    return DilatedWindow(min(left, reach), min(right, reach), dilation)
+
+
+def strided(stride: int) -> Pattern:
+    """`j = i (mod stride)`."""
+    return Strided(check_int("strided", "stride", stride, 1))
+
+
+def lattice_columns(stride: int, offset: int = 0) -> Pattern:
+    """`j = offset (mod stride)`."""
+    stride = check_int("lattice_columns", "stride", stride, 1)
+    return LatticeColumns(stride, check_int("lattice_columns", "offset", offset, -MAX_LENGTH) % stride)
+
+
+def blocked(block: int, before: int = 0, after: int = 0) -> Pattern:
+    """`i//block - before <= j//block <= i//block + after`."""
+    block = check_int("blocked", "block", block, 1)
+    reach = MAX_LENGTH // block
+    before, after = check_int("blocked", "before", before, 0), check_int("blocked", "after", after, 0)
+    return Blocked(block, min(before, reach), min(after, reach))
+
+
+def sink(n: int) -> Pattern:
+    """`j < n`: attention sinks, or global columns."""
+    return Sink(check_int("sink", "n", n, 0))
+
+
+def global_columns(n: int) -> Pattern:
+    """`j < n`, the same as `sink(n)`."""
+    return Sink(check_int("global_columns", "n", n, 0))
+
+
+def global_rows(n: int) -> Pattern:
+    """`i < n`."""
+    return GlobalRows(check_int("global_rows", "n", n, 0))
+
+
+def global_tokens(n: int) -> Pattern:
+    """`i < n` or `j < n`: the first n tokens attend to all and are attended by all."""
+    check_int("global_tokens", "n", n, 0)
+    return sink(n) | global_rows(n)
+
+
+def segments(ids: Any = None, *, lengths: Any = None) -> Pattern:
+    """Pairs in the same segment (packed documents).
+
+    Args:
+      ids: int [positions], one id per position; a negative id is padding and attends to nothing. A NumPy array or a
+        sequence is static. A JAX array (traced or not) is a run-time value: no re-planning, no recompilation; its ids
+        must be contiguous, each id one stretch of positions.
+      lengths: int [documents] instead of ids: the lengths of the documents, one after the other; what lies past
+        their sum is padding.
+
+    Raises:
+      PatternError: neither or both given, wrong rank or dtype, negative lengths.
+    """
+    if (ids is None) == (lengths is None):
+        raise PatternError("segments: give either ids (one per position) or lengths (one per document), not both")
+    if lengths is not None:
+        _check_int_array("lengths", lengths)
+        return SegmentLengths(Frozen(lengths))
+    _check_int_array("ids", ids)
+    return Segments(Frozen(ids))
+
+
+def _check_int_array(argument: str, values: Any) -> None:
+    array = values if is_runtime_array(values) else np.asarray(values)
+    if len(array.shape) != 1 or (np.dtype(array.dtype).kind not in "iu" and array.shape[0]):
+        raise PatternError(
+            f"segments: {argument} must be integers of rank 1, but {array.dtype}{list(array.shape)} was given. "
+            "For a batch of different segmentations use jax.vmap over attention."
+        )
+    if argument == "lengths" and isinstance(array, np.ndarray) and (array < 0).any():
+        raise PatternError(f"segments: lengths must not be negative, but {int(array.min())} was given")
+
+
+@dataclasses.dataclass(frozen=True, repr=False)
+class SegmentLengths(_Symmetric):
+    """Documents one after the other, by their lengths; positions past the last attend to nothing."""
+
+    lengths: Frozen
+
+    def runs(self, rows: Axis, cols: Axis) -> list[Run]:
+        xp = array_namespace(self.lengths.array, rows.start)
+        zero = xp.zeros(1, dtype=np.int32)
+        edges = xp.concat([zero, xp.cumsum(xp.asarray(self.lengths.array)).astype(np.int32)])
+        document = xp.searchsorted(edges, rows.positions, side="right") - 1
+        inside = rows.positions < edges[-1]
+        first = edges[document]
+        stop = edges[xp.minimum(document + 1, edges.shape[0] - 1)]
+        return _between(rows, cols, first, xp.where(inside, stop, 0))
+
+    def __repr__(self) -> str:
+        return f"segments(lengths={self.lengths!r})"
+
+
+_CONSTRUCTORS = {
+    "Full": "full",
+    "Causal": "causal",
+    "Window": "window",
+    "SlidingWindow": "sliding_window",
+    "DilatedWindow": "dilated_window",
+    "Strided": "strided",
+    "LatticeColumns": "lattice_columns",
+    "Blocked": "blocked",
+    "Sink": "sink",
+    "GlobalRows": "global_rows",
+}

@@ -1,0 +1,75 @@
+"""The cost model: what tiles cost on a target. It ranks schedules; it does not promise times.
+
+Everything is counted per head and batch entry on tile areas, because that is what every schedule choice changes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+
+from splat.geometry import Spans
+from splat.plan.target import Target
+
+
+@dataclasses.dataclass(frozen=True)
+class CostModel:
+    """Costs of one implementation on one target, for one head dim and dtype.
+
+    Attributes:
+      block_q, block_kv: the tile sizes to choose from.
+      element_s: seconds per computed score.
+      row_s, col_s: seconds per tile row and per tile column (loads, rescaling; what large tiles save).
+      tile_s: seconds per tile (loop overhead).
+      pass_element_s: seconds per output row for writing and merging one more pass.
+    """
+
+    implementation: str
+    target: Target
+    block_q: tuple[int, ...]
+    block_kv: tuple[int, ...]
+    element_s: float
+    row_s: float
+    col_s: float
+    tile_s: float
+    pass_row_s: float
+
+    def tiles_s(self, tiles: float, block_q: int, block_kv: int) -> float:
+        """Seconds of `tiles` tiles."""
+        tile = block_q * block_kv * self.element_s + block_q * self.row_s + block_kv * self.col_s + self.tile_s
+        return float(tiles) * tile
+
+    def best_block_kv(self, spans: list[Spans], block_q: int, given: int | None) -> tuple[float, int]:
+        """(seconds, block_kv) of the best tile width for spans that share one pass."""
+        widths = [s.width for s in spans]
+        options = np.array([given] if given else self._widths(widths), np.int64)
+        tiles = sum((-(-w[None, :] // options[:, None])).sum(axis=1) for w in widths)
+        seconds = [self.tiles_s(float(n), block_q, int(b)) for n, b in zip(tiles, options, strict=True)]
+        best = int(np.argmin(seconds))
+        return seconds[best], int(options[best])
+
+    def _widths(self, widths: list[np.ndarray]) -> list[int]:
+        if self.implementation != "xla":
+            return list(self.block_kv)
+        # Any width serves the portable implementation: also try the usual span, whole or in halves.
+        usual = [int(np.median(w[w > 0])) for w in widths if (w > 0).any()]
+        fitted = {-(-u // (32 * parts)) * 32 for u in usual for parts in (1, 2, 3)}
+        return sorted(set(self.block_kv) | {min(max(f, 32), 1024) for f in fitted})
+
+
+def cost_model(implementation: str, target: Target, head_dim: int, dtype: str) -> CostModel:
+    """The model of `implementation` ("xla", "cpp", "triton") on `target`."""
+    matmul = target.matmul_flops.get(dtype, target.matmul_flops["float32"])
+    element = 4 * head_dim / matmul + 1 / target.exp_per_s
+    if target.kind == "cpu":
+        # Fitted to the portable implementation's measured times (benchmarks/calibrate.py): per score element
+        # element_s + 150 ns / block_q + 150 ns / block_kv at head dim 64, and some microseconds per loop step.
+        edge = 75e-9 * (1 + head_dim / 64) / 2
+        return CostModel(implementation, target, (32, 64, 128, 256), (32, 64, 128, 256, 512), element, edge, edge,
+                         4e-6, 3e-9 * head_dim)  # fmt: skip
+    reach = target.efficiency.get(head_dim, 0.40)
+    element = (4 * head_dim / matmul) / reach
+    load = 2 * head_dim * 2 / (target.bandwidth_bytes * 3)  # tiles come mostly from L2, about 3x main memory
+    return CostModel(implementation, target, (64, 128), (64, 128), element, 0.0, load, 200 / target.clock_hz / 264,
+                     8 * head_dim / target.bandwidth_bytes)  # fmt: skip

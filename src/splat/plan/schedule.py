@@ -1,0 +1,279 @@
+"""Passes: which components share a row grouping, with which tile sizes, in which order.
+
+A window wants neighbouring rows in a tile, a stride wants rows of one residue. Components that agree share a pass;
+passes are merged exactly through their log-sum-exp. `choose` decides with the cost model, `build_schedule` spells the
+decisions out; the numbers that generators need are all in its result.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from functools import cached_property
+
+import numpy as np
+
+from splat.acsr import ACSR
+from splat.errors import PatternError
+from splat.geometry import RowTiles, Spans, align_by_residue, align_by_step, analyze, is_aligned
+from splat.pattern.core import Array, array_namespace
+from splat.plan.cost import CostModel
+from splat.tiling import Phase, Walk, cover
+
+#: Spans are first taken at this many rows a tile; larger tiles are merged from them, which costs next to nothing.
+BASE_BLOCK = 32
+
+
+@dataclasses.dataclass(frozen=True)
+class PassDecision:
+    """One pass: its components, row grouping and tile sizes.
+
+    `step` groups rows modulo a number; None: rows are grouped by the residue that they have in component `residue_of`.
+    """
+
+    components: tuple[int, ...]
+    step: int | None
+    block_q: int
+    block_kv: int
+    residue_of: int | None = None
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Pass:
+    """Row tiles and the walks of its components.
+
+    Attributes:
+      decision: what was decided; static facts.
+      tiles: the row tiles.
+      walks: one per component of the pass.
+      order: int32, row tiles in the order to run them: longest first; tiles without work are left out where known.
+    """
+
+    decision: PassDecision
+    tiles: RowTiles
+    walks: tuple[Walk, ...]
+    order: Array
+
+    @property
+    def is_static(self) -> bool:
+        return isinstance(self.order, np.ndarray)
+
+    def count(self, phase: Phase) -> int:
+        return sum(int(getattr(w, f"num_{phase.value}").sum(dtype=np.int64)) for w in self.walks)
+
+    @property
+    def num_tiles(self) -> int:
+        return sum(self.count(phase) for phase in Phase)
+
+    @property
+    def area(self) -> int:
+        """Scores computed: tiles times their area."""
+        return self.num_tiles * self.decision.block_q * self.decision.block_kv
+
+    def __str__(self) -> str:
+        d = self.decision
+        what = ", ".join(str(c) for c in d.components)
+        size = f"{d.block_q} x {d.block_kv} tiles"
+        counts = "" if not self.is_static else (
+            f", {self.num_tiles} tiles: {self.count(Phase.FULL)} full, "
+            f"{self.num_tiles - self.count(Phase.FULL)} partial"
+        )
+        return f"components {what}: {self.tiles}, {size}{counts}"
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Schedule:
+    """A matrix and the passes that cover it: each non-zero is kept by exactly one tile."""
+
+    acsr: ACSR
+    passes: tuple[Pass, ...]
+
+    @property
+    def decisions(self) -> tuple[PassDecision, ...]:
+        return tuple(p.decision for p in self.passes)
+
+    @property
+    def is_static(self) -> bool:
+        return all(p.is_static for p in self.passes)
+
+    @cached_property
+    def area(self) -> int:
+        return sum(p.area for p in self.passes)
+
+    @property
+    def waste(self) -> float:
+        """Scores computed / non-zeros; 1.0 is perfect (and what a matrix without non-zeros has)."""
+        return self.area / self.acsr.nnz if self.acsr.nnz else 1.0
+
+    def coverage(self) -> np.ndarray:
+        """How often each pair is kept, int32 [rows, cols]: what the kernels would do, tile by tile. For tests."""
+        counts = np.zeros(self.acsr.shape, np.int32)
+        for row, col, _, keep in self.each_tile():
+            np.add.at(counts, (np.broadcast_to(row, keep.shape)[keep], np.broadcast_to(col, keep.shape)[keep]), 1)
+        return counts
+
+    def to_dense(self) -> np.ndarray:
+        """The mask, bool [rows, cols]. Raises PatternError where a pair is kept twice."""
+        counts = self.coverage()
+        if (counts > 1).any():
+            raise PatternError("this schedule keeps a pair more than once")
+        return counts.astype(bool)
+
+    def each_tile(self):
+        """Yields (rows [block_q, 1], cols [1, block_kv], phase, keep [block_q, block_kv]) for every tile, in order."""
+        bounds = [c.bounds for c in self.acsr.components]
+        for one in self.passes:
+            for tile, walk in itertools.product(one.order, one.walks):
+                row = one.tiles.rows[tile][:, None]
+                valid = row < self.acsr.shape[0]
+                at = np.where(valid, row, 0)
+                phases = [Phase.HEAD] * int(walk.num_head[tile]) + [Phase.FULL] * int(walk.num_full[tile])
+                phases += [Phase.TAIL] * int(walk.num_tail[tile])
+                for t, phase in enumerate(phases):
+                    x = (int(walk.begin[tile]) + t * walk.block_kv + np.arange(walk.block_kv))[None, :]
+                    col = int(walk.residue[tile]) + walk.stride * x
+                    tests = walk.head_tests if phase is Phase.HEAD else walk.tail_tests
+                    keep = np.full((row.shape[0], x.shape[1]), phase is Phase.FULL)
+                    for test in tests if phase is not Phase.FULL else ():
+                        lower, upper = bounds[test.component]
+                        keep |= (not test.lower or x >= lower[at]) & (not test.upper or x < upper[at])
+                    yield row, col, phase, keep & valid
+
+    def __str__(self) -> str:
+        return "\n".join(f"pass {n}: {one}" for n, one in enumerate(self.passes))
+
+
+def build_schedule(acsr: ACSR, decisions: tuple[PassDecision, ...]) -> Schedule:
+    """The schedule that the decisions describe."""
+    return Schedule(acsr, tuple(_build_pass(acsr, decision) for decision in decisions))
+
+
+def _build_pass(acsr: ACSR, decision: PassDecision, spans: dict[int, Spans] | None = None) -> Pass:
+    components = acsr.components
+    tiles = _align(acsr, decision)
+    if spans is None:
+        spans = {n: analyze(components[n], tiles) for n in decision.components}
+    members = list(decision.components)
+    walks = cover(members, [components[n].stride for n in members], [spans[n] for n in members], decision.block_kv)
+    total = sum(walk.num_tiles for walk in walks)
+    xp = array_namespace(total)
+    if isinstance(total, np.ndarray):
+        order = np.argsort(-total, kind="stable").astype(np.int32)
+        order = order[: int(np.count_nonzero(total))]
+    else:
+        order = xp.argsort(-total).astype(np.int32)
+    return Pass(decision, tiles, tuple(walks), order)
+
+
+def _align(acsr: ACSR, decision: PassDecision) -> RowTiles:
+    if decision.step is None:
+        assert decision.residue_of is not None
+        return align_by_residue(acsr.components[decision.residue_of], acsr.shape[0], decision.block_q)
+    return align_by_step(acsr.shape[0], decision.step, decision.block_q)
+
+
+def schedule(
+    acsr: ACSR, model: CostModel, *, block_q: int | None = None, block_kv: int | None = None
+) -> Schedule:
+    """The schedule that `model` finds cheapest; `block_q` and `block_kv` fix the tile sizes."""
+    if not acsr.is_static:
+        return build_schedule(acsr, _choose_unseen(acsr, model, block_q, block_kv))
+    base = min(block_q or BASE_BLOCK, BASE_BLOCK)
+    if block_q and block_q % base:
+        base = block_q
+    groupings = _candidates(acsr, base)
+    spans = {key: _spans_of(acsr, tiles) for key, tiles in groupings.items()}
+    passes = []
+    for key, members in _assign(acsr, groupings, spans, model, block_q, block_kv):
+        seconds, bq, bk = _best_blocks([spans[key][n] for n in members], groupings[key], model, block_q, block_kv)
+        by_step = isinstance(key, int)
+        decision = PassDecision(members, key, bq, bk) if by_step else PassDecision(members, None, bq, bk, int(key[8:]))
+        factor = bq // groupings[key].block_q
+        coarse = {n: spans[key][n].coarsen(factor, groupings[key]) for n in members} if by_step else None
+        passes.append(_build_pass(acsr, decision, coarse))
+    return Schedule(acsr, tuple(passes))
+
+
+def _candidates(acsr: ACSR, base: int) -> dict[int | str, RowTiles]:
+    """The row groupings worth trying: by step, and for components without a step by residue (key "residue n")."""
+    out: dict[int | str, RowTiles] = {}
+    rows = acsr.shape[0]
+    for step in sorted({c.line_step for c in acsr.components if c.line_step is not None} | {1}):
+        out[min(step, max(rows, 1))] = align_by_step(rows, step, base)
+    for n, component in enumerate(acsr.components):
+        if component.line_step is None and component.stride > 1:
+            out[f"residue {n}"] = align_by_residue(component, rows, base)
+    return out
+
+
+def _spans_of(acsr: ACSR, tiles: RowTiles) -> dict[int, Spans]:
+    """The spans of the components that are dense lattices under this grouping."""
+    return {n: analyze(c, tiles) for n, c in enumerate(acsr.components) if is_aligned(c, tiles)}
+
+
+def _best_blocks(
+    spans: list[Spans], tiles: RowTiles, model: CostModel, block_q: int | None, block_kv: int | None
+) -> tuple[float, int, int]:
+    """(seconds, block_q, block_kv) for components that share a pass."""
+    longest = tiles.tiles_per_group * tiles.block_q if tiles.row_map is None else tiles.block_q
+    options = [block_q] if block_q else [b for b in model.block_q if b % tiles.block_q == 0]
+    options = sorted({max(min(b, longest), tiles.block_q) // tiles.block_q * tiles.block_q for b in options})
+    if tiles.row_map is not None or not options:
+        options = [tiles.block_q]
+    best = (float("inf"), 0, 0)
+    for bq in options:
+        coarse = [s.coarsen(bq // tiles.block_q, tiles) for s in spans] if tiles.row_map is None else spans
+        seconds, bk = model.best_block_kv(coarse, bq, block_kv)
+        best = min(best, (seconds, bq, bk))
+    return best
+
+
+def _assign(acsr, groupings, spans, model, block_q, block_kv) -> list[tuple[int | str, tuple[int, ...]]]:
+    """Components to groupings: the cheapest subset of groupings, each further pass paying for its merge."""
+    every = range(len(acsr.components))
+    if not acsr.components:
+        return []
+    if len(groupings) == 1:
+        return [(next(iter(groupings)), tuple(every))]
+    cost = {
+        key: {n: _best_blocks([s], groupings[key], model, block_q, block_kv)[0] for n, s in known.items()}
+        for key, known in spans.items()
+    }
+    best: tuple[float, list] = (float("inf"), [])
+    keys = list(groupings)
+    for size in range(1, min(len(keys), 4) + 1):
+        for chosen in itertools.combinations(keys, size):
+            total = (size - 1) * acsr.shape[0] * model.pass_row_s
+            members: dict[int | str, list[int]] = {key: [] for key in chosen}
+            for n in every:
+                options = [(cost[key][n], k, key) for k, key in enumerate(chosen) if n in cost[key]]
+                if not options:
+                    total = float("inf")
+                    break
+                seconds, _, key = min(options)
+                total += seconds
+                members[key].append(n)
+            if total < best[0]:
+                best = (total, [(key, tuple(m)) for key, m in members.items() if m])
+    if not best[1]:  # more than four groupings are needed: one pass per component's own
+        own = {n: min((cost[key][n], str(key), key) for key in keys if n in cost[key])[2] for n in every}
+        return [(key, tuple(n for n in every if own[n] == key)) for key in dict.fromkeys(own.values())]
+    return best[1]
+
+
+def _choose_unseen(acsr: ACSR, model: CostModel, block_q, block_kv) -> tuple[PassDecision, ...]:
+    """Run-time numbers: one pass per line step, tile sizes by rule."""
+    groups: dict[int, list[int]] = {}
+    for n, component in enumerate(acsr.components):
+        if component.line_step is None:
+            raise PatternError(
+                f"component {n} has irregular residues modulo its stride {component.stride}, and cannot be combined "
+                "with run-time arrays. Make the whole pattern static (NumPy arrays, an int query_offset)."
+            )
+        step = component.line_step if component.stride > 1 else 1
+        groups.setdefault(min(step, acsr.shape[0]), []).append(n)
+    out = []
+    for step, members in groups.items():
+        tiles = align_by_step(acsr.shape[0], step, block_q or min(128, max(model.block_q)))
+        out.append(PassDecision(tuple(members), step, tiles.block_q, block_kv or min(128, max(model.block_kv))))
+    return tuple(out)

@@ -1,0 +1,79 @@
+"""Facts about devices: the one table of numbers that the cost model uses, each with its source."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+
+from splat.errors import ArgumentError
+
+
+@dataclasses.dataclass(frozen=True)
+class Target:
+    """A device.
+
+    Attributes:
+      name, kind: `kind` is "gpu" or "cpu".
+      units: streaming multiprocessors, or threads.
+      clock_hz: boost clock (0: not used).
+      matmul_flops: dtype name -> peak dense FLOP/s of the whole device.
+      exp_per_s: exponentials per second of the whole device.
+      bandwidth_bytes: main memory, bytes per second.
+      efficiency: head dim -> share of `matmul_flops` that the best Triton attention kernels reach.
+      source: where the numbers are from.
+    """
+
+    name: str
+    kind: str
+    units: int
+    clock_hz: float
+    matmul_flops: dict[str, float]
+    exp_per_s: float
+    bandwidth_bytes: float
+    efficiency: dict[int, float]
+    source: str
+
+
+def _gpu(name, units, clock, half, single, bandwidth, source, efficiency=None) -> Target:
+    flops = {"bfloat16": half, "float16": half, "float32": single, "float64": single / 2}
+    # 16 special-function results per multiprocessor and cycle: CUDA C++ programming guide, arithmetic throughput.
+    return Target(name, "gpu", units, clock, flops, 16 * units * clock, bandwidth, efficiency or {}, source)
+
+
+#: Triton forward attention on H100 reaches 403 / 395 TFLOP/s at head dim 64 / 128 of 989 (published figures).
+_HOPPER = {64: 0.41, 128: 0.40}
+
+TARGETS: dict[str, Target] = {
+    "a100": _gpu("a100", 108, 1.41e9, 312e12, 19.5e12, 2.039e12, "NVIDIA A100 80GB SXM data sheet, 2021"),
+    "h100": _gpu("h100", 132, 1.83e9, 989e12, 67e12, 3.35e12, "NVIDIA H100 SXM data sheet, 2023", _HOPPER),
+    "h200": _gpu("h200", 132, 1.83e9, 989e12, 67e12, 4.8e12, "NVIDIA H200 SXM data sheet, 2024", _HOPPER),
+    "b200": _gpu("b200", 148, 1.85e9, 2250e12, 75e12, 7.7e12, "NVIDIA DGX B200 data sheet, 2024, divided by 8"),
+}
+
+
+def _cpu() -> Target:
+    threads = os.cpu_count() or 1
+    return Target(
+        name="cpu",
+        kind="cpu",
+        units=threads,
+        clock_hz=0.0,
+        matmul_flops={"float32": 100e9 * threads, "float64": 50e9 * threads, "bfloat16": 60e9 * threads,
+                      "float16": 60e9 * threads},
+        exp_per_s=1.0e9 * threads,
+        bandwidth_bytes=13e9 * threads,
+        efficiency={},
+        source="per thread, measured by benchmarks/calibrate.py on a 2-core Emerald Rapids Xeon, November 2026",
+    )  # fmt: skip
+
+
+def find(name: str) -> Target:
+    """The target of that name ("cpu", "a100", "h100", "h200", "b200"). Raises ArgumentError for another."""
+    if name == "cpu":
+        return _cpu()
+    if name not in TARGETS:
+        raise ArgumentError(
+            f"target must be one of 'cpu', {', '.join(map(repr, TARGETS))}, but {name!r} was given. A device that is "
+            "not in the table can still run; name the closest one to see predictions."
+        )
+    return TARGETS[name]

@@ -1,0 +1,32 @@
+"""What every test relies on: JAX on the CPU unless told otherwise, hypothesis profiles, fresh random input.
+
+Settings, all environment variables:
+
+- ``SPLAT_TEST_PROFILE``: the hypothesis profile, ``ci`` (default) or ``dev`` (more examples of each property).
+- ``SPLAT_TEST_SEED``: the seed of the ``rng`` fixture, to repeat a failure; a failing test prints the one it had.
+- ``JAX_PLATFORMS``: as JAX reads it; ``cpu`` where it is not set.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")  # before anything imports jax
+
+import numpy as np
+import pytest
+from hypothesis import settings
+
+settings.register_profile("ci", max_examples=25, deadline=None, derandomize=False, print_blob=True)
+settings.register_profile("dev", max_examples=200, deadline=None, derandomize=False, print_blob=True)
+settings.load_profile(os.environ.get("SPLAT_TEST_PROFILE", "ci"))
+
+
+@pytest.fixture
+def rng() -> np.random.Generator:
+    """A random generator with a fresh seed, which pytest shows where the test fails."""
+    chosen = os.environ.get("SPLAT_TEST_SEED")
+    seed = int(chosen) if chosen else secrets.randbits(32)
+    print(f"rng: repeat with SPLAT_TEST_SEED={seed}")
+    return np.random.default_rng(seed)
