@@ -85,18 +85,21 @@ def align_by_step(num_rows: int, step: int, block_q: int) -> RowTiles:
     return RowTiles(num_rows, min(block_q, next_power_of_two(longest)), step)
 
 
-def align_by_residue(component: Component, num_rows: int, block_q: int) -> RowTiles:
-    """Groups of rows by the residue that they have in `component`: any regular pattern, through a row map."""
-    residue = np.where(component.count > 0, component.start % component.stride, component.stride)
-    order = np.argsort(residue, kind="stable").astype(np.int32)
-    sizes = np.bincount(residue, minlength=component.stride + 1)
+def align_rows_of(component: Component, num_rows: int, block_q: int) -> RowTiles:
+    """Only the rows that `component` has runs in, grouped by their residue: any regular pattern, through a row map."""
+    here = np.flatnonzero(component.count > 0)
+    residue = component.start[here] % component.stride
+    if component.stride > 1:
+        order = np.argsort(residue, kind="stable")
+        here, residue = here[order], residue[order]
+    sizes = np.bincount(residue)
     sizes = sizes[sizes > 0]
     block_q = min(block_q, next_power_of_two(int(sizes.max(initial=1))))
     tiles = -(-sizes // block_q)
     row_map = np.full((int(tiles.sum()), block_q), num_rows, np.int32)
-    slot = np.arange(num_rows) - np.repeat(np.cumsum(sizes) - sizes, sizes)
+    slot = np.arange(here.size) - np.repeat(np.cumsum(sizes) - sizes, sizes)
     slot += np.repeat((np.cumsum(tiles) - tiles) * block_q, sizes)
-    row_map.reshape(-1)[slot] = order
+    row_map.reshape(-1)[slot] = here
     return RowTiles(num_rows, block_q, 1, row_map)
 
 

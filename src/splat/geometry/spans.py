@@ -84,13 +84,20 @@ def analyze(component: Component, tiles: RowTiles) -> Spans:
 
 
 def is_aligned(component: Component, tiles: RowTiles) -> bool:
-    """Whether all rows of every tile share the component's residue, so that its tiles are dense lattices."""
-    if component.stride == 1:
-        return True
-    if tiles.row_map is None and component.line_step is not None:
-        return tiles.step % component.line_step == 0 or tiles.step >= tiles.num_rows
+    """Whether the component's tiles are dense lattices under this grouping: every tile's rows share its residue.
+
+    A row map must also name every row that the component has a run in.
+    """
+    if tiles.row_map is None and (component.stride == 1 or component.line_step is not None):
+        step = component.line_step or 1
+        return component.stride == 1 or tiles.step % step == 0 or tiles.step >= tiles.num_rows
     if not component.is_static:
         return False
+    if tiles.row_map is not None:
+        named = np.zeros(tiles.num_rows + 1, bool)
+        named[tiles.row_map.reshape(-1)] = True
+        if (component.count > 0)[~named[:-1]].any():
+            return False
     residue = component.start % component.stride
     low = tiles.arrange(np.where(component.count > 0, residue, NOWHERE)).min(axis=1)
     high = tiles.arrange(np.where(component.count > 0, residue, -1)).max(axis=1)

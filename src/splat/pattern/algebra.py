@@ -179,6 +179,11 @@ def _continue(a: Run, b: Run) -> Run | None:
         return None
     if a.stride > 1 and ((a.start - b.start) % a.stride).any():  # else line_step would no longer tell the residue
         return None
+    # A few long rows stay apart: joined, they would stretch the row tiles they share with ordinary rows.
+    sizes = np.count_nonzero(a.count > 0), np.count_nonzero(b.count > 0)
+    few, many = (a, b) if sizes[0] < sizes[1] else (b, a)
+    if 4 * min(sizes) <= max(sizes) and int(few.count.max()) > 2 * int(many.count.max()):
+        return None
     start = np.where(a.count > 0, a.start, b.start)
     count = np.maximum(a.count, 0) + np.maximum(b.count, 0)
     return Run(a.stride, start, count, a.line_step)

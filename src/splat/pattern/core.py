@@ -128,7 +128,7 @@ class Frozen:
 
 def encode_array(array: np.ndarray) -> str:
     """Text for an array inside an expression: a list while short, else a compressed string."""
-    if array.size <= 64:
+    if array.size <= 64 and all(array.shape):
         return repr(array.tolist())
     import base64
     import zlib

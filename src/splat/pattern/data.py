@@ -247,10 +247,14 @@ def from_runs(start: Any, stride: Any, count: Any, *, kv_len: int | None = None)
         raise PatternError(f"from_runs: {stride.size} strides were given for {start.shape[0]} components")
     strides = np.broadcast_to(stride, start.shape[:1]).tolist()
     limit = 2**30 if kv_len is None else kv_len
+    given: list[Run] = []
     runs: list[Run] = []
     for step, first, number in zip(strides, start.astype(np.int32), count.astype(np.int32), strict=True):
         run = Run(int(step), first, number, infer_line_step(int(step), first, number)).clip(0, limit)
-        runs = union(runs, prune([run])) if runs else prune([run])
+        given.append(run)
+        runs = union(runs, prune([run]))
+    if sum(int(r.count.sum()) for r in given) == sum(int(r.count.sum()) for r in runs):
+        runs = given  # disjoint as they are: keep them so
     starts = np.array([r.start for r in runs], np.int32).reshape(len(runs), rows)
     counts = np.array([r.count for r in runs], np.int32).reshape(len(runs), rows)
     starts = np.where(counts > 0, starts, 0)

@@ -1,0 +1,25 @@
+"""Planning: devices, costs, schedules, and the printable plan."""
+
+from splat.plan.cost import CostModel, cost_model
+from splat.plan.plan import Candidate, Plan, Problem, check_problem, make_plan, predict_ms
+from splat.plan.schedule import Pass, PassDecision, Schedule, build_schedule, schedule
+from splat.plan.target import TARGETS, Target, find
+
+__all__ = [
+    "TARGETS",
+    "Candidate",
+    "CostModel",
+    "Pass",
+    "PassDecision",
+    "Plan",
+    "Problem",
+    "Schedule",
+    "Target",
+    "build_schedule",
+    "check_problem",
+    "cost_model",
+    "find",
+    "make_plan",
+    "predict_ms",
+    "schedule",
+]

@@ -22,7 +22,8 @@ class CostModel:
       element_s: seconds per computed score.
       row_s, col_s: seconds per tile row and per tile column (loads, rescaling; what large tiles save).
       tile_s: seconds per tile (loop overhead).
-      pass_element_s: seconds per output row for writing and merging one more pass.
+      pass_row_s: seconds per output row for writing and merging one more pass.
+      parallel: how many heads run at once, where the seconds above are those of one.
     """
 
     implementation: str
@@ -34,6 +35,7 @@ class CostModel:
     col_s: float
     tile_s: float
     pass_row_s: float
+    parallel: float = 1.0
 
     def tiles_s(self, tiles: float, block_q: int, block_kv: int) -> float:
         """Seconds of `tiles` tiles."""

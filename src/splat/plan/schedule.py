@@ -15,7 +15,7 @@ import numpy as np
 
 from splat.acsr import ACSR
 from splat.errors import PatternError
-from splat.geometry import RowTiles, Spans, align_by_residue, align_by_step, analyze, is_aligned
+from splat.geometry import RowTiles, Spans, align_rows_of, align_by_step, analyze, is_aligned
 from splat.pattern.core import Array, array_namespace
 from splat.plan.cost import CostModel
 from splat.tiling import Phase, Walk, cover
@@ -28,14 +28,14 @@ BASE_BLOCK = 32
 class PassDecision:
     """One pass: its components, row grouping and tile sizes.
 
-    `step` groups rows modulo a number; None: rows are grouped by the residue that they have in component `residue_of`.
+    `step` groups all rows modulo a number; None: only the rows that component `rows_of` has runs in, by residue.
     """
 
     components: tuple[int, ...]
     step: int | None
     block_q: int
     block_kv: int
-    residue_of: int | None = None
+    rows_of: int | None = None
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -167,8 +167,8 @@ def _build_pass(acsr: ACSR, decision: PassDecision, spans: dict[int, Spans] | No
 
 def _align(acsr: ACSR, decision: PassDecision) -> RowTiles:
     if decision.step is None:
-        assert decision.residue_of is not None
-        return align_by_residue(acsr.components[decision.residue_of], acsr.shape[0], decision.block_q)
+        assert decision.rows_of is not None
+        return align_rows_of(acsr.components[decision.rows_of], acsr.shape[0], decision.block_q)
     return align_by_step(acsr.shape[0], decision.step, decision.block_q)
 
 
@@ -187,7 +187,7 @@ def schedule(
     for key, members in _assign(acsr, groupings, spans, model, block_q, block_kv):
         seconds, bq, bk = _best_blocks([spans[key][n] for n in members], groupings[key], model, block_q, block_kv)
         by_step = isinstance(key, int)
-        decision = PassDecision(members, key, bq, bk) if by_step else PassDecision(members, None, bq, bk, int(key[8:]))
+        decision = PassDecision(members, key, bq, bk) if by_step else PassDecision(members, None, bq, bk, int(key[5:]))
         factor = bq // groupings[key].block_q
         coarse = {n: spans[key][n].coarsen(factor, groupings[key]) for n in members} if by_step else None
         passes.append(_build_pass(acsr, decision, coarse))
@@ -195,14 +195,15 @@ def schedule(
 
 
 def _candidates(acsr: ACSR, base: int) -> dict[int | str, RowTiles]:
-    """The row groupings worth trying: by step, and for components without a step by residue (key "residue n")."""
+    """The row groupings worth trying: by step, and (key "rows n") the rows of a component that has no step or few rows."""
     out: dict[int | str, RowTiles] = {}
     rows = acsr.shape[0]
     for step in sorted({c.line_step for c in acsr.components if c.line_step is not None} | {1}):
         out[min(step, max(rows, 1))] = align_by_step(rows, step, base)
     for n, component in enumerate(acsr.components):
-        if component.line_step is None and component.stride > 1:
-            out[f"residue {n}"] = align_by_residue(component, rows, base)
+        sparse = component.has_empty_rows and 4 * int(np.count_nonzero(component.count > 0)) <= rows
+        if sparse or (component.line_step is None and component.stride > 1):
+            out[f"rows {n}"] = align_rows_of(component, rows, base)
     return out
 
 
@@ -241,9 +242,10 @@ def _assign(acsr, groupings, spans, model, block_q, block_kv) -> list[tuple[int 
     }
     best: tuple[float, list] = (float("inf"), [])
     keys = list(groupings)
-    for size in range(1, min(len(keys), 4) + 1):
+    for size in range(1, min(len(keys), 3) + 1):
         for chosen in itertools.combinations(keys, size):
-            total = (size - 1) * acsr.shape[0] * model.pass_row_s
+            merged = sorted(groupings[key].num_tiles * groupings[key].block_q for key in chosen)[:-1]
+            total = sum(merged) * model.pass_row_s
             members: dict[int | str, list[int]] = {key: [] for key in chosen}
             for n in every:
                 options = [(cost[key][n], k, key) for k, key in enumerate(chosen) if n in cost[key]]
@@ -255,7 +257,7 @@ def _assign(acsr, groupings, spans, model, block_q, block_kv) -> list[tuple[int 
                 members[key].append(n)
             if total < best[0]:
                 best = (total, [(key, tuple(m)) for key, m in members.items() if m])
-    if not best[1]:  # more than four groupings are needed: one pass per component's own
+    if not best[1]:  # more than three groupings are needed: one pass per component's own
         own = {n: min((cost[key][n], str(key), key) for key in keys if n in cost[key])[2] for n in every}
         return [(key, tuple(n for n in every if own[n] == key)) for key in dict.fromkeys(own.values())]
     return best[1]

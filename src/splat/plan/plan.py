@@ -1,0 +1,288 @@
+"""The plan: everything decided about one pattern at one size, to run it and to look at.
+
+Forward, dQ: `plan.forward`, row tiles over query positions. dK and dV: `plan.backward`, the same construction on the
+transposed matrix, so that its row tiles run over key positions and its walks over query positions; no atomics.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from functools import cached_property, lru_cache
+from typing import Any
+
+import numpy as np
+
+from splat.acsr import ACSR, build, build_transposed
+from splat.errors import ArgumentError, PatternError
+from splat.pattern import Pattern, PerHead, parse
+from splat.pattern.core import MAX_LENGTH, check_int, is_runtime_array
+from splat.plan.cost import CostModel, cost_model
+from splat.plan.schedule import PassDecision, Schedule, build_schedule, schedule
+from splat.plan.target import Target, find
+from splat.tiling import Phase
+
+FORMAT = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Candidate:
+    """An implementation considered: its predicted time, or why it cannot serve."""
+
+    implementation: str
+    predicted_ms: float | None
+    refusal: str | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Problem:
+    """What is to be computed. Everything static about a call of attention."""
+
+    pattern: Pattern
+    q_len: int
+    kv_len: int
+    head_dim: int = 64
+    num_q_heads: int = 1
+    num_kv_heads: int = 1
+    batch: int = 1
+    dtype: str = "float32"
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Plan:
+    """Passes, tile sizes and order for a problem, an implementation and a target; see `splat.plan`."""
+
+    problem: Problem
+    query_offset: Any
+    implementation: str
+    target: str
+    forward: Schedule
+    candidates: tuple[Candidate, ...] = ()
+    blocks: tuple[int | None, int | None] = (None, None)
+
+    @property
+    def is_static(self) -> bool:
+        return self.forward.is_static
+
+    @property
+    def acsr(self) -> ACSR:
+        return self.forward.acsr
+
+    @cached_property
+    def backward(self) -> Schedule:
+        """The schedule of dK and dV (rows are key positions); made on first use."""
+        p = self.problem
+        acsr = build_transposed(p.pattern, p.q_len, p.kv_len, self.query_offset)
+        return schedule(acsr, self._model, block_q=self.blocks[0], block_kv=self.blocks[1])
+
+    @property
+    def _model(self) -> CostModel:
+        return cost_model(self.implementation, find(self.target), self.problem.head_dim, self.problem.dtype)
+
+    # -- numbers ---------------------------------------------------------------------------------------------------
+
+    @property
+    def nnz(self) -> int:
+        return self.acsr.nnz
+
+    @property
+    def density(self) -> float:
+        return self.acsr.density
+
+    @cached_property
+    def empty_rows(self) -> int:
+        return int(np.count_nonzero(self.acsr.row_nnz == 0))
+
+    @property
+    def waste(self) -> float:
+        """Scores computed in the forward pass / non-zeros."""
+        return self.forward.waste
+
+    @property
+    def flops(self) -> int:
+        """Floating-point operations of the forward over non-zeros only: 4 * nnz * head_dim per head."""
+        p = self.problem
+        return 4 * self.nnz * p.head_dim * p.num_q_heads * p.batch
+
+    @property
+    def bytes(self) -> int:
+        """Bytes that must move in the forward at least: q, k, v read, output and float32 log-sum-exp written."""
+        p = self.problem
+        size = {"float64": 8, "float32": 4}.get(p.dtype, 2)
+        q_rows, kv_rows = p.batch * p.q_len * p.num_q_heads, p.batch * p.kv_len * p.num_kv_heads
+        return size * p.head_dim * 2 * (q_rows + kv_rows) + 4 * q_rows
+
+    @property
+    def predicted_ms(self) -> float | None:
+        """The cost model's forward time on the target; None where it has no numbers."""
+        return predict_ms(self.forward, self._model, self.problem)
+
+    # -- text ------------------------------------------------------------------------------------------------------
+
+    def to_json(self) -> str:
+        """The plan as JSON: the problem, the decisions and a digest of the tables they lead to."""
+        if not self.is_static or not self.problem.pattern.is_static:
+            raise PatternError("a plan with run-time arrays cannot be written as JSON: its numbers are not known yet")
+        problem = dataclasses.asdict(dataclasses.replace(self.problem, pattern=None))  # type: ignore[arg-type]
+        problem["pattern"] = repr(self.problem.pattern)
+        return json.dumps(
+            {
+                "format": FORMAT,
+                "problem": problem,
+                "query_offset": int(self.query_offset),
+                "implementation": self.implementation,
+                "target": self.target,
+                "blocks": self.blocks,
+                "candidates": [dataclasses.asdict(c) for c in self.candidates],
+                "passes": [dataclasses.asdict(d) for d in self.forward.decisions],
+                "digest": self.digest,
+            },
+            indent=1,
+        )
+
+    @staticmethod
+    def from_json(text: str) -> Plan:
+        """The plan that `to_json` wrote. Raises PatternError where it is not one, or no longer leads to the same tables."""
+        try:
+            data = json.loads(text)
+            if data["format"] != FORMAT:
+                raise PatternError(f"this plan has format {data['format']}, but format {FORMAT} is read. Plan again.")
+            problem = Problem(**{**data["problem"], "pattern": parse(data["problem"]["pattern"])})
+            decisions = tuple(
+                PassDecision(**{**d, "components": tuple(d["components"])}) for d in data["passes"]
+            )
+            candidates = tuple(Candidate(**c) for c in data["candidates"])
+            offset, blocks, digest = data["query_offset"], tuple(data["blocks"]), data["digest"]
+            acsr = build(problem.pattern, problem.q_len, problem.kv_len, offset)
+            forward = build_schedule(acsr, decisions)
+            plan = Plan(problem, offset, data["implementation"], data["target"], forward, candidates, blocks)
+        except (KeyError, TypeError, IndexError, json.JSONDecodeError) as error:
+            raise PatternError(f"this is not the JSON of a plan: {error!r}") from None
+        if plan.digest != digest:
+            raise PatternError("this plan leads to other tables than when it was written (another version?). Plan again.")
+        return plan
+
+    @cached_property
+    def digest(self) -> str:
+        """A hash of every number that generators read."""
+        state = hashlib.sha256()
+        for component in self.acsr.components:
+            for bound in component.bounds:
+                state.update(np.ascontiguousarray(bound))
+        for one in self.forward.passes:
+            state.update(repr(one.decision).encode())
+            state.update(np.ascontiguousarray(one.order))
+            for walk in one.walks:
+                state.update(repr((walk.component, walk.head_tests, walk.tail_tests)).encode())
+                for table in (walk.begin, walk.num_head, walk.num_full, walk.num_tail, walk.residue):
+                    state.update(np.ascontiguousarray(table))
+        return state.hexdigest()[:16]
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Plan) or (self.problem, self.implementation, self.target) != (
+            other.problem,
+            other.implementation,
+            other.target,
+        ):
+            return False
+        if not (self.is_static and other.is_static):
+            return self is other
+        return self.candidates == other.candidates and self.digest == other.digest
+
+    def __hash__(self) -> int:
+        return hash((self.problem, self.implementation, self.target))
+
+    def __str__(self) -> str:
+        p = self.problem
+        lines = [
+            f"plan of {_shorten(repr(p.pattern))}",
+            f"  q_len {p.q_len}, kv_len {p.kv_len}, batch {p.batch}, heads {p.num_q_heads}/{p.num_kv_heads}, "
+            f"head dim {p.head_dim}, {p.dtype}, on {self.target}",
+        ]
+        if not self.is_static:
+            lines.append("  run-time pattern: its numbers are known when it runs; no re-planning, no recompilation")
+        else:
+            lines.append(
+                f"  {self.nnz:,} non-zeros, density {self.density:.4%}, {self.empty_rows} empty rows, "
+                f"{len(self.acsr.components)} components, {_si(self.acsr.metadata_bytes)}B of metadata"
+            )
+        lines += [f"  pass {n}: {one}" for n, one in enumerate(self.forward.passes)]
+        if self.is_static:
+            tiles = sum(one.num_tiles for one in self.forward.passes)
+            full = sum(one.count(Phase.FULL) for one in self.forward.passes)
+            lines.append(
+                f"  {tiles:,} tiles ({full:,} full, {tiles - full:,} partial), waste {self.waste:.3f}, "
+                f"{_si(self.flops)}FLOP over non-zeros, {_si(self.bytes)}B at least"
+            )
+        for c in self.candidates:
+            mark = "*" if c.implementation == self.implementation else " "
+            time = "no prediction" if c.predicted_ms is None else f"{c.predicted_ms:.3g} ms predicted"
+            lines.append(f"  {mark} {c.implementation}: {time}" + (f"; cannot serve: {c.refusal}" if c.refusal else ""))
+        return "\n".join(lines)
+
+
+def _shorten(text: str, width: int = 200) -> str:
+    return text if len(text) <= width else text[: width - 3] + "..."
+
+
+def _si(value: float) -> str:
+    for unit in ("", "k", "M", "G", "T"):
+        if value < 1000:
+            return f"{value:.3g} {unit}"
+        value /= 1000
+    return f"{value:.3g} P"
+
+
+def predict_ms(schedule: Schedule, model: CostModel, problem: Problem) -> float | None:
+    """Forward milliseconds that the model gives a schedule; None for run-time patterns."""
+    if not schedule.is_static:
+        return None
+    seconds = sum(model.tiles_s(p.num_tiles, p.decision.block_q, p.decision.block_kv) for p in schedule.passes)
+    seconds += max(len(schedule.passes) - 1, 0) * problem.q_len * model.pass_row_s
+    return 1e3 * seconds * problem.num_q_heads * problem.batch / model.parallel
+
+
+def check_problem(problem: Problem) -> None:
+    """Raises ArgumentError or PatternError where the problem cannot be planned."""
+    if not isinstance(problem.pattern, Pattern):
+        raise ArgumentError(
+            f"pattern must be a splat pattern such as causal() & window(512), but {type(problem.pattern).__name__} was "
+            "given. Use splat.from_mask for a boolean mask, splat.parse for text."
+        )
+    if isinstance(problem.pattern, PerHead):
+        raise ArgumentError("a plan is for one pattern: plan each of per_head([...]).patterns, or call splat.attention")
+    for name in ("q_len", "kv_len", "head_dim", "num_q_heads", "num_kv_heads", "batch"):
+        check_int("plan", name, getattr(problem, name), 0 if name in ("q_len", "batch") else 1, MAX_LENGTH)
+
+
+def make_plan(
+    problem: Problem,
+    *,
+    implementation: str,
+    target: str = "cpu",
+    query_offset: Any = 0,
+    block_q: int | None = None,
+    block_kv: int | None = None,
+    candidates: tuple[Candidate, ...] = (),
+) -> Plan:
+    """The plan of a problem for one implementation; static ones are remembered."""
+    if problem.pattern.is_static and not is_runtime_array(query_offset):
+        return _remembered(problem, implementation, target, int(query_offset), block_q, block_kv, candidates)
+    return _make(problem, implementation, target, query_offset, block_q, block_kv, candidates)
+
+
+def _make(problem, implementation, target, query_offset, block_q, block_kv, candidates) -> Plan:
+    check_problem(problem)
+    for name, block in (("block_q", block_q), ("block_kv", block_kv)):
+        if block is not None:
+            check_int("plan", name, block, 1, 1 << 16)
+    model = cost_model(implementation, find(target), problem.head_dim, problem.dtype)
+    acsr = build(problem.pattern, problem.q_len, problem.kv_len, query_offset)
+    forward = schedule(acsr, model, block_q=block_q, block_kv=block_kv)
+    return Plan(problem, query_offset, implementation, target, forward, candidates, (block_q, block_kv))
+
+
+_remembered = lru_cache(maxsize=128)(_make)
+
+__all__ = ["Candidate", "Plan", "Problem", "Target", "check_problem", "make_plan", "predict_ms"]
