@@ -1,0 +1,48 @@
+"""The contract of an implementation, and the request that it may refuse."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, Protocol
+
+from splat.plan import Plan
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """What an implementation must be able to serve: static facts of a call.
+
+    Attributes:
+      platform: where arrays live or the target's kind: "cpu", "gpu", "tpu".
+      dtype, head_dim: of query, key and value.
+    """
+
+    platform: str
+    dtype: str
+    head_dim: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """Static arguments of one attention call."""
+
+    scale: float
+    logits_soft_cap: float | None = None
+
+
+class Implementation(Protocol):
+    """One code generator. Implementations are stateless; importing one must not touch a device."""
+
+    name: str
+
+    def refusal(self, request: Request) -> str | None:
+        """Why this implementation cannot serve the request, as one sentence with the remedy; None if it can."""
+        ...
+
+    def attention(self, plan: Plan, options: Options, query: Any, key: Any, value: Any, kv_lengths: Any) -> Any:
+        """(output in the query's dtype [B, T, N, H], log-sum-exp float32 or float64 [B, T, N]); differentiable."""
+        ...
+
+    def emit(self, plan: Plan, options: Options) -> str:
+        """The generated program's text for the plan's forward."""
+        ...

@@ -1,0 +1,289 @@
+"""Attention as a portable XLA program that follows the plan.
+
+One loop runs over steps of row tiles; inside, one loop per walk runs over its tiles, `group` row tiles at once, so that
+the matrix products are large. Nothing of size q_len x kv_len is formed; memory is inputs, outputs and one step's tiles.
+
+Axis letters: B batch, K key/value heads, G query heads per key head, H head dim (JAX's), and inside a step
+R row tiles of the step, Q rows of a tile, X lattice columns of a tile. In dK and dV the rows are key positions and the
+lattice runs over query positions: the same loops on the transposed schedule.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from splat.codegen.base import Options
+from splat.codegen.xla.tables import PassSpec, Tables, WalkSpec
+
+Array = Any
+
+
+class Limit(NamedTuple):
+    """Run-time key lengths: int32 [B]; `side` says whether keys are the lattice's "cols" or the "rows"."""
+
+    lengths: Array
+    side: str
+
+
+class Tile(NamedTuple):
+    """What a body sees: the lattice slices, in the order given, and which pairs the tile keeps."""
+
+    slices: list[Array]  # each [R, B, K, (G,) X, width]
+    keep: Array  # bool [R, B or 1, 1, 1, Q, X]
+
+
+def vary_like(value: Array, *others: Array) -> Array:
+    """`value` marked as varying over the mesh axes that `others` vary over (inside shard_map; else unchanged)."""
+    axes = frozenset().union(*(getattr(jax.typeof(x), "vma", frozenset()) for x in others))
+    missing = tuple(axes - getattr(jax.typeof(value), "vma", frozenset()))
+    return lax.pcast(value, missing, to="varying") if missing else value
+
+
+def run_pass(
+    spec: PassSpec,
+    tables: Tables,
+    rows: Sequence[Array],
+    lattices: Sequence[Array],
+    limit: Limit | None,
+    body: PassBody,
+) -> list[Array]:
+    """Runs one pass.
+
+    Args:
+      rows: arrays [B, K, (G,) num_rows, width], read by row tile.
+      lattices: arrays [B, K, (G,) num_cols, width], read by lattice tile.
+      body: what to do with a tile.
+
+    Returns:
+      `body.finish`'s results by row, [B, K, (G,) num_rows, width]; `body.fills` in rows that no tile holds.
+    """
+    row_tiles = [_by_tile(x, spec, tables["rows"]) for x in rows]
+    sources = {_kind(w): [_lattice(x, spec, w) for x in lattices] for w in {_kind(w): w for w in spec.walks}.values()}
+    table = {name: tables[name] for name in ("begin", "total", "residue", "bounds")}
+    positions = tables["rows"].reshape(spec.steps, spec.group, spec.block_q)
+
+    def step(args: Any) -> list[Array]:
+        tiles, table, position = args
+        carry = body.init(tiles)
+        for n, walk in enumerate(spec.walks):
+            begin, total, residue = (table[name][n] for name in ("begin", "total", "residue"))
+
+            def visit(t: Array, carry: Any, walk=walk, begin=begin, total=total, residue=residue) -> Any:
+                active = t < total
+                # An inactive tile reads the zeros behind the lattice, never another position's values.
+                x = jnp.where(active, begin + t * spec.block_kv, spec.lattice_len(walk))
+                keep = _keep(spec, walk, table["bounds"], x, active)
+                slices = [_slice(source, walk, residue, x, spec.block_kv) for source in sources[_kind(walk)]]
+                if walk.tests:  # what no row of the tile attends to may hold anything, NaN included
+                    slices = [_where_seen(keep, array) for array in slices]
+                keep = keep[:, None, None, None]
+                if limit is not None:
+                    keep = keep & _within(limit, spec, walk, residue, x, position)
+                return body.visit(carry, tiles, Tile(slices, keep))
+
+            carry = lax.fori_loop(0, jnp.max(total), visit, carry)
+        return body.finish(carry)
+
+    results = lax.map(step, (row_tiles, table, positions))
+    return [
+        _by_row(x, spec, tables["inverse"], fill) for x, fill in zip(results, body.fills, strict=True)
+    ]
+
+
+def _kind(walk: WalkSpec) -> tuple[int, int | None]:
+    return walk.stride, walk.residue
+
+
+def _by_tile(values: Array, spec: PassSpec, rows: Array) -> Array:
+    """[..., num_rows, width] -> [steps, R, ..., Q, width]; zeros in padded rows."""
+    taken = jnp.take(values, rows, axis=-2, mode="fill", fill_value=0)
+    split = taken.reshape(*values.shape[:-2], spec.steps, spec.group, spec.block_q, values.shape[-1])
+    return jnp.moveaxis(split, (-4, -3), (0, 1))
+
+
+def _by_row(tiles: Array, spec: PassSpec, inverse: Array, fill: float) -> Array:
+    """[steps, R, ..., Q, width] -> [..., num_rows, width]."""
+    joined = jnp.moveaxis(tiles, (0, 1), (-4, -3))
+    joined = joined.reshape(*joined.shape[:-4], -1, joined.shape[-1])
+    return jnp.take(joined, inverse, axis=-2, mode="fill", fill_value=fill)
+
+
+def _lattice(values: Array, spec: PassSpec, walk: WalkSpec) -> Array:
+    """[..., num_cols, width] -> [residues, ..., lattice + block_kv zeros, width]; one residue where it is known."""
+    length, stride = spec.lattice_len(walk), walk.stride
+    widths = [(0, 0)] * values.ndim
+    if walk.residue is not None:
+        values = lax.slice_in_dim(values, walk.residue, None, stride, axis=-2)
+        widths[-2] = (0, spec.block_kv)
+        return jnp.pad(values, widths)[None]
+    widths[-2] = (0, (length + spec.block_kv) * stride - spec.num_cols)
+    values = jnp.pad(values, widths)
+    values = values.reshape(*values.shape[:-2], length + spec.block_kv, stride, values.shape[-1])
+    return jnp.moveaxis(values, -2, 0)
+
+
+def _slice(source: Array, walk: WalkSpec, residue: Array, x: Array, size: int) -> Array:
+    """The lattice tiles at residue [R] and x [R]: [R, ..., X, width]."""
+    sizes = (1, *source.shape[1:-2], size, source.shape[-1])
+
+    def one(residue: Array, x: Array) -> Array:
+        zero = jnp.zeros_like(x)
+        first = zero if walk.residue is not None else residue
+        return lax.dynamic_slice(source, (first, *(zero,) * (source.ndim - 3), x, zero), sizes)[0]
+
+    if x.shape[0] == 1:
+        return one(residue[0], x[0])[None]
+    return jax.vmap(one)(residue, x)
+
+
+def _keep(spec: PassSpec, walk: WalkSpec, bounds: dict[str, Any], x: Array, active: Array) -> Array:
+    """bool [R, Q, X]: the pairs that the pattern has. Tests of a walk are alternatives."""
+    if not walk.tests:
+        return jnp.broadcast_to(active[:, None, None], (spec.group, spec.block_q, spec.block_kv))
+    at = (x[:, None] + jnp.arange(spec.block_kv, dtype=x.dtype))[:, None, :]
+    keep = None
+    for test in walk.tests:
+        lower, upper = bounds[str(test.component)]
+        one = None
+        if test.lower:
+            one = at >= lower[..., None]
+        if test.upper:
+            below = at < upper[..., None]
+            one = below if one is None else one & below
+        keep = one if keep is None else keep | one
+    return keep & active[:, None, None]
+
+
+def _where_seen(keep: Array, values: Array) -> Array:
+    """Lattice columns that some row of the tile keeps; zeros elsewhere."""
+    seen = keep.any(axis=1)
+    shape = (seen.shape[0], *(1,) * (values.ndim - 3), seen.shape[1], 1)
+    return jnp.where(seen.reshape(shape), values, jnp.zeros((), values.dtype))
+
+
+def _within(limit: Limit, spec: PassSpec, walk: WalkSpec, residue: Array, x: Array, position: Array) -> Array:
+    """bool [R, B, 1, 1, 1, X] or [R, B, 1, 1, Q, 1]: keys before the lengths."""
+    lengths = limit.lengths[None, :, None]
+    if limit.side == "rows":
+        return (position[:, None, :] < lengths)[:, :, None, None, :, None]
+    first = residue if walk.residue is None else jnp.full_like(residue, walk.residue)
+    col = first[:, None] + walk.stride * (x[:, None] + jnp.arange(spec.block_kv, dtype=x.dtype))
+    return (col[:, None, :] < lengths)[:, :, None, None, None, :]
+
+
+# -- bodies ------------------------------------------------------------------------------------------------------------
+
+
+class PassBody(NamedTuple):
+    """What a pass computes: `init(row tiles)`, `visit(carry, row tiles, tile)`, `finish(carry)`, and absent rows' values."""
+
+    init: Callable[[Any], Any]
+    visit: Callable[[Any, Any, Tile], Any]
+    finish: Callable[[Any], list[Array]]
+    fills: tuple[float, ...]
+
+
+def _accumulator(dtype: Any) -> Any:
+    return jnp.float64 if dtype == jnp.float64 else jnp.float32
+
+
+def _scores(options: Options, rows: Array, lattice: Array, spec: str) -> tuple[Array, Array | None]:
+    """(scores, d score / d uncapped score) of a tile, before masking."""
+    scores = jnp.einsum(spec, rows, lattice, preferred_element_type=_accumulator(rows.dtype)) * options.scale
+    if options.logits_soft_cap is None:
+        return scores, None
+    capped = jnp.tanh(scores / options.logits_soft_cap)
+    return options.logits_soft_cap * capped, 1 - capped * capped
+
+
+def forward_body(options: Options) -> PassBody:
+    """Online softmax (Milakov & Gimelshein, arXiv 1805.02867): rows (q,), lattices (k, v) -> output, log-sum-exp."""
+
+    def init(tiles):
+        (q,) = tiles
+        dtype = _accumulator(q.dtype)
+        floor = jnp.full(q.shape[:-1], jnp.finfo(dtype).min / 2, dtype)  # finite: exp(-inf - floor) is 0, not NaN
+        return tuple(vary_like(x, q) for x in (floor, jnp.zeros_like(floor), jnp.zeros(q.shape, dtype)))
+
+    def visit(carry, tiles, tile):
+        (q,), (k, v), (top, total, acc) = tiles, tile.slices, carry
+        scores, _ = _scores(options, q, k, "rbkgqh,rbkxh->rbkgqx")
+        scores = jnp.where(tile.keep, scores, -jnp.inf)
+        new_top = jnp.maximum(top, scores.max(axis=-1))
+        p = jnp.exp(scores - new_top[..., None])
+        decay = jnp.exp(top - new_top)
+        add = jnp.einsum("rbkgqx,rbkxh->rbkgqh", p.astype(v.dtype), v, preferred_element_type=acc.dtype)
+        return new_top, total * decay + p.sum(axis=-1), acc * decay[..., None] + add
+
+    def finish(carry):
+        top, total, acc = carry
+        safe = jnp.where(total == 0, 1, total)
+        lse = jnp.where(total == 0, -jnp.inf, top + jnp.log(safe))
+        return [acc / safe[..., None], lse[..., None]]
+
+    return PassBody(init, visit, finish, (0.0, float("-inf")))
+
+
+def d_query_body(options: Options) -> PassBody:
+    """Rows (q, d_out, lse, delta), lattices (k, v) -> dQ. `delta` is rowsum(d_out * out) - d_lse."""
+
+    def init(tiles):
+        q = tiles[0]
+        return vary_like(jnp.zeros(q.shape, _accumulator(q.dtype)), q)
+
+    def visit(carry, tiles, tile):
+        (q, d_out, lse, delta), (k, v) = tiles, tile.slices
+        scores, slope = _scores(options, q, k, "rbkgqh,rbkxh->rbkgqx")
+        p = jnp.where(tile.keep, jnp.exp(scores - lse), 0)
+        d_p = jnp.einsum("rbkgqh,rbkxh->rbkgqx", d_out, v, preferred_element_type=carry.dtype)
+        d_s = _d_scores(p, d_p - delta, slope, tile.keep)
+        return carry + jnp.einsum("rbkgqx,rbkxh->rbkgqh", d_s.astype(k.dtype), k, preferred_element_type=carry.dtype)
+
+    return PassBody(init, visit, lambda carry: [carry * options.scale], (0.0,))
+
+
+def d_key_value_body(options: Options) -> PassBody:
+    """Rows (k, v), lattices (q, d_out, lse, delta) -> dK, dV, on the transposed schedule."""
+
+    def init(tiles):
+        k, v = tiles
+        return tuple(vary_like(jnp.zeros(x.shape, _accumulator(x.dtype)), x) for x in (k, v))
+
+    def visit(carry, tiles, tile):
+        (k, v), (q, d_out, lse, delta), (d_k, d_v) = tiles, tile.slices, carry
+        scores, slope = _scores(options, k, q, "rbkqh,rbkgxh->rbkgqx")
+        lse, delta = jnp.swapaxes(lse, -1, -2), jnp.swapaxes(delta, -1, -2)
+        p = jnp.where(tile.keep, jnp.exp(scores - lse), 0)
+        d_p = jnp.einsum("rbkqh,rbkgxh->rbkgqx", v, d_out, preferred_element_type=d_v.dtype)
+        d_s = _d_scores(p, d_p - delta, slope, tile.keep)
+        to_keys = "rbkgqx,rbkgxh->rbkqh"
+        d_v = d_v + jnp.einsum(to_keys, p.astype(d_out.dtype), d_out, preferred_element_type=d_v.dtype)
+        d_k = d_k + jnp.einsum(to_keys, d_s.astype(q.dtype), q, preferred_element_type=d_k.dtype)
+        return d_k, d_v
+
+    return PassBody(init, visit, lambda carry: [carry[0] * options.scale, carry[1]], (0.0, 0.0))
+
+
+def _d_scores(p: Array, d_p: Array, slope: Array | None, keep: Array) -> Array:
+    d_s = p * d_p if slope is None else p * d_p * slope
+    return jnp.where(keep, d_s, 0)
+
+
+def merge(parts: Sequence[tuple[Array, Array]]) -> tuple[Array, Array]:
+    """Partial attentions over disjoint pairs to the whole, exactly: [(output, log-sum-exp [..., 1])]."""
+    if len(parts) == 1:
+        return parts[0]
+    top = parts[0][1]
+    for _, lse in parts[1:]:
+        top = jnp.maximum(top, lse)
+    safe_top = jnp.where(jnp.isfinite(top), top, 0)
+    weights = [jnp.exp(lse - safe_top) for _, lse in parts]
+    total = sum(weights)
+    safe = jnp.where(total == 0, 1, total)
+    out = sum(weight * part for weight, (part, _) in zip(weights, parts, strict=True)) / safe
+    return out, jnp.where(total == 0, -jnp.inf, safe_top + jnp.log(safe))
