@@ -24,7 +24,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("acsr",),
     ("geometry",),
     ("tiling",),
-    ("plan",),
+    ("planning",),
     ("codegen",),
     ("ops",),
     ("nn", "torch"),
@@ -36,7 +36,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
 )
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
 
-FRONT_END_THIRD_PARTY = {"numpy"}  # allowed up to and including `plan`
+FRONT_END_THIRD_PARTY = {"numpy"}  # allowed up to and including `planning`
 LAZY = {"torch", "triton"}  # imported at import time in these folders only
 LAZY_EXEMPT = ("torch/", "codegen/triton/")
 FREE_NAMES = {"__version__"}  # of splat itself, allowed everywhere
@@ -100,8 +100,8 @@ def violations(source: str, path: str) -> list[str]:
             if target != own and RANK[target] >= RANK[own]:
                 found.append(f"{where}: {own} imports {module}, but {target} is not an earlier layer")
         else:
-            if RANK[own] <= RANK["plan"] and top not in FRONT_END_THIRD_PARTY | sys.stdlib_module_names:
-                found.append(f"{where}: {own} imports {module}; up to plan only NumPy and the standard library serve")
+            if RANK[own] <= RANK["planning"] and top not in FRONT_END_THIRD_PARTY | sys.stdlib_module_names:
+                found.append(f"{where}: {own} imports {module}; up to planning only NumPy and the standard library serve")
             if eager and top in LAZY and not path.startswith(LAZY_EXEMPT):
                 found.append(f"{where}: {module} is optional; import it inside the function that needs it")
             if own == "torch" and top in {"jax", "jaxlib"}:
@@ -124,8 +124,8 @@ def test_sources_keep_the_layers() -> None:
     ("path", "source", "complaint"),
     [
         ("errors.py", "from splat.config import x", "config is not an earlier layer"),
-        ("pattern/core.py", "import splat.plan.target", "plan is not an earlier layer"),
-        ("pattern/core.py", "from ..plan import target", "pattern imports splat.plan.target"),
+        ("pattern/core.py", "import splat.planning.target", "planning is not an earlier layer"),
+        ("pattern/core.py", "from ..planning import target", "pattern imports splat.planning.target"),
         ("pattern/core.py", "from .. import acsr", "acsr is not an earlier layer"),
         ("acsr/build.py", "def f():\n    from splat.geometry import spans", "build.py:2: acsr imports"),
         ("acsr/build.py", "def f():\n    importlib.import_module('splat.ops')", "ops is not an earlier layer"),
@@ -133,8 +133,8 @@ def test_sources_keep_the_layers() -> None:
         ("ops/attention.py", "import splat", "splat is not an earlier layer"),
         ("ops/attention.py", "from splat import causal", "splat is not an earlier layer"),
         ("nn/attention.py", "import splat.torch", "torch is not an earlier layer"),
-        ("plan/cost.py", "def f():\n    import jax.numpy as jnp", "plan imports jax.numpy; up to plan"),
-        ("pattern/core.py", "if TYPE_CHECKING:\n    from jax import Array", "pattern imports jax.Array; up to plan"),
+        ("planning/cost.py", "def f():\n    import jax.numpy as jnp", "planning imports jax.numpy; up to planning"),
+        ("pattern/core.py", "if TYPE_CHECKING:\n    from jax import Array", "pattern imports jax.Array; up to planning"),
         ("codegen/base.py", "import torch", "torch is optional"),
         ("codegen/base.py", "try:\n    import triton.language as tl\nexcept ImportError:\n    pass", "is optional"),
         ("codegen/xla/emit.py", "class A:\n    import torch", "torch is optional"),
@@ -153,7 +153,7 @@ def test_checker_finds(path: str, source: str, complaint: str) -> None:
     [
         ("pattern/core.py", "from __future__ import annotations\nimport math, numpy as np\nfrom splat import errors"),
         ("pattern/core.py", "from .algebra import intersect\nfrom . import library\nfrom ..errors import SplatError"),
-        ("plan/plan.py", "from splat.tiling import cover\nfrom splat.pattern.core import Pattern"),
+        ("planning/plan.py", "from splat.tiling import cover\nfrom splat.pattern.core import Pattern"),
         ("codegen/base.py", "import jax\nfrom splat import __version__\ndef f():\n    import torch"),
         ("codegen/base.py", "if TYPE_CHECKING:\n    import torch"),
         ("codegen/triton/kernels.py", "import triton\nimport triton.language as tl"),

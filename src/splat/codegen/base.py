@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any, Protocol
 
-from splat.plan import Plan
+from splat.planning import Plan
 
 
 @dataclasses.dataclass(frozen=True)

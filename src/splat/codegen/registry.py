@@ -12,6 +12,8 @@ _MODULES: dict[str, str | None] = {"triton": None, "cpp": None, "xla": "splat.co
 
 NAMES = tuple(_MODULES)
 
+MISSING = "not part of this version of splat-attention"
+
 
 def load(name: str) -> Implementation:
     """The implementation of that name. Raises ArgumentError for an unknown one, UnsupportedError where it is missing."""
@@ -23,8 +25,7 @@ def load(name: str) -> Implementation:
     module = _MODULES[name]
     if module is None:
         raise UnsupportedError(
-            f"implementation={name!r} is not part of this version of splat-attention. Use implementation='xla', which "
-            "serves everywhere, or None."
+            f"implementation={name!r} is {MISSING}. Use implementation='xla', which serves everywhere, or None."
         )
     return importlib.import_module(module).IMPLEMENTATION
 
@@ -32,10 +33,10 @@ def load(name: str) -> Implementation:
 def refusals(request: Request) -> dict[str, str | None]:
     """For every implementation, why it cannot serve the request; None where it can."""
     out: dict[str, str | None] = {}
-    for name in NAMES:
+    for name, module in _MODULES.items():
         try:
-            out[name] = load(name).refusal(request)
-        except (UnsupportedError, ImportError) as error:
+            out[name] = MISSING if module is None else load(name).refusal(request)
+        except ImportError as error:
             out[name] = str(error)
     return out
 

@@ -9,7 +9,7 @@ import numpy as np
 
 from splat.acsr import NOWHERE
 from splat.pattern.core import Array, array_namespace, ceil_div
-from splat.plan import Pass, Schedule
+from splat.planning import Pass, Schedule
 from splat.tiling import Test
 
 

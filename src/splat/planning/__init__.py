@@ -1,9 +1,9 @@
 """Planning: devices, costs, schedules, and the printable plan."""
 
-from splat.plan.cost import CostModel, cost_model
-from splat.plan.plan import Candidate, Plan, Problem, check_problem, make_plan, predict_ms
-from splat.plan.schedule import Pass, PassDecision, Schedule, build_schedule, schedule
-from splat.plan.target import TARGETS, Target, find
+from splat.planning.cost import CostModel, cost_model
+from splat.planning.plan import Candidate, Plan, Problem, check_problem, make_plan, predict_ms
+from splat.planning.schedule import Pass, PassDecision, Schedule, build_schedule, schedule
+from splat.planning.target import TARGETS, Target, find
 
 __all__ = [
     "TARGETS",

@@ -18,9 +18,9 @@ from splat.acsr import ACSR, build, build_transposed
 from splat.errors import ArgumentError, PatternError
 from splat.pattern import Pattern, PerHead, parse
 from splat.pattern.core import MAX_LENGTH, check_int, is_runtime_array
-from splat.plan.cost import CostModel, cost_model
-from splat.plan.schedule import PassDecision, Schedule, build_schedule, schedule
-from splat.plan.target import Target, find
+from splat.planning.cost import CostModel, cost_model
+from splat.planning.schedule import PassDecision, Schedule, build_schedule, schedule
+from splat.planning.target import Target, find
 from splat.tiling import Phase
 
 FORMAT = 1
@@ -235,8 +235,8 @@ def _si(value: float) -> str:
 
 
 def predict_ms(schedule: Schedule, model: CostModel, problem: Problem) -> float | None:
-    """Forward milliseconds that the model gives a schedule; None for run-time patterns."""
-    if not schedule.is_static:
+    """Forward milliseconds that the model gives a schedule; None for run-time patterns and models that only rank."""
+    if not (schedule.is_static and model.predicts):
         return None
     seconds = sum(model.tiles_s(p.num_tiles, p.decision.block_q, p.decision.block_kv) for p in schedule.passes)
     seconds += max(len(schedule.passes) - 1, 0) * problem.q_len * model.pass_row_s

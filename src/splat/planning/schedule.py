@@ -17,7 +17,7 @@ from splat.acsr import ACSR
 from splat.errors import PatternError
 from splat.geometry import RowTiles, Spans, align_rows_of, align_by_step, analyze, is_aligned
 from splat.pattern.core import Array, array_namespace
-from splat.plan.cost import CostModel
+from splat.planning.cost import CostModel
 from splat.tiling import Phase, Walk, cover
 
 #: Spans are first taken at this many rows a tile; larger tiles are merged from them, which costs next to nothing.

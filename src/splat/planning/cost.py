@@ -10,7 +10,7 @@ import dataclasses
 import numpy as np
 
 from splat.geometry import Spans
-from splat.plan.target import Target
+from splat.planning.target import Target
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,6 +24,7 @@ class CostModel:
       tile_s: seconds per tile (loop overhead).
       pass_row_s: seconds per output row for writing and merging one more pass.
       parallel: how many heads run at once, where the seconds above are those of one.
+      predicts: whether the numbers were measured for this implementation; else they only rank schedules.
     """
 
     implementation: str
@@ -36,6 +37,7 @@ class CostModel:
     tile_s: float
     pass_row_s: float
     parallel: float = 1.0
+    predicts: bool = True
 
     def tiles_s(self, tiles: float, block_q: int, block_kv: int) -> float:
         """Seconds of `tiles` tiles."""
@@ -63,15 +65,19 @@ class CostModel:
 def cost_model(implementation: str, target: Target, head_dim: int, dtype: str) -> CostModel:
     """The model of `implementation` ("xla", "cpp", "triton") on `target`."""
     matmul = target.matmul_flops.get(dtype, target.matmul_flops["float32"])
-    element = 4 * head_dim / matmul + 1 / target.exp_per_s
     if target.kind == "cpu":
         # Fitted to the portable implementation's measured times (benchmarks/calibrate.py): per score element
-        # element_s + 150 ns / block_q + 150 ns / block_kv at head dim 64, and some microseconds per loop step.
+        # element_s + 75 ns * (1 + H/64) / 2 * (1/block_q + 1/block_kv), and some microseconds per tile.
+        element = 4 * head_dim / matmul + 1 / target.exp_per_s
         edge = 75e-9 * (1 + head_dim / 64) / 2
-        return CostModel(implementation, target, (32, 64, 128, 256), (32, 64, 128, 256, 512), element, edge, edge,
-                         4e-6, 3e-9 * head_dim)  # fmt: skip
+        return CostModel(
+            implementation, target, block_q=(32, 64, 128, 256), block_kv=(32, 64, 128, 256, 512), element_s=element,
+            row_s=edge, col_s=edge, tile_s=4e-6, pass_row_s=3e-9 * head_dim, predicts=implementation == "xla",
+        )  # fmt: skip
     reach = target.efficiency.get(head_dim, 0.40)
-    element = (4 * head_dim / matmul) / reach
     load = 2 * head_dim * 2 / (target.bandwidth_bytes * 3)  # tiles come mostly from L2, about 3x main memory
-    return CostModel(implementation, target, (64, 128), (64, 128), element, 0.0, load, 200 / target.clock_hz / 264,
-                     8 * head_dim / target.bandwidth_bytes)  # fmt: skip
+    return CostModel(
+        implementation, target, block_q=(64, 128), block_kv=(64, 128), element_s=4 * head_dim / matmul / reach,
+        row_s=0.0, col_s=load, tile_s=200 / target.clock_hz / target.units, pass_row_s=8 * head_dim / target.bandwidth_bytes,
+        predicts=implementation == "triton" and bool(target.efficiency),
+    )  # fmt: skip

@@ -1,0 +1,197 @@
+"""Attention by a pattern: the public operation, and a drop-in for `jax.nn.dot_product_attention`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from splat.codegen import Options, Request, choose
+from splat.errors import ArgumentError, UnsupportedError
+from splat.ops import validate
+from splat.pattern import Pattern, PerHead, causal, from_mask, full, window
+from splat.planning import Problem, make_plan
+
+
+def attention(
+    query: Any,
+    key: Any,
+    value: Any,
+    pattern: Pattern,
+    *,
+    scale: float | None = None,
+    logits_soft_cap: float | None = None,
+    query_offset: Any = 0,
+    kv_lengths: Any = None,
+    return_lse: bool = False,
+    implementation: str | None = None,
+) -> Any:
+    """`softmax(scale * Q K^T over the pattern's pairs) V`, without ever forming Q K^T.
+
+    Args:
+      query: [B, T, N, H], float32, bfloat16, float16 or float64.
+      key, value: [B, S, K, H]; N a multiple of K (grouped-query attention: query head n uses key head n // (N/K)).
+      pattern: which (query, key) pairs attend; `per_head([...])` gives each query head its own.
+      scale: of the scores, 1/sqrt(H) where None.
+      logits_soft_cap: scores become `cap * tanh(score / cap)`.
+      query_offset: row i is position `i + query_offset`. An int is planned for; a JAX scalar is a run-time value: no
+        re-planning, no recompilation.
+      kv_lengths: int [B], keys at or past it attend to nothing, whatever they hold. A run-time value.
+      return_lse: also return the log-sum-exp of each row's scores.
+      implementation: "xla", ..., or None for the best that can serve. An explicit choice is never replaced.
+
+    Returns:
+      output [B, T, N, H] in the inputs' dtype; with `return_lse` also log-sum-exp [B, T, N] in float32 (float64 for
+      float64). A row that attends to nothing has output 0, log-sum-exp -inf and gradient 0.
+
+    Scores and softmax accumulate in float32 (float64 for float64 inputs). Reverse mode, and forward over reverse
+    (Hessian-vector products), never form the score matrix either; forward mode alone and reverse over reverse are
+    refused by JAX.
+
+    Raises:
+      ArgumentError, PatternError: a bad argument, said before anything is compiled.
+      UnsupportedError: the implementation (or none) can serve this.
+
+    >>> import jax, splat
+    >>> q = k = v = jax.numpy.ones((1, 64, 2, 16))
+    >>> splat.attention(q, k, v, splat.causal() & splat.window(8)).shape
+    (1, 64, 2, 16)
+    """
+    query, key, value = (x if isinstance(x, jax.Array) else jnp.asarray(x) for x in (query, key, value))
+    sizes = validate.check_arrays(query, key, value)
+    pattern = validate.check_pattern(pattern, sizes.num_q_heads)
+    options = Options(validate.check_scale(scale, sizes.head_dim), validate.check_soft_cap(logits_soft_cap))
+    offset = validate.check_offset(query_offset)
+    lengths = validate.check_lengths("kv_lengths", kv_lengths, sizes.batch)
+    request = Request(jax.default_backend(), str(query.dtype), sizes.head_dim)
+    chosen = choose(request, implementation)
+
+    def run(query: Any, key: Any, value: Any, pattern: Pattern) -> tuple[Any, Any]:
+        problem = Problem(
+            pattern, sizes.q_len, sizes.kv_len, sizes.head_dim, query.shape[2], key.shape[2], sizes.batch, str(query.dtype)
+        )
+        plan = make_plan(problem, implementation=chosen.name, target="cpu", query_offset=offset)
+        try:
+            return chosen.attention(plan, options, query, key, value, lengths)
+        except TypeError as error:
+            if "forward-mode" not in str(error):
+                raise
+            raise UnsupportedError(
+                "splat.attention does not support forward mode (jax.jvp, jax.jacfwd) alone. Reverse mode works, and so "
+                "does forward over reverse: jax.jvp(jax.grad(f), ...), jax.hessian. For a plain jvp use "
+                "jax.nn.dot_product_attention with mask=pattern.to_dense(...)."
+            ) from error
+
+    if isinstance(pattern, PerHead):
+        out, lse = _by_head(run, query, key, value, pattern)
+    else:
+        out, lse = run(query, key, value, pattern)
+    return (out, lse) if return_lse else out
+
+
+def _by_head(run, query, key, value, pattern: PerHead) -> tuple[Any, Any]:
+    """Heads with equal patterns together; the results put back in the heads' order."""
+    share = query.shape[2] // key.shape[2]
+    parts, order = [], []
+    for one, heads in pattern.groups().items():
+        kv_heads = [head // share for head in heads]
+        if kv_heads == [kv for kv in dict.fromkeys(kv_heads) for _ in range(share)]:  # whole groups share their keys
+            kv_heads = list(dict.fromkeys(kv_heads))
+        at, kv_at = np.array(heads), np.array(kv_heads)
+        parts.append(run(query[:, :, at], key[:, :, kv_at], value[:, :, kv_at], one))
+        order += heads
+    back = np.argsort(order)
+    out, lse = (jnp.concatenate([part[n] for part in parts], axis=2)[:, :, back] for n in range(2))
+    return out, lse
+
+
+def dot_product_attention(
+    query: Any,
+    key: Any,
+    value: Any,
+    bias: Any = None,
+    mask: Any = None,
+    *,
+    pattern: Pattern | None = None,
+    scale: float | None = None,
+    is_causal: bool = False,
+    query_seq_lengths: Any = None,
+    key_value_seq_lengths: Any = None,
+    local_window_size: int | tuple[int, int] | None = None,
+    implementation: str | None = None,
+    return_residual: bool = False,
+) -> Any:
+    """`jax.nn.dot_product_attention` with a pattern: the same signature and shapes, plus `pattern=`.
+
+    `is_causal` (row i sees j <= i), `local_window_size` (int or (left, right)), a concrete `mask` and `pattern` are
+    intersected. Differences: a row that may attend to nothing (also one past `query_seq_lengths`) gives 0, not the mean
+    of the values; `bias` and traced masks are refused; `implementation` takes SPLAT's names.
+
+    Args:
+      query: [B, T, N, H] or [T, N, H]; key, value: [B, S, K, H] or [S, K, H].
+      mask: NumPy or concrete JAX bool, broadcastable to [B, N, T, S] with the same values for every B: its regular
+        structure is recovered, once per distinct head.
+      return_residual: also return the log-sum-exp, [B, T, N] or [T, N].
+    """
+    if bias is not None:
+        raise UnsupportedError(
+            "bias is not supported: a dense [T, S] bias costs what sparse attention saves. Use "
+            "jax.nn.dot_product_attention for it."
+        )
+    query, key, value = (x if isinstance(x, jax.Array) else jnp.asarray(x) for x in (query, key, value))
+    single = query.ndim == 3
+    if single:
+        query, key, value = query[None], key[None], value[None]
+    sizes = validate.check_arrays(query, key, value)
+    pattern = full() if pattern is None else validate.check_pattern(pattern, sizes.num_q_heads)
+    if is_causal:
+        pattern = pattern & causal()
+    if local_window_size is not None:
+        sides = (local_window_size,) * 2 if isinstance(local_window_size, int) else tuple(local_window_size)
+        if len(sides) != 2:
+            raise ArgumentError(f"local_window_size must be an int or (left, right), but {local_window_size!r} was given")
+        pattern = pattern & window(*sides)
+    if mask is not None:
+        pattern = pattern & _pattern_of_mask(mask, sizes)
+    query_lengths = validate.check_lengths("query_seq_lengths", query_seq_lengths, sizes.batch)
+    past = None
+    if query_lengths is not None:
+        past = (jnp.arange(sizes.q_len)[None, :] >= query_lengths[:, None])[:, :, None]
+        query = jnp.where(past[..., None], jnp.zeros((), query.dtype), query)
+    out, lse = attention(
+        query, key, value, pattern, scale=scale, kv_lengths=key_value_seq_lengths, return_lse=True,
+        implementation=implementation,
+    )  # fmt: skip
+    if past is not None:
+        out = jnp.where(past[..., None], jnp.zeros((), out.dtype), out)
+        lse = jnp.where(past, -jnp.inf, lse)
+    if single:
+        out, lse = out[0], lse[0]
+    return (out, lse) if return_residual else out
+
+
+def _pattern_of_mask(mask: Any, sizes: validate.Sizes) -> Pattern:
+    if isinstance(mask, jax.core.Tracer):
+        raise UnsupportedError(
+            "mask is traced, so its structure cannot be recovered. Pass a NumPy mask, or describe it: pattern=, "
+            "is_causal=, local_window_size=, or segments(ids) for packed documents."
+        )
+    array = np.asarray(mask)
+    if array.dtype != bool or array.ndim > 4:
+        raise ArgumentError(f"mask must be bool, broadcastable to [B, N, T, S], but {array.dtype}{list(array.shape)} was given")
+    array = array.reshape((1,) * (4 - array.ndim) + array.shape)
+    wanted = (sizes.batch, sizes.num_q_heads, sizes.q_len, sizes.kv_len)
+    if any(given not in (1, want) for given, want in zip(array.shape, wanted, strict=True)):
+        raise ArgumentError(f"mask must be broadcastable to [B, N, T, S] = {list(wanted)}, but {list(np.shape(mask))} was given")
+    if array.shape[0] > 1 and (array != array[:1]).any():
+        raise UnsupportedError(
+            "mask differs between batch entries. Use key_value_seq_lengths for padding, segments(ids) with jax.vmap for "
+            "packed documents."
+        )
+    heads = [np.broadcast_to(head, wanted[2:]) for head in array[0]]
+    if len(heads) == 1:
+        return from_mask(heads[0])
+    known: dict[bytes, Pattern] = {}
+    return PerHead(tuple(known.setdefault(np.packbits(h).tobytes(), from_mask(h)) for h in heads))

@@ -1,0 +1,135 @@
+"""Checks of attention's arguments, before anything is planned or compiled.
+
+Every message names the argument, what is expected, what was given and what to do.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from splat.errors import ArgumentError, UnsupportedError
+from splat.pattern import Pattern, PerHead
+
+DTYPES = ("float32", "bfloat16", "float16", "float64")
+
+
+class Sizes(NamedTuple):
+    """batch, q_len, kv_len, num_q_heads, num_kv_heads, head_dim."""
+
+    batch: int
+    q_len: int
+    kv_len: int
+    num_q_heads: int
+    num_kv_heads: int
+    head_dim: int
+
+
+def check_arrays(query: Any, key: Any, value: Any) -> Sizes:
+    """The sizes of query [B, T, N, H], key and value [B, S, K, H], after checking them."""
+    for name, array, letters in (("query", query, "[B, T, N, H]"), ("key", key, "[B, S, K, H]"),
+                                 ("value", value, "[B, S, K, H]")):  # fmt: skip
+        if getattr(array, "ndim", None) != 4:
+            given = f"shape {list(array.shape)}" if hasattr(array, "shape") else type(array).__name__
+            raise ArgumentError(
+                f"{name} must have shape {letters}, but {given} was given. PyTorch's [B, N, T, H] needs "
+                "swapaxes(1, 2); a missing batch axis needs [None]."
+            )
+        if str(array.dtype) not in DTYPES:
+            raise UnsupportedError(
+                f"{name} must be one of {', '.join(DTYPES)}, but {array.dtype} was given. Convert it first, for example "
+                f"with {name}.astype(jnp.bfloat16)."
+            )
+    if not query.dtype == key.dtype == value.dtype:
+        raise ArgumentError(
+            f"query, key and value must have one dtype, but {query.dtype}, {key.dtype} and {value.dtype} were given"
+        )
+    batch, q_len, num_q_heads, head_dim = query.shape
+    if key.shape != value.shape:
+        raise ArgumentError(f"key and value must have one shape, but {list(key.shape)} and {list(value.shape)} were given")
+    if key.shape[0] != batch or key.shape[3] != head_dim:
+        raise ArgumentError(
+            f"query {list(query.shape)} and key {list(key.shape)} must agree in batch (axis 0) and head dim (axis 3)"
+        )
+    kv_len, num_kv_heads = key.shape[1], key.shape[2]
+    if kv_len == 0:
+        raise ArgumentError("key and value must have at least one position, but kv_len is 0. Skip the call instead.")
+    if num_kv_heads == 0 or head_dim == 0 or num_q_heads == 0:
+        raise ArgumentError(f"heads and head dim must not be 0, but query {list(query.shape)}, key {list(key.shape)} were given")
+    if num_q_heads % num_kv_heads:
+        raise ArgumentError(
+            f"the number of query heads must be a multiple of the key/value heads, but {num_q_heads} and {num_kv_heads} "
+            "were given (grouped-query attention shares one key head among equally many query heads)"
+        )
+    return Sizes(batch, q_len, kv_len, num_q_heads, num_kv_heads, head_dim)
+
+
+def check_pattern(pattern: Any, num_q_heads: int) -> Pattern:
+    """The pattern, after checking that it is one (and has one per query head, if per_head)."""
+    if not isinstance(pattern, Pattern):
+        raise ArgumentError(
+            f"pattern must be a splat pattern such as splat.causal() & splat.window(512), but {type(pattern).__name__} "
+            "was given. Use splat.from_mask for a boolean mask, splat.parse for text."
+        )
+    if isinstance(pattern, PerHead) and len(pattern.patterns) != num_q_heads:
+        raise ArgumentError(
+            f"pattern: per_head names {len(pattern.patterns)} heads, but query has {num_q_heads}. Give one per query head."
+        )
+    return pattern
+
+
+def check_scale(scale: Any, head_dim: int) -> float:
+    """`scale` as a float; 1/sqrt(head_dim) where None."""
+    if scale is None:
+        return float(1 / np.sqrt(head_dim))
+    return _static_float("scale", scale)
+
+
+def check_soft_cap(cap: Any) -> float | None:
+    """`logits_soft_cap` as a positive float, or None."""
+    if cap is None:
+        return None
+    number = _static_float("logits_soft_cap", cap)
+    if not number > 0:
+        raise ArgumentError(f"logits_soft_cap must be positive or None, but {number} was given")
+    return number
+
+
+def _static_float(name: str, value: Any) -> float:
+    if isinstance(value, jax.core.Tracer):
+        raise ArgumentError(
+            f"{name} must be a Python number, because it is compiled in, but a traced array was given. Multiply query "
+            "by a run-time scale instead."
+        )
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        raise ArgumentError(f"{name} must be a number or None, but {type(value).__name__} was given") from None
+
+
+def check_lengths(name: str, lengths: Any, batch: int) -> Any:
+    """Per-sequence lengths as int32 [B], or None. A scalar serves every sequence."""
+    if lengths is None:
+        return None
+    array = jnp.asarray(lengths)
+    if not jnp.issubdtype(array.dtype, jnp.integer) or array.shape not in ((), (batch,)):
+        raise ArgumentError(f"{name} must be integers of shape [{batch}] or [], but {array.dtype}{list(array.shape)} was given")
+    return jnp.broadcast_to(array.astype(jnp.int32), (batch,))
+
+
+def check_offset(query_offset: Any) -> Any:
+    """`query_offset` as an int, or as a run-time int32 scalar."""
+    if isinstance(query_offset, (int, np.integer)) and not isinstance(query_offset, bool):
+        if not 0 <= query_offset <= 2**30:
+            raise ArgumentError(f"query_offset must be in [0, 2**30], but {query_offset} was given")
+        return int(query_offset)
+    array = jnp.asarray(query_offset)
+    if array.shape != () or not jnp.issubdtype(array.dtype, jnp.integer):
+        raise ArgumentError(
+            f"query_offset must be an int or an integer scalar, but {array.dtype}{list(array.shape)} was given. For one "
+            "offset per sequence use jax.vmap over the batch."
+        )
+    return array.astype(jnp.int32)
