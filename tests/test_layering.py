@@ -101,7 +101,9 @@ def violations(source: str, path: str) -> list[str]:
                 found.append(f"{where}: {own} imports {module}, but {target} is not an earlier layer")
         else:
             if RANK[own] <= RANK["planning"] and top not in FRONT_END_THIRD_PARTY | sys.stdlib_module_names:
-                found.append(f"{where}: {own} imports {module}; up to planning only NumPy and the standard library serve")
+                found.append(
+                    f"{where}: {own} imports {module}; up to planning only NumPy and the standard library serve"
+                )
             if eager and top in LAZY and not path.startswith(LAZY_EXEMPT):
                 found.append(f"{where}: {module} is optional; import it inside the function that needs it")
             if own == "torch" and top in {"jax", "jaxlib"}:
@@ -134,7 +136,11 @@ def test_sources_keep_the_layers() -> None:
         ("ops/attention.py", "from splat import causal", "splat is not an earlier layer"),
         ("nn/attention.py", "import splat.torch", "torch is not an earlier layer"),
         ("planning/cost.py", "def f():\n    import jax.numpy as jnp", "planning imports jax.numpy; up to planning"),
-        ("pattern/core.py", "if TYPE_CHECKING:\n    from jax import Array", "pattern imports jax.Array; up to planning"),
+        (
+            "pattern/core.py",
+            "if TYPE_CHECKING:\n    from jax import Array",
+            "pattern imports jax.Array; up to planning",
+        ),
         ("codegen/base.py", "import torch", "torch is optional"),
         ("codegen/base.py", "try:\n    import triton.language as tl\nexcept ImportError:\n    pass", "is optional"),
         ("codegen/xla/emit.py", "class A:\n    import torch", "torch is optional"),

@@ -51,9 +51,10 @@ class Component:
 
     @cached_property
     def bounds(self) -> tuple[Array, Array]:
-        """(lower, upper), int32 [rows]: the row's columns in lattice coordinates x = column // stride are [lower, upper).
+        """(lower, upper), int32 [rows]: the row's columns in lattice coordinates, x = column // stride.
 
-        Rows without a run get lower = NOWHERE and upper = -NOWHERE.
+
+        They are [lower, upper); rows without a run get lower = NOWHERE and upper = -NOWHERE.
         """
         lower = self.start if self.stride == 1 else self.start // np.int32(self.stride)
         upper = lower + self.count
@@ -144,6 +145,8 @@ class ACSR:
             a.stride == b.stride and np.array_equal(a.count, b.count) and np.array_equal(_used(a), _used(b))
             for a, b in zip(self.components, other.components, strict=True)
         )
+
+    __hash__ = None  # type: ignore[assignment]  # compares by its numbers
 
     def __str__(self) -> str:
         rows, cols = self.shape

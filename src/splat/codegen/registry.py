@@ -16,7 +16,7 @@ MISSING = "not part of this version of splat-attention"
 
 
 def load(name: str) -> Implementation:
-    """The implementation of that name. Raises ArgumentError for an unknown one, UnsupportedError where it is missing."""
+    """The implementation of that name. Raises ArgumentError for an unknown, UnsupportedError for a missing one."""
     if name not in _MODULES:
         raise ArgumentError(
             f"implementation must be None or one of {', '.join(map(repr, NAMES))}, but {name!r} was given. None picks "

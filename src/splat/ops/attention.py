@@ -70,7 +70,14 @@ def attention(
 
     def run(query: Any, key: Any, value: Any, pattern: Pattern) -> tuple[Any, Any]:
         problem = Problem(
-            pattern, sizes.q_len, sizes.kv_len, sizes.head_dim, query.shape[2], key.shape[2], sizes.batch, str(query.dtype)
+            pattern,
+            sizes.q_len,
+            sizes.kv_len,
+            sizes.head_dim,
+            query.shape[2],
+            key.shape[2],
+            sizes.batch,
+            str(query.dtype),
         )
         plan = make_plan(problem, implementation=chosen.name, target="cpu", query_offset=offset)
         try:
@@ -151,7 +158,9 @@ def dot_product_attention(
     if local_window_size is not None:
         sides = (local_window_size,) * 2 if isinstance(local_window_size, int) else tuple(local_window_size)
         if len(sides) != 2:
-            raise ArgumentError(f"local_window_size must be an int or (left, right), but {local_window_size!r} was given")
+            raise ArgumentError(
+                f"local_window_size must be an int or (left, right), but {local_window_size!r} was given"
+            )
         pattern = pattern & window(*sides)
     if mask is not None:
         pattern = pattern & _pattern_of_mask(mask, sizes)
@@ -180,15 +189,19 @@ def _pattern_of_mask(mask: Any, sizes: validate.Sizes) -> Pattern:
         )
     array = np.asarray(mask)
     if array.dtype != bool or array.ndim > 4:
-        raise ArgumentError(f"mask must be bool, broadcastable to [B, N, T, S], but {array.dtype}{list(array.shape)} was given")
+        raise ArgumentError(
+            f"mask must be bool, broadcastable to [B, N, T, S], but {array.dtype}{list(array.shape)} was given"
+        )
     array = array.reshape((1,) * (4 - array.ndim) + array.shape)
     wanted = (sizes.batch, sizes.num_q_heads, sizes.q_len, sizes.kv_len)
     if any(given not in (1, want) for given, want in zip(array.shape, wanted, strict=True)):
-        raise ArgumentError(f"mask must be broadcastable to [B, N, T, S] = {list(wanted)}, but {list(np.shape(mask))} was given")
+        raise ArgumentError(
+            f"mask must be broadcastable to [B, N, T, S] = {list(wanted)}, but {list(np.shape(mask))} was given"
+        )
     if array.shape[0] > 1 and (array != array[:1]).any():
         raise UnsupportedError(
-            "mask differs between batch entries. Use key_value_seq_lengths for padding, segments(ids) with jax.vmap for "
-            "packed documents."
+            "mask differs between batch entries. Use key_value_seq_lengths for padding, segments(ids) with jax.vmap "
+            "for packed documents."
         )
     heads = [np.broadcast_to(head, wanted[2:]) for head in array[0]]
     if len(heads) == 1:

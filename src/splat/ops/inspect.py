@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 from splat.codegen import NAMES, Options, Request, choose, load, refusals
@@ -54,16 +55,17 @@ def plan(
     device = find(target)
     request = Request(device.kind, name, head_dim)
     chosen = choose(request, implementation).name
-    blocks = {"block_q": block_q, "block_kv": block_kv}
-    made = make_plan(problem, implementation=chosen, target=target, query_offset=query_offset, **blocks)
+    made = make_plan(
+        problem, implementation=chosen, target=target, query_offset=query_offset, block_q=block_q, block_kv=block_kv
+    )
     candidates = []
     for other, reason in refusals(request).items():
-        model = cost_model(other, device, head_dim, name)
-        one = made.forward if other == chosen else schedule(made.acsr, model, **blocks)
-        candidates.append(Candidate(other, predict_ms(one, model, problem), reason))
-    return make_plan(
-        problem, implementation=chosen, target=target, query_offset=query_offset, **blocks, candidates=tuple(candidates)
-    )
+        model, predicted = cost_model(other, device, head_dim, name), None
+        if model.predicts:
+            one = made.forward if other == chosen else schedule(made.acsr, model, block_q=block_q, block_kv=block_kv)
+            predicted = predict_ms(one, model, problem)
+        candidates.append(Candidate(other, predicted, reason))
+    return dataclasses.replace(made, candidates=tuple(candidates))
 
 
 def emit(
@@ -75,8 +77,8 @@ def emit(
         raise ArgumentError(f"target must be one of {', '.join(map(repr, NAMES))}, but {target!r} was given")
     implementation = load(target)
     made = plan(pattern, q_len, kv_len, implementation=target, **kwargs)
-    scale = made.problem.head_dim**-0.5 if scale is None else scale
-    return implementation.emit(made, Options(scale, logits_soft_cap))
+    default = made.problem.head_dim**-0.5
+    return implementation.emit(made, Options(default if scale is None else scale, logits_soft_cap))
 
 
 def _dtype_name(dtype: Any) -> str:

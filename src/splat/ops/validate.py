@@ -40,8 +40,8 @@ def check_arrays(query: Any, key: Any, value: Any) -> Sizes:
             )
         if str(array.dtype) not in DTYPES:
             raise UnsupportedError(
-                f"{name} must be one of {', '.join(DTYPES)}, but {array.dtype} was given. Convert it first, for example "
-                f"with {name}.astype(jnp.bfloat16)."
+                f"{name} must be one of {', '.join(DTYPES)}, but {array.dtype} was given. Convert it first, for "
+                f"example with {name}.astype(jnp.bfloat16)."
             )
     if not query.dtype == key.dtype == value.dtype:
         raise ArgumentError(
@@ -49,7 +49,9 @@ def check_arrays(query: Any, key: Any, value: Any) -> Sizes:
         )
     batch, q_len, num_q_heads, head_dim = query.shape
     if key.shape != value.shape:
-        raise ArgumentError(f"key and value must have one shape, but {list(key.shape)} and {list(value.shape)} were given")
+        raise ArgumentError(
+            f"key and value must have one shape, but {list(key.shape)} and {list(value.shape)} were given"
+        )
     if key.shape[0] != batch or key.shape[3] != head_dim:
         raise ArgumentError(
             f"query {list(query.shape)} and key {list(key.shape)} must agree in batch (axis 0) and head dim (axis 3)"
@@ -58,11 +60,13 @@ def check_arrays(query: Any, key: Any, value: Any) -> Sizes:
     if kv_len == 0:
         raise ArgumentError("key and value must have at least one position, but kv_len is 0. Skip the call instead.")
     if num_kv_heads == 0 or head_dim == 0 or num_q_heads == 0:
-        raise ArgumentError(f"heads and head dim must not be 0, but query {list(query.shape)}, key {list(key.shape)} were given")
+        raise ArgumentError(
+            f"heads and head dim must not be 0, but query {list(query.shape)}, key {list(key.shape)} were given"
+        )
     if num_q_heads % num_kv_heads:
         raise ArgumentError(
-            f"the number of query heads must be a multiple of the key/value heads, but {num_q_heads} and {num_kv_heads} "
-            "were given (grouped-query attention shares one key head among equally many query heads)"
+            f"the number of query heads must be a multiple of the key/value heads, but {num_q_heads} and "
+            f"{num_kv_heads} were given (grouped-query attention shares one key head among equally many query heads)"
         )
     return Sizes(batch, q_len, kv_len, num_q_heads, num_kv_heads, head_dim)
 
@@ -76,7 +80,7 @@ def check_pattern(pattern: Any, num_q_heads: int) -> Pattern:
         )
     if isinstance(pattern, PerHead) and len(pattern.patterns) != num_q_heads:
         raise ArgumentError(
-            f"pattern: per_head names {len(pattern.patterns)} heads, but query has {num_q_heads}. Give one per query head."
+            f"pattern: per_head names {len(pattern.patterns)} heads, but query has {num_q_heads}. Give one for each."
         )
     return pattern
 
@@ -116,7 +120,9 @@ def check_lengths(name: str, lengths: Any, batch: int) -> Any:
         return None
     array = jnp.asarray(lengths)
     if not jnp.issubdtype(array.dtype, jnp.integer) or array.shape not in ((), (batch,)):
-        raise ArgumentError(f"{name} must be integers of shape [{batch}] or [], but {array.dtype}{list(array.shape)} was given")
+        raise ArgumentError(
+            f"{name} must be integers of shape [{batch}] or [], but {array.dtype}{list(array.shape)} was given"
+        )
     return jnp.broadcast_to(array.astype(jnp.int32), (batch,))
 
 
@@ -129,7 +135,7 @@ def check_offset(query_offset: Any) -> Any:
     array = jnp.asarray(query_offset)
     if array.shape != () or not jnp.issubdtype(array.dtype, jnp.integer):
         raise ArgumentError(
-            f"query_offset must be an int or an integer scalar, but {array.dtype}{list(array.shape)} was given. For one "
-            "offset per sequence use jax.vmap over the batch."
+            f"query_offset must be an int or an integer scalar, but {array.dtype}{list(array.shape)} was given. For "
+            "one offset per sequence use jax.vmap over the batch."
         )
     return array.astype(jnp.int32)

@@ -71,7 +71,9 @@ class Table(Pattern):
         runs = [Run(s, start[n], count[n], None) for n, s in enumerate(self.strides)]
         stop = self.kv_len
         if stop is None:
-            stop = max((int((r.start + r.stride * (r.count - 1))[r.count > 0].max(initial=-1)) for r in runs), default=-1)
+            stop = max(
+                (int((r.start + r.stride * (r.count - 1))[r.count > 0].max(initial=-1)) for r in runs), default=-1
+            )
             stop += 1
         return transpose_runs([r.clip(0, stop) for r in runs], stop)
 
@@ -207,7 +209,7 @@ def from_csr(indptr: Any, indices: Any, shape: tuple[int, int], *, max_component
 
 
 def _recovered(indptr: np.ndarray, indices: np.ndarray, shape: tuple[int, ...], max_components: int) -> Pattern:
-    found = recover(indptr, indices, shape, max_components=max_components)
+    found = recover(indptr, indices, (shape[0], shape[1]), max_components=max_components)
     starts = np.array([start for _, start, _ in found], np.int32).reshape(len(found), shape[0])
     counts = np.array([count for _, _, count in found], np.int32).reshape(len(found), shape[0])
     return Table(tuple(stride for stride, _, _ in found), Frozen(starts), Frozen(counts), int(shape[1]))
@@ -230,8 +232,8 @@ def from_runs(start: Any, stride: Any, count: Any, *, kv_len: int | None = None)
             raise PatternError(f"from_runs: {name} must be integers, but {array.dtype} was given")
     if start.shape != count.shape or start.ndim not in (1, 2):
         raise PatternError(
-            f"from_runs: start and count must have one shape, [rows] or [components, rows], but {list(start.shape)} and "
-            f"{list(count.shape)} were given"
+            f"from_runs: start and count must have one shape, [rows] or [components, rows], but {list(start.shape)} "
+            f"and {list(count.shape)} were given"
         )
     if stride.size and int(stride.min()) < 1:
         raise PatternError(f"from_runs: stride must be positive, but {int(stride.min())} was given")
@@ -259,4 +261,3 @@ def from_runs(start: Any, stride: Any, count: Any, *, kv_len: int | None = None)
     counts = np.array([r.count for r in runs], np.int32).reshape(len(runs), rows)
     starts = np.where(counts > 0, starts, 0)
     return Table(tuple(r.stride for r in runs), Frozen(starts), Frozen(counts), kv_len)
-

@@ -11,7 +11,7 @@ import numpy as np
 
 from splat.errors import PatternError, UnsupportedError
 from splat.pattern.algebra import coalesce, prune
-from splat.pattern.core import MAX_LENGTH, Array, Axis, Pattern, Run, array_namespace, ceil_div, check_int
+from splat.pattern.core import Array, Axis, Pattern, Run, array_namespace, ceil_div, check_int
 from splat.pattern.library import _CONSTRUCTORS, _Primitive
 
 
@@ -153,7 +153,10 @@ def random_blocks(block: int, per_row: int, seed: int) -> Pattern:
 
     The choice is a hash of (seed, block row, number of block columns): the same on every machine and in every backend.
     """
-    block, per_row = check_int("random_blocks", "block", block, 1), check_int("random_blocks", "per_row", per_row, 0, 256)
+    block, per_row = (
+        check_int("random_blocks", "block", block, 1),
+        check_int("random_blocks", "per_row", per_row, 0, 256),
+    )
     return RandomBlocks(block, per_row, check_int("random_blocks", "seed", seed, 0))
 
 
@@ -183,7 +186,9 @@ def neighborhood(
     def spread(name: str, value) -> tuple:
         values = tuple(value) if isinstance(value, Sequence) else (value,) * len(grid)
         if len(values) != len(grid):
-            raise PatternError(f"neighborhood: {name} {values} does not fit shape {grid}: give one value or {len(grid)}")
+            raise PatternError(
+                f"neighborhood: {name} {values} does not fit shape {grid}: give one value or {len(grid)}"
+            )
         return values
 
     kernels = tuple(check_int("neighborhood", "kernel", k, 1) for k in spread("kernel", kernel))

@@ -12,7 +12,17 @@ import numpy as np
 
 from splat.errors import PatternError
 from splat.pattern.algebra import everything
-from splat.pattern.core import MAX_LENGTH, Array, Axis, Frozen, Pattern, Run, array_namespace, check_int, is_runtime_array
+from splat.pattern.core import (
+    MAX_LENGTH,
+    Array,
+    Axis,
+    Frozen,
+    Pattern,
+    Run,
+    array_namespace,
+    check_int,
+    is_runtime_array,
+)
 
 
 @dataclasses.dataclass(frozen=True, repr=False)

@@ -57,9 +57,11 @@ def parse(text: str) -> Pattern:
         raise ParseError(f"parse: text must be a str, but {type(text).__name__} was given")
     try:
         tree = ast.parse(text.strip(), mode="eval")
-    except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
-        place = f"\n  {text.strip()}\n  {' ' * (error.offset - 1)}^" if getattr(error, "offset", None) else ""
-        raise ParseError(f"cannot read this pattern: {getattr(error, 'msg', error)}{place}") from None
+    except SyntaxError as error:
+        line, column = (error.text or "").rstrip()[:200], max((error.offset or 1) - 1, 0)
+        raise ParseError(f"cannot read this pattern: {error.msg}\n  {line}\n  {' ' * min(column, 200)}^") from None
+    except (ValueError, RecursionError, MemoryError) as error:
+        raise ParseError(f"cannot read this pattern: {error}") from None
     try:
         pattern = _Reader(text.strip()).pattern(tree.body)
     except RecursionError:
@@ -86,8 +88,8 @@ class _Reader:
         match node:
             case ast.Constant(value=bool() | int() | None):
                 return node.value
-            case ast.Constant(value=str()):
-                return decode_array(node.value)
+            case ast.Constant(value=str(encoded)):
+                return decode_array(encoded)
             case ast.List(elts=items):
                 return [self.value(item) for item in items]
             case ast.Tuple(elts=items):

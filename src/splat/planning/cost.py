@@ -48,7 +48,9 @@ class CostModel:
         """(seconds, block_kv) of the best tile width for spans that share one pass."""
         widths = [s.width for s in spans]
         options = np.array([given] if given else self._widths(widths), np.int64)
-        tiles = sum((-(-w[None, :] // options[:, None])).sum(axis=1) for w in widths)
+        tiles = np.zeros(options.shape, np.int64)
+        for width in widths:
+            tiles += (-(-width[None, :] // options[:, None])).sum(axis=1)
         seconds = [self.tiles_s(float(n), block_q, int(b)) for n, b in zip(tiles, options, strict=True)]
         best = int(np.argmin(seconds))
         return seconds[best], int(options[best])
@@ -78,6 +80,7 @@ def cost_model(implementation: str, target: Target, head_dim: int, dtype: str) -
     load = 2 * head_dim * 2 / (target.bandwidth_bytes * 3)  # tiles come mostly from L2, about 3x main memory
     return CostModel(
         implementation, target, block_q=(64, 128), block_kv=(64, 128), element_s=4 * head_dim / matmul / reach,
-        row_s=0.0, col_s=load, tile_s=200 / target.clock_hz / target.units, pass_row_s=8 * head_dim / target.bandwidth_bytes,
+        row_s=0.0, col_s=load, tile_s=200 / target.clock_hz / target.units,
+        pass_row_s=8 * head_dim / target.bandwidth_bytes,
         predicts=implementation == "triton" and bool(target.efficiency),
     )  # fmt: skip

@@ -143,15 +143,13 @@ class Plan:
 
     @staticmethod
     def from_json(text: str) -> Plan:
-        """The plan that `to_json` wrote. Raises PatternError where it is not one, or no longer leads to the same tables."""
+        """The plan that `to_json` wrote; PatternError where it is not one, or no longer leads to the same tables."""
         try:
             data = json.loads(text)
             if data["format"] != FORMAT:
                 raise PatternError(f"this plan has format {data['format']}, but format {FORMAT} is read. Plan again.")
             problem = Problem(**{**data["problem"], "pattern": parse(data["problem"]["pattern"])})
-            decisions = tuple(
-                PassDecision(**{**d, "components": tuple(d["components"])}) for d in data["passes"]
-            )
+            decisions = tuple(PassDecision(**{**d, "components": tuple(d["components"])}) for d in data["passes"])
             candidates = tuple(Candidate(**c) for c in data["candidates"])
             offset, blocks, digest = data["query_offset"], tuple(data["blocks"]), data["digest"]
             acsr = build(problem.pattern, problem.q_len, problem.kv_len, offset)
@@ -160,7 +158,9 @@ class Plan:
         except (KeyError, TypeError, IndexError, json.JSONDecodeError) as error:
             raise PatternError(f"this is not the JSON of a plan: {error!r}") from None
         if plan.digest != digest:
-            raise PatternError("this plan leads to other tables than when it was written (another version?). Plan again.")
+            raise PatternError(
+                "this plan leads to other tables than when it was written (another version?). Plan again."
+            )
         return plan
 
     @cached_property
@@ -169,14 +169,14 @@ class Plan:
         state = hashlib.sha256()
         for component in self.acsr.components:
             for bound in component.bounds:
-                state.update(np.ascontiguousarray(bound))
+                state.update(np.asarray(bound).tobytes())
         for one in self.forward.passes:
             state.update(repr(one.decision).encode())
-            state.update(np.ascontiguousarray(one.order))
+            state.update(np.asarray(one.order).tobytes())
             for walk in one.walks:
                 state.update(repr((walk.component, walk.head_tests, walk.tail_tests)).encode())
                 for table in (walk.begin, walk.num_head, walk.num_full, walk.num_tail, walk.residue):
-                    state.update(np.ascontiguousarray(table))
+                    state.update(np.asarray(table).tobytes())
         return state.hexdigest()[:16]
 
     def __eq__(self, other: object) -> bool:
@@ -264,15 +264,14 @@ def make_plan(
     query_offset: Any = 0,
     block_q: int | None = None,
     block_kv: int | None = None,
-    candidates: tuple[Candidate, ...] = (),
 ) -> Plan:
     """The plan of a problem for one implementation; static ones are remembered."""
     if problem.pattern.is_static and not is_runtime_array(query_offset):
-        return _remembered(problem, implementation, target, int(query_offset), block_q, block_kv, candidates)
-    return _make(problem, implementation, target, query_offset, block_q, block_kv, candidates)
+        return _remembered(problem, implementation, target, int(query_offset), block_q, block_kv)
+    return _make(problem, implementation, target, query_offset, block_q, block_kv)
 
 
-def _make(problem, implementation, target, query_offset, block_q, block_kv, candidates) -> Plan:
+def _make(problem, implementation, target, query_offset, block_q, block_kv) -> Plan:
     check_problem(problem)
     for name, block in (("block_q", block_q), ("block_kv", block_kv)):
         if block is not None:
@@ -280,7 +279,7 @@ def _make(problem, implementation, target, query_offset, block_q, block_kv, cand
     model = cost_model(implementation, find(target), problem.head_dim, problem.dtype)
     acsr = build(problem.pattern, problem.q_len, problem.kv_len, query_offset)
     forward = schedule(acsr, model, block_q=block_q, block_kv=block_kv)
-    return Plan(problem, query_offset, implementation, target, forward, candidates, (block_q, block_kv))
+    return Plan(problem, query_offset, implementation, target, forward, blocks=(block_q, block_kv))
 
 
 _remembered = lru_cache(maxsize=128)(_make)

@@ -15,7 +15,7 @@ import numpy as np
 
 from splat.acsr import ACSR
 from splat.errors import PatternError
-from splat.geometry import RowTiles, Spans, align_rows_of, align_by_step, analyze, is_aligned
+from splat.geometry import RowTiles, Spans, align_by_step, align_rows_of, analyze, is_aligned
 from splat.pattern.core import Array, array_namespace
 from splat.planning.cost import CostModel
 from splat.tiling import Phase, Walk, cover
@@ -74,9 +74,13 @@ class Pass:
         d = self.decision
         what = ", ".join(str(c) for c in d.components)
         size = f"{d.block_q} x {d.block_kv} tiles"
-        counts = "" if not self.is_static else (
-            f", {self.num_tiles} tiles: {self.count(Phase.FULL)} full, "
-            f"{self.num_tiles - self.count(Phase.FULL)} partial"
+        counts = (
+            ""
+            if not self.is_static
+            else (
+                f", {self.num_tiles} tiles: {self.count(Phase.FULL)} full, "
+                f"{self.num_tiles - self.count(Phase.FULL)} partial"
+            )
         )
         return f"components {what}: {self.tiles}, {size}{counts}"
 
@@ -172,9 +176,7 @@ def _align(acsr: ACSR, decision: PassDecision) -> RowTiles:
     return align_by_step(acsr.shape[0], decision.step, decision.block_q)
 
 
-def schedule(
-    acsr: ACSR, model: CostModel, *, block_q: int | None = None, block_kv: int | None = None
-) -> Schedule:
+def schedule(acsr: ACSR, model: CostModel, *, block_q: int | None = None, block_kv: int | None = None) -> Schedule:
     """The schedule that `model` finds cheapest; `block_q` and `block_kv` fix the tile sizes."""
     if not acsr.is_static:
         return build_schedule(acsr, _choose_unseen(acsr, model, block_q, block_kv))
@@ -185,7 +187,7 @@ def schedule(
     spans = {key: _spans_of(acsr, tiles) for key, tiles in groupings.items()}
     passes = []
     for key, members in _assign(acsr, groupings, spans, model, block_q, block_kv):
-        seconds, bq, bk = _best_blocks([spans[key][n] for n in members], groupings[key], model, block_q, block_kv)
+        _, bq, bk = _best_blocks([spans[key][n] for n in members], groupings[key], model, block_q, block_kv)
         by_step = isinstance(key, int)
         decision = PassDecision(members, key, bq, bk) if by_step else PassDecision(members, None, bq, bk, int(key[5:]))
         factor = bq // groupings[key].block_q
@@ -195,7 +197,7 @@ def schedule(
 
 
 def _candidates(acsr: ACSR, base: int) -> dict[int | str, RowTiles]:
-    """The row groupings worth trying: by step, and (key "rows n") the rows of a component that has no step or few rows."""
+    """The row groupings to try: by step, and (key "rows n") the rows of a component without a step or with few rows."""
     out: dict[int | str, RowTiles] = {}
     rows = acsr.shape[0]
     for step in sorted({c.line_step for c in acsr.components if c.line_step is not None} | {1}):

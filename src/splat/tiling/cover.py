@@ -34,7 +34,7 @@ class Phase(enum.Enum):
 
 @dataclasses.dataclass(frozen=True)
 class Test:
-    """A masked tile keeps the pairs with `lower <= x` and/or `x < upper` of this component. Several tests: any holds."""
+    """A masked tile keeps pairs with `lower <= x` and/or `x < upper` of this component. Several tests: any holds."""
 
     component: int
     lower: bool
@@ -108,7 +108,7 @@ def _chains(strides: Sequence[int], spans: Sequence[Spans]) -> list[list[int]]:
         for k, (members, last, common) in enumerate(chains):
             agree = (common == residue) | (common < 0) | (residue < 0)
             if strides[members[0]] == strides[n] and bool(((x0 >= last) & agree)[here].all()):
-                chains[k] = (members + [n], np.where(here, x0, last), np.maximum(common, residue))
+                chains[k] = ([*members, n], np.where(here, x0, last), np.maximum(common, residue))
                 break
         else:
             chains.append(([n], np.where(here, x0, -NOWHERE), residue))
@@ -138,7 +138,16 @@ def _cover_chain(members: list[int], stride: int, spans: list[Spans], block_kv: 
             tail_tests += _tests(members[later], other, tail_begin, end, tail > 0, own=later == n, known=known)
         walks.append(
             Walk(
-                members[n], stride, block_kv, begin, head, full, tail, span.residue, tuple(head_tests), tuple(tail_tests)
+                members[n],
+                stride,
+                block_kv,
+                begin,
+                head,
+                full,
+                tail,
+                span.residue,
+                tuple(head_tests),
+                tuple(tail_tests),
             )
         )
     return walks

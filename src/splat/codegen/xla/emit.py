@@ -76,7 +76,11 @@ class XlaImplementation:
 IMPLEMENTATION = XlaImplementation()
 
 
-def _lower(plan: Plan, schedule: Schedule) -> tuple[tuple[PassSpec, ...], list[Tables]]:
+#: Static facts and tables of every pass.
+_Lowered = tuple[tuple[PassSpec, ...], list[Tables]]
+
+
+def _lower(plan: Plan, schedule: Schedule) -> _Lowered:
     return lower(schedule, plan.problem.batch * plan.problem.num_q_heads, STEP_BYTES)
 
 
@@ -85,34 +89,42 @@ def _function(program: _Program) -> Any:
     """(query, key, value, tables, kv_lengths) -> (output, log-sum-exp), jitted, with its reverse mode."""
     options = program.options
 
-    def forward_tables(tables: Any) -> tuple[tuple[PassSpec, ...], list[Tables]]:
+    def forward_tables(tables: Any) -> _Lowered:
         return _lower(program.plan, program.plan.forward) if program.plan else (program.forward, tables[0])
 
-    def backward_tables(tables: Any) -> tuple[tuple[PassSpec, ...], list[Tables]]:
+    def backward_tables(tables: Any) -> _Lowered:
         if program.plan:
             return _lower(program.plan, program.plan.backward)
         if program.backward_refusal:
             raise UnsupportedError(program.backward_refusal)
         return program.backward, tables[1]
 
-    @jax.custom_vjp
     def attention(query, key, value, tables, kv_lengths):
         return _forward(options, *forward_tables(tables), query, key, value, kv_lengths)
 
     def fwd(query, key, value, tables, kv_lengths):
-        # Not through `attention`: its reverse rule would stand in the way of forward over reverse.
-        out, lse = _forward(options, *forward_tables(tables), query, key, value, kv_lengths)
+        out, lse = attention(query, key, value, tables, kv_lengths)
         return (out, lse), (query, key, value, tables, kv_lengths, out, lse)
 
     def bwd(saved, cotangents):
         query, key, value, tables, kv_lengths, out, lse = saved
         d_query, d_key, d_value = _backward(
-            options, forward_tables(tables), backward_tables(tables), query, key, value, kv_lengths, out, lse, *cotangents
+            options,
+            forward_tables(tables),
+            backward_tables(tables),
+            query,
+            key,
+            value,
+            kv_lengths,
+            out,
+            lse,
+            *cotangents,
         )
         return d_query, d_key, d_value, None, None
 
-    attention.defvjp(fwd, bwd)
-    return jax.jit(attention)
+    differentiable = jax.custom_vjp(attention)
+    differentiable.defvjp(fwd, bwd)
+    return jax.jit(differentiable)
 
 
 def _heads_first(values: Array, num_kv_heads: int) -> Array:
@@ -148,7 +160,7 @@ def _forward(options, specs, tables, query, key, value, kv_lengths):
     if not parts:
         dtype = jnp.float64 if query.dtype == jnp.float64 else jnp.float32
         lse = kernels.vary_like(jnp.full(query.shape[:-1], -jnp.inf, dtype), query)
-        return jnp.zeros_like(query) + jnp.zeros_like(query), lse
+        return kernels.vary_like(jnp.zeros_like(query), query), lse
     out, lse = kernels.merge(parts)
     return _heads_last(out).astype(query.dtype), _heads_last(lse)[..., 0]
 
@@ -162,18 +174,23 @@ def _backward(options, forward, backward, query, key, value, kv_lengths, out, ls
     safe_lse = jnp.where(jnp.isneginf(lse), 0, lse)
     rows = [q, d_o, *(_heads_first(x[..., None], kv_heads) for x in (safe_lse, delta))]
 
-    def summed(specs, tables, over, lattices, side, body, shapes):
-        limit = None if kv_lengths is None else kernels.Limit(kv_lengths, side)
-        totals = [kernels.vary_like(jnp.zeros(shape, lse.dtype), query) for shape in shapes]
-        for spec, table in zip(specs, tables, strict=True):
-            results = kernels.run_pass(spec, table, over, lattices, limit, body)
-            totals = [total + result for total, result in zip(totals, results, strict=True)]
-        return totals
+    def limit(side: str) -> kernels.Limit | None:
+        return None if kv_lengths is None else kernels.Limit(kv_lengths, side)
 
-    (d_q,) = summed(*forward, rows, [k, v], "cols", kernels.d_query_body(options), [q.shape])
-    d_k, d_v = summed(*backward, [k, v], rows, "rows", kernels.d_key_value_body(options), [k.shape, v.shape])
-    d_k, d_v = (jnp.swapaxes(x, 1, 2) for x in (d_k, d_v))
+    d_q = _summed(forward, rows, [k, v], limit("cols"), kernels.d_query_body(options), [q])[0]
+    d_k, d_v = _summed(backward, [k, v], rows, limit("rows"), kernels.d_key_value_body(options), [k, v])
+    d_k, d_v = jnp.swapaxes(d_k, 1, 2), jnp.swapaxes(d_v, 1, 2)
     return _heads_last(d_q).astype(query.dtype), d_k.astype(key.dtype), d_v.astype(value.dtype)
+
+
+def _summed(lowered: _Lowered, rows, lattices, limit, body: kernels.PassBody, like: list[Array]) -> list[Array]:
+    """The sum over passes of what `body` computes; zeros shaped like `like` where there is no pass."""
+    dtype = jnp.float64 if like[0].dtype == jnp.float64 else jnp.float32
+    totals = [kernels.vary_like(jnp.zeros(x.shape, dtype), x) for x in like]
+    for spec, table in zip(*lowered, strict=True):
+        results = kernels.run_pass(spec, table, rows, lattices, limit, body)
+        totals = [total + result for total, result in zip(totals, results, strict=True)]
+    return totals
 
 
 __all__ = ["DTYPES", "IMPLEMENTATION", "XlaImplementation"]

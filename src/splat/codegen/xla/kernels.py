@@ -90,9 +90,7 @@ def run_pass(
         return body.finish(carry)
 
     results = lax.map(step, (row_tiles, table, positions))
-    return [
-        _by_row(x, spec, tables["inverse"], fill) for x, fill in zip(results, body.fills, strict=True)
-    ]
+    return [_by_row(x, spec, tables["inverse"], fill) for x, fill in zip(results, body.fills, strict=True)]
 
 
 def _kind(walk: WalkSpec) -> tuple[int, int | None]:
@@ -180,7 +178,7 @@ def _within(limit: Limit, spec: PassSpec, walk: WalkSpec, residue: Array, x: Arr
 
 
 class PassBody(NamedTuple):
-    """What a pass computes: `init(row tiles)`, `visit(carry, row tiles, tile)`, `finish(carry)`, and absent rows' values."""
+    """What a pass computes: init(row tiles), visit(carry, row tiles, tile), finish(carry), and values of absent rows."""
 
     init: Callable[[Any], Any]
     visit: Callable[[Any, Any, Tile], Any]
