@@ -65,6 +65,15 @@ class Component:
         return lower, upper
 
 
+    @cached_property
+    def residue(self) -> Array:
+        """`start mod stride`, int32 [rows]; 0 in rows without a run."""
+        residue = self.start - self.start // np.int32(self.stride) * np.int32(self.stride)
+        if self.has_empty_rows:
+            residue = array_namespace(self.start, self.count).where(self.count > 0, residue, 0)
+        return residue
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class ACSR:
     """The non-zeros of a q_len x kv_len matrix as disjoint affine components. Values live elsewhere (see DESIGN)."""
@@ -86,7 +95,7 @@ class ACSR:
 
     @cached_property
     def nnz(self) -> int:
-        return sum(int(c.count.sum(dtype=np.int64)) for c in self.components)
+        return int(self.row_nnz.sum(dtype=np.int64))
 
     @property
     def density(self) -> float:

@@ -51,27 +51,29 @@ class RowTiles:
         rows = np.arange(self.step, dtype=np.int32)[:, None] + self.step * in_group
         return np.where(rows < self.num_rows, rows, self.num_rows).reshape(-1, self.block_q)
 
-    def arrange(self, values: Array) -> Array:
-        """Per-row values with a tile's rows along axis 1: [tiles, block_q], or [tiles of a group, block_q, groups].
+    def smallest(self, values: Array) -> Array:
+        """The minimum of per-row values over every tile's rows: [num_tiles]."""
+        return self._reduce(values, "minimum")
 
-        Padding repeats a row of the same group, which no minimum or maximum notices.
-        """
-        if self.row_map is not None:
-            first = self.row_map[:, :1]
-            return values[np.where(self.row_map < self.num_rows, self.row_map, first)]
+    def largest(self, values: Array) -> Array:
+        """The maximum of per-row values over every tile's rows: [num_tiles]."""
+        return self._reduce(values, "maximum")
+
+    def _reduce(self, values: Array, operation: str) -> Array:
         xp = array_namespace(values)
+        if self.row_map is not None:  # a padded slot repeats the tile's first row
+            values = values[np.where(self.row_map < self.num_rows, self.row_map, self.row_map[:, :1])]
+            return xp.max(values, axis=1) if operation == "maximum" else xp.min(values, axis=1)
         tiles = self.tiles_per_group
         missing = tiles * self.block_q * self.step - self.num_rows
-        if missing:
+        if missing:  # padding repeats a row of the same group, which no minimum or maximum notices
             tail = values[self.num_rows - self.step :]
             values = xp.concatenate([values, xp.tile(tail, ceil_div(missing, self.step))[:missing]])
-        if self.step == 1:
-            return values.reshape(tiles, self.block_q)
-        return values.reshape(tiles, self.block_q, self.step)
-
-    def by_tile(self, reduced: Array) -> Array:
-        """What a reduction of `arrange`d values along axis 1 leaves, in tile order."""
-        return reduced.T.reshape(-1) if self.step > 1 and self.row_map is None else reduced
+        if xp is np and self.step == 1:  # several times faster than reducing a short axis
+            return getattr(np, operation).reduceat(values, np.arange(0, values.shape[0], self.block_q))
+        grid = values.reshape(tiles, self.block_q, self.step)
+        reduced = xp.max(grid, axis=1) if operation == "maximum" else xp.min(grid, axis=1)
+        return reduced.T.reshape(-1)
 
     def __str__(self) -> str:
         how = f"step {self.step}" if self.row_map is None else "row map"

@@ -69,17 +69,11 @@ class Spans:
 def analyze(component: Component, tiles: RowTiles) -> Spans:
     """The spans of `component` for every row tile; one pass over the rows."""
     lower, upper = component.bounds
-    xp = array_namespace(component.start, component.count)
-    low, high = tiles.arrange(lower), tiles.arrange(upper)
-    x0, x1 = tiles.by_tile(low.min(axis=1)), tiles.by_tile(low.max(axis=1))
-    x2, x3 = tiles.by_tile(high.min(axis=1)), tiles.by_tile(high.max(axis=1))
+    x0, x1 = tiles.smallest(lower), tiles.largest(lower)
+    x2, x3 = tiles.smallest(upper), tiles.largest(upper)
     if component.stride == 1:
-        residue = xp.zeros_like(x0)
-    else:
-        residue = component.start % np.int32(component.stride)
-        if component.has_empty_rows:
-            residue = xp.where(component.count > 0, residue, 0)
-        residue = tiles.by_tile(tiles.arrange(residue).max(axis=1))
+        return Spans(x0, x1, x2, x3, array_namespace(x0).zeros_like(x0))
+    residue = tiles.largest(component.residue)
     return Spans(x0, x1, x2, x3, residue)
 
 
@@ -98,7 +92,6 @@ def is_aligned(component: Component, tiles: RowTiles) -> bool:
         named[tiles.row_map.reshape(-1)] = True
         if (component.count > 0)[~named[:-1]].any():
             return False
-    residue = component.start % component.stride
-    low = tiles.arrange(np.where(component.count > 0, residue, NOWHERE)).min(axis=1)
-    high = tiles.arrange(np.where(component.count > 0, residue, -1)).max(axis=1)
+    low = tiles.smallest(np.where(component.count > 0, component.residue, NOWHERE))
+    high = tiles.largest(np.where(component.count > 0, component.residue, -1))
     return bool(((low == high) | (high < 0)).all())

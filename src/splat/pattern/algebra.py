@@ -102,8 +102,7 @@ def subtract(a: Run, b: Run) -> list[Run]:
     hit = b.count > 0
     if b.stride > 1:
         hit = hit & ((a.start - b.start) % b.stride == 0)
-    left = a.clip(-MAX_LENGTH, lo)
-    right = a.clip(hi, MAX_LENGTH)
+    left, right = a.before(lo), a.since(hi)
     return [
         Run(a.stride, a.start, xp.where(hit, left.count, a.count), a.line_step),
         Run(a.stride, right.start, _where(xp, hit, right.count), a.line_step),

@@ -85,16 +85,25 @@ class Run:
     def is_static(self) -> bool:
         return not (is_runtime_array(self.start) or is_runtime_array(self.count))
 
-    def clip(self, lo: Array, hi: Array) -> Run:
-        """The elements in `[lo, hi)`; the bounds are scalars or one per line."""
-        xp = array_namespace(self.start, self.count, lo, hi)
+    def before(self, hi: Array) -> Run:
+        """The elements below `hi`, a scalar or one per line."""
+        xp = array_namespace(self.start, self.count, hi)
+        kept = hi - self.start if self.stride == 1 else -((self.start - hi) // self.stride)
+        return Run(self.stride, self.start, xp.maximum(xp.minimum(self.count, kept), 0), self.line_step)
+
+    def since(self, lo: Array) -> Run:
+        """The elements at or above `lo`, a scalar or one per line."""
+        xp = array_namespace(self.start, self.count, lo)
         if self.stride == 1:
             start = xp.maximum(self.start, lo)
-            count = xp.minimum(self.stop, hi) - start
-            return Run(1, start, xp.maximum(count, 0), self.line_step)
+            return Run(1, start, xp.maximum(self.stop - start, 0), self.line_step)
         skipped = xp.maximum(-((self.start - lo) // self.stride), 0)
-        kept = xp.minimum(self.count, -((self.start - hi) // self.stride))
-        return Run(self.stride, self.start + skipped * self.stride, xp.maximum(kept - skipped, 0), self.line_step)
+        count = xp.maximum(self.count - skipped, 0)
+        return Run(self.stride, self.start + skipped * self.stride, count, self.line_step)
+
+    def clip(self, lo: Array, hi: Array) -> Run:
+        """The elements in `[lo, hi)`; the bounds are scalars or one per line."""
+        return self.since(lo).before(hi)
 
 
 class Frozen:

@@ -113,29 +113,44 @@ class Neighborhood(_Primitive):
         at = lines.positions
         axes = []  # per dimension: (first neighbour, count, dilation), first as a coordinate of the grid
         for n in reversed(range(dims)):
-            x, at = at % self.shape[n], at // self.shape[n]
-            group, m = x % dilation[n], x // dilation[n]
-            length = (self.shape[n] - group + dilation[n] - 1) // dilation[n]
-            first, count, most = interval(xp, m, length, self.kernel[n], causal[n])
-            axes.insert(0, (first * dilation[n] + group, count, dilation[n], most))
-        first, count, last_dilation, _ = axes[-1]
+            rest = at // self.shape[n]
+            x, at = at - rest * self.shape[n], rest
+            if dilation[n] == 1:
+                first, count, most = interval(xp, x, self.shape[n], self.kernel[n], causal[n])
+            else:  # the positions of one residue are a grid of their own
+                m = x // dilation[n]
+                group = x - m * dilation[n]
+                length = (self.shape[n] - group + dilation[n] - 1) // dilation[n]
+                first, count, most = interval(xp, m, length, self.kernel[n], causal[n])
+                first = first * dilation[n] + group
+            axes.insert(0, (first, count, dilation[n], most))
+        # One run along the last dimension for each combination of neighbours in the others.
+        weights = [math.prod(self.shape[n + 1 :]) for n in range(dims)]
+        start = sum(first * weight for (first, *_), weight in zip(axes, weights, strict=True))
+        whole = cross.is_static and (cross.start, cross.length) == (0, total)
+        # Where grids of different dilations meet at an edge, a run's residue follows no simple rule of the row.
+        simple = all(d * w % dilation[-1] == 0 for d, w in zip(dilation[:-1], weights, strict=False))
+        line_step = dilation[-1] if simple else None
         out = []
         for steps in itertools.product(*(range(most) for *_, most in axes[:-1])):
-            start, here = 0, count
-            for n, step in enumerate(steps):
-                lead, lead_count, lead_dilation, _ = axes[n]
-                start = (start + lead + step * lead_dilation) * self.shape[n + 1]
-                here = xp.where(step < lead_count, here, 0)
-            run = Run(last_dilation, start + first, here, last_dilation)
-            out.append(run.clip(cross.start, cross.stop))
+            here, moved = axes[-1][1], 0
+            for step, weight, (_, count, step_dilation, _) in zip(steps, weights, axes, strict=False):
+                moved += step * step_dilation * weight
+                here = here if isinstance(count, int) else xp.where(step < count, here, 0)
+            here = xp.broadcast_to(xp.asarray(here, dtype=np.int32), (lines.length,))
+            run = Run(dilation[-1], start + moved if moved else start, here, line_step)
+            out.append(run if whole else run.clip(cross.start, cross.stop))
         return prune(coalesce(prune(out)))
 
 
 def _neighbours(xp, m: Array, length: Array, kernel: int, causal: bool) -> tuple[Array, Array, int]:
-    """First neighbour and number of neighbours of m, and the most there can be; all inside one dilation group."""
+    """First neighbour and number of neighbours of m, and the most there can be; all inside one dilation group.
+
+    The number is an int where it is the same for all.
+    """
     if causal:
         return xp.maximum(m - kernel + 1, 0), xp.minimum(m + 1, kernel), kernel
-    return xp.clip(m - kernel // 2, 0, length - kernel), xp.zeros_like(m) + kernel, kernel
+    return xp.clip(m - kernel // 2, 0, length - kernel), kernel, kernel
 
 
 def _neighbours_of(xp, n: Array, length: Array, kernel: int, causal: bool) -> tuple[Array, Array, int]:

@@ -178,7 +178,7 @@ def _within(limit: Limit, spec: PassSpec, walk: WalkSpec, residue: Array, x: Arr
 
 
 class PassBody(NamedTuple):
-    """What a pass computes: init(row tiles), visit(carry, row tiles, tile), finish(carry), and values of absent rows."""
+    """What a pass computes: init(row tiles), visit(carry, row tiles, tile), finish(carry), and absent rows' values."""
 
     init: Callable[[Any], Any]
     visit: Callable[[Any, Any, Tile], Any]
