@@ -64,7 +64,6 @@ class Component:
             lower, upper = xp.where(here, lower, NOWHERE), xp.where(here, upper, -NOWHERE)
         return lower, upper
 
-
     @cached_property
     def residue(self) -> Array:
         """`start mod stride`, int32 [rows]; 0 in rows without a run."""

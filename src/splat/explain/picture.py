@@ -37,7 +37,7 @@ class Part(NamedTuple):
 
 
 class Outlines(NamedTuple):
-    """Tiles inside a part: dense ones as (left, top, width, height), and the pairs (row, column) of one lattice tile."""
+    """Tiles inside a part: dense ones (left, top, width, height), and the pairs (row, column) of one lattice tile."""
 
     boxes: list[tuple[int, int, int, int]]
     lattice: np.ndarray
@@ -114,7 +114,8 @@ def save_strip(
 
 def _caption(plan: Plan) -> str:
     n = numbers(plan)
-    return f"{n['q_len x kv_len']}, density {n['density']}\n{n['full']} full + {n['partial']} partial tiles, waste {n['waste']}"
+    tiles = f"{n['full']} full + {n['partial']} partial tiles"
+    return f"{n['q_len x kv_len']}, density {n['density']}\n{tiles}, waste {n['waste']}"
 
 
 # -- panels ------------------------------------------------------------------------------------------------------------

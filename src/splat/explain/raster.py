@@ -55,7 +55,10 @@ class Raster:
         return np.maximum(np.stack([self.full, self.pairs - self.full, self.wasted], axis=-1), 0)
 
     def colors(self) -> np.ndarray:
-        """RGB on white paper, uint8 [row cells, column cells, 3]. Ink is the cube root of what a cell holds: thin lines show."""
+        """RGB on white paper, uint8 [row cells, column cells, 3].
+
+        Ink is the cube root of the share of the cell that is filled: thin lines must show.
+        """
         shares = self.shares
         if np.diff(self.row_edges).max(initial=1) == np.diff(self.col_edges).max(initial=1) == 1:
             shares[..., 2] *= self.pairs == 0  # single pairs: a pair that some tile keeps is no waste

@@ -127,60 +127,39 @@ def _function(program: _Program) -> Any:
     return jax.jit(differentiable)
 
 
-def _heads_first(values: Array, num_kv_heads: int) -> Array:
-    """[B, T, N, H] -> [B, K, G, T, H]."""
+def _grouped(values: Array, num_kv_heads: int) -> Array:
+    """[B, T, N, H] -> [B, T, K, G, H]."""
     batch, length, heads, width = values.shape
-    return jnp.transpose(values.reshape(batch, length, num_kv_heads, heads // num_kv_heads, width), (0, 2, 3, 1, 4))
-
-
-def _heads_last(values: Array) -> Array:
-    """[B, K, G, T, H] -> [B, T, N, H]."""
-    batch, kv_heads, group, length, width = values.shape
-    return jnp.transpose(values, (0, 3, 1, 2, 4)).reshape(batch, length, kv_heads * group, width)
-
-
-def _keys_first(values: Array, kv_lengths: Array | None) -> Array:
-    """[B, S, K, H] -> [B, K, S, H], zero past the lengths, whatever stood there."""
-    if kv_lengths is not None:
-        inside = jnp.arange(values.shape[1])[None, :] < kv_lengths[:, None]
-        values = jnp.where(inside[:, :, None, None], values, jnp.zeros((), values.dtype))
-    return jnp.swapaxes(values, 1, 2)
+    return values.reshape(batch, length, num_kv_heads, heads // num_kv_heads, width)
 
 
 def _forward(options, specs, tables, query, key, value, kv_lengths):
-    kv_heads = key.shape[2]
-    q = _heads_first(query, kv_heads)
-    k, v = _keys_first(key, kv_lengths), _keys_first(value, kv_lengths)
     limit = None if kv_lengths is None else kernels.Limit(kv_lengths, "cols")
     body = kernels.forward_body(options)
     parts = []
     for spec, table in zip(specs, tables, strict=True):
-        out, lse = kernels.run_pass(spec, table, [q], [k, v], limit, body)
+        out, lse = kernels.run_pass(spec, table, [_grouped(query, key.shape[2])], [key, value], limit, body)
         parts.append((out, lse))
     if not parts:
         dtype = jnp.float64 if query.dtype == jnp.float64 else jnp.float32
         lse = kernels.vary_like(jnp.full(query.shape[:-1], -jnp.inf, dtype), query)
         return kernels.vary_like(jnp.zeros_like(query), query), lse
     out, lse = kernels.merge(parts)
-    return _heads_last(out).astype(query.dtype), _heads_last(lse)[..., 0]
+    return out.reshape(query.shape).astype(query.dtype), lse.reshape(query.shape[:-1])
 
 
 def _backward(options, forward, backward, query, key, value, kv_lengths, out, lse, d_out, d_lse):
-    kv_heads = key.shape[2]
-    q, d_o = _heads_first(query, kv_heads), _heads_first(d_out, kv_heads)
-    k, v = _keys_first(key, kv_lengths), _keys_first(value, kv_lengths)
     delta = jnp.sum(d_out.astype(lse.dtype) * out.astype(lse.dtype), axis=-1) - d_lse
     # A row that attends to nothing has log-sum-exp -inf and no pair to use it for.
     safe_lse = jnp.where(jnp.isneginf(lse), 0, lse)
-    rows = [q, d_o, *(_heads_first(x[..., None], kv_heads) for x in (safe_lse, delta))]
+    rows = [_grouped(x, key.shape[2]) for x in (query, d_out, safe_lse[..., None], delta[..., None])]
 
     def limit(side: str) -> kernels.Limit | None:
         return None if kv_lengths is None else kernels.Limit(kv_lengths, side)
 
-    d_q = _summed(forward, rows, [k, v], limit("cols"), kernels.d_query_body(options), [q])[0]
-    d_k, d_v = _summed(backward, [k, v], rows, limit("rows"), kernels.d_key_value_body(options), [k, v])
-    d_k, d_v = jnp.swapaxes(d_k, 1, 2), jnp.swapaxes(d_v, 1, 2)
-    return _heads_last(d_q).astype(query.dtype), d_k.astype(key.dtype), d_v.astype(value.dtype)
+    d_q = _summed(forward, rows, [key, value], limit("cols"), kernels.d_query_body(options), rows[:1])[0]
+    d_k, d_v = _summed(backward, [key, value], rows, limit("rows"), kernels.d_key_value_body(options), [key, value])
+    return d_q.reshape(query.shape).astype(query.dtype), d_k.astype(key.dtype), d_v.astype(value.dtype)
 
 
 def _summed(lowered: _Lowered, rows, lattices, limit, body: kernels.PassBody, like: list[Array]) -> list[Array]:

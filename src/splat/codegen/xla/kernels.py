@@ -1,7 +1,8 @@
 """Attention as a portable XLA program that follows the plan.
 
 One loop runs over steps of row tiles; inside, one loop per walk runs over its tiles, `group` row tiles at once, so that
-the matrix products are large. Nothing of size q_len x kv_len is formed; memory is inputs, outputs and one step's tiles.
+the matrix products are large. Rows and lattice columns are gathered where they lie. Nothing of size q_len x kv_len is formed;
+memory is inputs, outputs and one step's tiles.
 
 Axis letters: B batch, K key/value heads, G query heads per key head, H head dim (JAX's), and inside a step
 R row tiles of the step, Q rows of a tile, X lattice columns of a tile. In dK and dV the rows are key positions and the
@@ -55,95 +56,61 @@ def run_pass(
     """Runs one pass.
 
     Args:
-      rows: arrays [B, K, (G,) num_rows, width], read by row tile.
-      lattices: arrays [B, K, (G,) num_cols, width], read by lattice tile.
+      rows: arrays [B, num_rows, K, (G,) width], read by row tile.
+      lattices: arrays [B, num_cols, K, (G,) width], read by lattice tile.
       body: what to do with a tile.
 
     Returns:
-      `body.finish`'s results by row, [B, K, (G,) num_rows, width]; `body.fills` in rows that no tile holds.
+      `body.finish`'s results by row, [B, num_rows, K, (G,) width]; `body.fills` in rows that no tile holds.
     """
-    row_tiles = [_by_tile(x, spec, tables["rows"]) for x in rows]
-    sources = {_kind(w): [_lattice(x, spec, w) for x in lattices] for w in {_kind(w): w for w in spec.walks}.values()}
-    table = {name: tables[name] for name in ("begin", "total", "residue", "bounds")}
-    positions = tables["rows"].reshape(spec.steps, spec.group, spec.block_q)
+    names = ("rows", "begin", "total", "residue", "bounds")
 
-    def step(args: Any) -> list[Array]:
-        tiles, table, position = args
+    def step(table: Tables) -> list[Array]:
+        tiles = [_take(x, table["rows"]) for x in rows]
         carry = body.init(tiles)
         for n, walk in enumerate(spec.walks):
             begin, total, residue = (table[name][n] for name in ("begin", "total", "residue"))
 
             def visit(t: Array, carry: Any, walk=walk, begin=begin, total=total, residue=residue) -> Any:
                 active = t < total
-                # An inactive tile reads the zeros behind the lattice, never another position's values.
-                x = jnp.where(active, begin + t * spec.block_kv, spec.lattice_len(walk))
-                keep = _keep(spec, walk, table["bounds"], x, active)
-                slices = [_slice(source, walk, residue, x, spec.block_kv) for source in sources[_kind(walk)]]
-                if walk.tests:  # what no row of the tile attends to may hold anything, NaN included
-                    slices = [_where_seen(keep, array) for array in slices]
-                keep = keep[:, None, None, None]
+                x = (begin + t * spec.block_kv)[:, None] + jnp.arange(spec.block_kv, dtype=begin.dtype)
+                # Past its last tile a row tile reads behind the end: zeros, never another position's values.
+                col = jnp.where(active[:, None], residue[:, None] + walk.stride * x, spec.num_cols)
+                keep = _keep(spec, walk, table["bounds"], x, active)[:, None, None, None]
                 if limit is not None:
-                    keep = keep & _within(limit, spec, walk, residue, x, position)
+                    keep = keep & _within(limit, col, table["rows"])
+                slices = [_take(source, col) for source in lattices]
+                if (
+                    walk.tests or limit is not None
+                ):  # what no row of the tile attends to may hold anything, NaN included
+                    slices = [_where_seen(keep, array) for array in slices]
                 return body.visit(carry, tiles, Tile(slices, keep))
 
             carry = lax.fori_loop(0, jnp.max(total), visit, carry)
-        return body.finish(carry)
+        return [jnp.moveaxis(x, -2, 2) for x in body.finish(carry)]
 
-    results = lax.map(step, (row_tiles, table, positions))
-    return [_by_row(x, spec, tables["inverse"], fill) for x, fill in zip(results, body.fills, strict=True)]
-
-
-def _kind(walk: WalkSpec) -> tuple[int, int | None]:
-    return walk.stride, walk.residue
+    results = lax.map(step, {name: tables[name] for name in names})
+    return [_by_row(x, tables["inverse"], fill) for x, fill in zip(results, body.fills, strict=True)]
 
 
-def _by_tile(values: Array, spec: PassSpec, rows: Array) -> Array:
-    """[..., num_rows, width] -> [steps, R, ..., Q, width]; zeros in padded rows."""
-    taken = jnp.take(values, rows, axis=-2, mode="fill", fill_value=0)
-    split = taken.reshape(*values.shape[:-2], spec.steps, spec.group, spec.block_q, values.shape[-1])
-    return jnp.moveaxis(split, (-4, -3), (0, 1))
+def _take(values: Array, index: Array) -> Array:
+    """[B, positions, K, (G,) width] at index [R, n]: [R, B, K, (G,) n, width]; zeros past the end."""
+    taken = jnp.take(values, index, axis=1, mode="fill", fill_value=0)
+    return jnp.moveaxis(taken, (1, 2), (0, -2))
 
 
-def _by_row(tiles: Array, spec: PassSpec, inverse: Array, fill: float) -> Array:
-    """[steps, R, ..., Q, width] -> [..., num_rows, width]."""
-    joined = jnp.moveaxis(tiles, (0, 1), (-4, -3))
-    joined = joined.reshape(*joined.shape[:-4], -1, joined.shape[-1])
-    return jnp.take(joined, inverse, axis=-2, mode="fill", fill_value=fill)
-
-
-def _lattice(values: Array, spec: PassSpec, walk: WalkSpec) -> Array:
-    """[..., num_cols, width] -> [residues, ..., lattice + block_kv zeros, width]; one residue where it is known."""
-    length, stride = spec.lattice_len(walk), walk.stride
-    widths = [(0, 0)] * values.ndim
-    if walk.residue is not None:
-        values = lax.slice_in_dim(values, walk.residue, None, stride, axis=-2)
-        widths[-2] = (0, spec.block_kv)
-        return jnp.pad(values, widths)[None]
-    widths[-2] = (0, (length + spec.block_kv) * stride - spec.num_cols)
-    values = jnp.pad(values, widths)
-    values = values.reshape(*values.shape[:-2], length + spec.block_kv, stride, values.shape[-1])
-    return jnp.moveaxis(values, -2, 0)
-
-
-def _slice(source: Array, walk: WalkSpec, residue: Array, x: Array, size: int) -> Array:
-    """The lattice tiles at residue [R] and x [R]: [R, ..., X, width]."""
-    sizes = (1, *source.shape[1:-2], size, source.shape[-1])
-
-    def one(residue: Array, x: Array) -> Array:
-        zero = jnp.zeros_like(x)
-        first = zero if walk.residue is not None else residue
-        return lax.dynamic_slice(source, (first, *(zero,) * (source.ndim - 3), x, zero), sizes)[0]
-
-    if x.shape[0] == 1:
-        return one(residue[0], x[0])[None]
-    return jax.vmap(one)(residue, x)
+def _by_row(tiles: Array, inverse: Array, fill: float) -> Array:
+    """[steps, R, B, Q, K, (G,) width] -> [B, num_rows, K, (G,) width]."""
+    joined = jnp.moveaxis(tiles, 2, 0)
+    joined = joined.reshape(joined.shape[0], -1, *joined.shape[4:])
+    return jnp.take(joined, inverse, axis=1, mode="fill", fill_value=fill)
 
 
 def _keep(spec: PassSpec, walk: WalkSpec, bounds: dict[str, Any], x: Array, active: Array) -> Array:
-    """bool [R, Q, X]: the pairs that the pattern has. Tests of a walk are alternatives."""
+    """bool [R, Q, X]: the pairs that the pattern has, for lattice columns x [R, X]. Tests of a walk are alternatives."""
     if not walk.tests:
         return jnp.broadcast_to(active[:, None, None], (spec.group, spec.block_q, spec.block_kv))
-    at = (x[:, None] + jnp.arange(spec.block_kv, dtype=x.dtype))[:, None, :]
+    at = x[:, None, :]
     keep = None
     for test in walk.tests:
         lower, upper = bounds[str(test.component)]
@@ -158,19 +125,17 @@ def _keep(spec: PassSpec, walk: WalkSpec, bounds: dict[str, Any], x: Array, acti
 
 
 def _where_seen(keep: Array, values: Array) -> Array:
-    """Lattice columns that some row of the tile keeps; zeros elsewhere."""
-    seen = keep.any(axis=1)
-    shape = (seen.shape[0], *(1,) * (values.ndim - 3), seen.shape[1], 1)
-    return jnp.where(seen.reshape(shape), values, jnp.zeros((), values.dtype))
+    """Lattice columns that some row of the tile keeps; zeros elsewhere. `keep` [R, B or 1, 1, 1, Q, X]."""
+    seen = keep.any(axis=-2)[:, :, 0, 0, :, None]
+    seen = seen.reshape(*seen.shape[:2], *(1,) * (values.ndim - 4), *seen.shape[-2:])
+    return jnp.where(seen, values, jnp.zeros((), values.dtype))
 
 
-def _within(limit: Limit, spec: PassSpec, walk: WalkSpec, residue: Array, x: Array, position: Array) -> Array:
+def _within(limit: Limit, col: Array, row: Array) -> Array:
     """bool [R, B, 1, 1, 1, X] or [R, B, 1, 1, Q, 1]: keys before the lengths."""
     lengths = limit.lengths[None, :, None]
     if limit.side == "rows":
-        return (position[:, None, :] < lengths)[:, :, None, None, :, None]
-    first = residue if walk.residue is None else jnp.full_like(residue, walk.residue)
-    col = first[:, None] + walk.stride * (x[:, None] + jnp.arange(spec.block_kv, dtype=x.dtype))
+        return (row[:, None, :] < lengths)[:, :, None, None, :, None]
     return (col[:, None, :] < lengths)[:, :, None, None, None, :]
 
 

@@ -15,11 +15,10 @@ from splat.tiling import Test
 
 @dataclasses.dataclass(frozen=True)
 class WalkSpec:
-    """Static facts of a walk. `residue`: the columns' residue where it is the same in every row tile, else None."""
+    """Static facts of a walk."""
 
     stride: int
     tests: tuple[Test, ...]
-    residue: int | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,10 +33,6 @@ class PassSpec:
     steps: int
     group: int
 
-    def lattice_len(self, walk: WalkSpec) -> int:
-        """Lattice columns that exist along a walk."""
-        return ceil_div(self.num_cols - (walk.residue or 0), walk.stride)
-
 
 #: One pass's arrays, a pytree: see `lower`.
 Tables = dict[str, Any]
@@ -47,7 +42,7 @@ def lower(schedule: Schedule, scores_per_tile: int, budget_bytes: int) -> tuple[
     """Static facts and tables of every pass.
 
     Tables, per pass (NumPy for static plans, traced otherwise), row tiles in the plan's order, padded to steps*group:
-      rows: int32 [steps*group*block_q], which row each tile row is; num_rows where padded.
+      rows: int32 [steps, group, block_q], which row each tile row is; num_rows where padded.
       inverse: int32 [num_rows], where each row went; past the end where it is in no tile.
       begin, total, residue: per walk, int32 [steps, group].
       lower, upper: per component tested, int32 [steps, group, block_q].
@@ -88,14 +83,14 @@ def _lower_pass(schedule: Schedule, one: Pass, heads: int, budget_bytes: int) ->
     components = sorted({test.component for walk in one.walks for test in walk.tests})
     bounds = {str(n): _bounds(schedule, n, rows) for n in components}
     tables: Tables = {
-        "rows": flat,
+        "rows": rows,
         "inverse": inverse[:num_rows],
         "begin": [by_step(walk.begin, 0) for walk in one.walks],
         "total": [by_step(walk.num_tiles, 0) for walk in one.walks],
         "residue": [by_step(walk.residue, 0) for walk in one.walks],
         "bounds": bounds,
     }
-    walks = tuple(WalkSpec(w.stride, w.tests, _common_residue(w.residue, w.num_tiles, w.stride)) for w in one.walks)
+    walks = tuple(WalkSpec(w.stride, w.tests) for w in one.walks)
     return PassSpec(num_rows, num_cols, block_q, block_kv, walks, steps, group), tables
 
 
@@ -106,12 +101,3 @@ def _bounds(schedule: Schedule, component: int, rows: Array) -> tuple[Array, Arr
     inside = rows < lower.shape[0]
     at = xp.where(inside, rows, 0)
     return xp.where(inside, xp.asarray(lower)[at], NOWHERE), xp.where(inside, xp.asarray(upper)[at], -NOWHERE)
-
-
-def _common_residue(residue: Array, total: Array, stride: int) -> int | None:
-    if stride == 1:
-        return 0
-    if not isinstance(residue, np.ndarray):
-        return None
-    used = np.unique(residue[total > 0])
-    return int(used[0]) if used.size == 1 else None

@@ -1,0 +1,166 @@
+"""`splat doctor`: what this machine can run, and why not the rest."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+NAME = "doctor"
+
+#: Run in a process of its own: a broken jax may raise anything, end the process, or wait for a device that is busy.
+PROBE = """
+import json, jax, jaxlib
+devices = [f"{d.platform}:{d.id} {d.device_kind}" for d in jax.devices()]
+print(json.dumps({"jax": jax.__version__, "jaxlib": jaxlib.__version__, "platform": jax.default_backend(),
+                  "devices": devices}))
+"""
+PROBE_S = 120
+
+DTYPES = ("float32", "bfloat16", "float16", "float64")
+#: CPU features that code generators can use, as /proc/cpuinfo spells them (x86 and Arm).
+FEATURES = (
+    "sse4_2", "avx", "avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512_bf16", "avx512_fp16", "avx_vnni",
+    "amx_tile", "amx_bf16", "amx_int8", "neon", "asimd", "asimdhp", "bf16", "sve", "sve2", "sme",
+)  # fmt: skip
+OPTIONAL = {
+    "torch": "PyTorch front end, benchmarks' peers",
+    "triton": "GPU kernels",
+    "jax-triton": "GPU kernels from JAX",
+    "scipy": "tests",
+}
+SETTINGS = ("JAX_PLATFORMS", "JAX_COMPILATION_CACHE_DIR", "XLA_FLAGS", "CUDA_VISIBLE_DEVICES", "CXX", "NO_COLOR")
+
+
+def command() -> None:
+    """Say what this machine can run, and why not the rest. The exit code is 0 whatever is missing."""
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    import splat
+
+    console = Console()
+    jax = probe_jax()
+
+    def section(title: str, rows: dict[str, str]) -> None:
+        table = Table.grid(padding=(0, 2))
+        table.add_column(min_width=16)
+        table.add_column(overflow="fold")
+        for name, value in rows.items():
+            table.add_row(Text(f"  {name}"), Text(value))
+        console.print(Text(title, "bold"))
+        console.print(table)
+
+    section("versions", {"splat": splat.__version__, "python": _python(), "numpy": _version("numpy"), **_jax_rows(jax)})
+    section("machine", machine())
+    section("implementations", implementations(jax))
+    section("optional packages", {name: _optional(name, use) for name, use in OPTIONAL.items()})
+    section("settings", settings())
+
+
+def probe_jax(timeout_s: float = PROBE_S) -> dict[str, Any]:
+    """Versions, platform and devices of JAX; or {"error": a sentence}."""
+    if importlib.util.find_spec("jax") is None:
+        return {"error": "not installed: pip install jax"}
+    try:
+        done = subprocess.run(
+            [sys.executable, "-c", PROBE], capture_output=True, text=True, timeout=timeout_s, check=False
+        )
+    except subprocess.TimeoutExpired:
+        return {"error": f"gave no answer within {timeout_s:.0f} s; a device may be busy (try JAX_PLATFORMS=cpu)"}
+    try:
+        return json.loads(done.stdout.strip().splitlines()[-1])
+    except (IndexError, json.JSONDecodeError):
+        said = done.stderr.strip().splitlines() or ["no message"]
+        return {"error": f"does not work (exit code {done.returncode}): {said[-1]}", "crashed": done.returncode < 0}
+
+
+def implementations(jax: dict[str, Any]) -> dict[str, str]:
+    """For each implementation the dtypes it serves here, or why it serves none."""
+    from splat.codegen import registry
+    from splat.codegen.base import Request
+
+    if jax.get("crashed"):
+        return dict.fromkeys(registry.NAMES, "not asked: importing jax ends the process")
+    reasons: dict[str, dict[str, str | None]] = {name: {} for name in registry.NAMES}
+    for dtype in DTYPES:
+        try:
+            answers = registry.refusals(Request(jax.get("platform", "cpu"), dtype, 64))
+        except Exception as error:  # whatever a broken installation raises
+            answers = dict.fromkeys(registry.NAMES, f"{type(error).__name__}: {error}")
+        for name, reason in answers.items():
+            reasons[name][dtype] = reason
+    out = {}
+    for name, known in reasons.items():
+        served = [dtype for dtype, reason in known.items() if reason is None]
+        refused = list(dict.fromkeys(reason for reason in known.values() if reason))
+        parts = [f"serves {', '.join(served)}"] if served else ["no"]
+        out[name] = ": ".join(parts) + (("; " if served else ": ") + " / ".join(refused) if refused else "")
+    return out
+
+
+def machine() -> dict[str, str]:
+    """Processor, threads, compiler, and whether an NVIDIA or AMD driver is there."""
+    cpuinfo = _read("/proc/cpuinfo")
+    fields = dict(line.split(":", 1) for line in cpuinfo.splitlines() if ":" in line)
+    known = {key.strip().lower(): value.strip() for key, value in fields.items()}
+    has = set((known.get("flags") or known.get("features") or "").split())
+    features = [name for name in FEATURES if name in has]
+    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    compiler = next((path for name in (os.environ.get("CXX"), "c++", "g++", "clang++") if name
+                     and (path := shutil.which(name))), None)  # fmt: skip
+    drivers = [name for name, path in (("NVIDIA", "/proc/driver/nvidia/version"), ("AMD", "/dev/kfd"))
+               if Path(path).exists()]  # fmt: skip
+    return {
+        "system": f"{platform.system()} {platform.release()}, {platform.machine()}",
+        "processor": known.get("model name") or platform.processor() or "unknown",
+        "instruction sets": ", ".join(features) if features else "unknown: /proc/cpuinfo names none",
+        "threads": f"{usable} usable of {os.cpu_count()}",
+        "C++ compiler": compiler or "none found (set CXX, or install g++ or clang++)",
+        "GPU drivers": ", ".join(drivers) or "none",
+    }
+
+
+def settings() -> dict[str, str]:
+    """Environment variables that change what SPLAT or JAX does."""
+    names = sorted(name for name in os.environ if name.startswith("SPLAT_")) + [n for n in SETTINGS if n in os.environ]
+    return {name: os.environ[name] for name in names} or {"": "none set: every default applies"}
+
+
+def _jax_rows(jax: dict[str, Any]) -> dict[str, str]:
+    if "error" in jax:
+        return {"jax": jax["error"]}
+    rows = {"jax": jax["jax"], "jaxlib": jax["jaxlib"], "devices": ", ".join(jax["devices"])}
+    if jax["platform"] == "cpu" and Path("/proc/driver/nvidia/version").exists():
+        rows["devices"] += " (an NVIDIA driver is here, but jax sees no GPU: pip install 'jax[cuda12]')"
+    return rows
+
+
+def _python() -> str:
+    return f"{platform.python_version()} ({platform.python_implementation()}), {sys.executable}"
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def _optional(package: str, use: str) -> str:
+    return f"{_version(package)} ({use})"
+
+
+def _read(path: str) -> str:
+    try:
+        return Path(path).read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return ""

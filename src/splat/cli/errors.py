@@ -1,0 +1,60 @@
+"""Errors on the command line: one line and exit code 2 instead of a traceback."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import typer
+
+from splat.errors import ArgumentError, SplatError
+
+_state = {"debug": False}
+
+
+def show_tracebacks(wanted: bool) -> None:
+    """Whether errors are raised as they are (`--debug`, `SPLAT_DEBUG=1`)."""
+    _state["debug"] = wanted
+
+
+def reported(command: Callable[..., Any]) -> Callable[..., Any]:
+    """`command`, with SPLAT's errors, unwritable files and missing packages told in a line on stderr."""
+
+    @functools.wraps(command)
+    def run(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return command(*args, **kwargs)
+        except SplatError as error:
+            _report(str(error), error)
+        except ImportError as error:
+            if (error.name or "").partition(".")[0] == "splat":
+                raise
+            _report(f"this command needs a package that cannot be imported: {error}. See `splat doctor`.", error)
+        except OSError as error:
+            if error.filename is None:  # not about a file: a closed pipe, for example
+                raise
+            _report(f"{error.filename}: {error.strerror}", error)
+
+    return run
+
+
+def _report(message: str, error: Exception) -> None:
+    if _state["debug"]:
+        raise error
+    first, *rest = message.splitlines() or [type(error).__name__]
+    typer.secho(f"error: {first}", fg="red", err=True)
+    for line in rest:
+        typer.echo(line, err=True)
+    raise typer.Exit(2)
+
+
+def check_out(path: Path | None) -> None:
+    """Raises ArgumentError where a file cannot be put there: said before the work, not after it."""
+    if path is None:
+        return
+    if not path.parent.is_dir():
+        raise ArgumentError(f"--out must lie in a folder that exists, but {path.parent} is none. Create it first.")
+    if path.is_dir():
+        raise ArgumentError(f"--out must name a file, but {path} is a folder")
