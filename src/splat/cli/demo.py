@@ -26,7 +26,7 @@ NUM_HEADS, HEAD_DIM, WIDTH, POSITIONAL = 8, 64, 512, 16
 #: Rows that are checked against the float64 oracle, and how far off a value may be, by platform: a GPU multiplies
 #: float32 in pieces of lower precision.
 CHECKED_ROWS, TOLERANCE, GPU_TOLERANCE = 1024, 2e-5, 2e-3
-#: Measuring goes on for about this long: at least one round, but dense attention only as often as fits, at most so many.
+#: Measuring goes on for about this long, at most so many rounds; dense attention runs as often as fits, at least once.
 BUDGET_S, MAX_ROUNDS, RUNS_A_ROUND = 40.0, 5, 3
 #: Bytes of scores that dense attention forms at once.
 DENSE_BYTES, GPU_DENSE_BYTES = 128 << 20, 2 << 30
@@ -195,8 +195,8 @@ def check(cases: list[Case], arrays: tuple[Any, ...], step: Callable[[str], None
     query, key, value = (np.asarray(x, np.float64) for x in arrays)
     length = query.shape[1]
     edges = np.r_[:32, length - 32 : length]
-    others = np.random.default_rng(1).choice(length, min(CHECKED_ROWS, length) - edges.size, replace=False)
-    rows = np.unique(np.r_[edges, others])
+    inner = np.random.default_rng(1).permutation(np.arange(32, length - 32))[: CHECKED_ROWS - edges.size]
+    rows = np.sort(np.r_[edges, inner])
     for case in cases:
         step(f"checking {case.text} against the float64 oracle")
         assert case.sparse is not None
@@ -288,7 +288,7 @@ def _small_print(cases: list[Case], rows: np.ndarray, block: int, length: int, t
     return (
         f"\nSPLAT: implementation {cases[0].plan.implementation}, median of {len(cases[0].sparse_ms)} runs each. "
         f"Dense: jax.nn.dot_product_attention with the pattern's mask, {how}; median of {dense_runs} runs over all "
-        f"masks, between SPLAT's runs. Max error: from a float64 oracle on {rows.size:,} of {length:,} rows (both ends and "
-        f"a random sample), all {NUM_HEADS} heads. Largest difference from dense JAX, all rows and heads of "
+        f"masks, between SPLAT's runs. Max error: from a float64 oracle on {rows.size:,} of {length:,} rows (both ends "
+        f"and a random sample), all {NUM_HEADS} heads. Largest difference from dense JAX, all rows and heads of "
         f"{len(differences)} patterns: {np.max(differences):.1e}. Both may be {tolerance:g} at most."
     )

@@ -49,7 +49,6 @@ class XlaImplementation:
         return None
 
     def attention(self, plan: Plan, options: Options, query: Any, key: Any, value: Any, kv_lengths: Any) -> Any:
-        query, key, value = (kernels.vary_like(x, query, key, value) for x in (query, key, value))
         tables: tuple[list[Tables], list[Tables]] | None = None
         if plan.is_static:
             program = _Program(options, plan)
@@ -62,6 +61,8 @@ class XlaImplementation:
                 refused = str(error)
             program = _Program(options, None, forward, backward, refused)
             tables = (forward_tables, backward_tables)
+        every = jax.tree.leaves((query, key, value, tables, kv_lengths))
+        query, key, value = (kernels.vary_like(x, *every) for x in (query, key, value))
         return _function(program)(query, key, value, tables, kv_lengths)
 
     def emit(self, plan: Plan, options: Options) -> str:

@@ -1,8 +1,8 @@
 """Attention as a portable XLA program that follows the plan.
 
 One loop runs over steps of row tiles; inside, one loop per walk runs over its tiles, `group` row tiles at once, so that
-the matrix products are large. Rows and lattice columns are gathered where they lie. Nothing of size q_len x kv_len is formed;
-memory is inputs, outputs and one step's tiles.
+the matrix products are large. Rows and lattice columns are gathered where they lie. Nothing of size q_len x kv_len is
+formed; memory is inputs, outputs and one step's tiles.
 
 Axis letters: B batch, K key/value heads, G query heads per key head, H head dim (JAX's), and inside a step
 R row tiles of the step, Q rows of a tile, X lattice columns of a tile. In dK and dV the rows are key positions and the
@@ -38,10 +38,14 @@ class Tile(NamedTuple):
     keep: Array  # bool [R, B or 1, 1, 1, Q, X]
 
 
+def _varying(value: Array) -> frozenset[str]:
+    """The mesh axes over which `value` varies inside shard_map; jax 0.10 and later."""
+    return getattr(getattr(jax.typeof(value), "mat", None), "varying", frozenset())
+
+
 def vary_like(value: Array, *others: Array) -> Array:
     """`value` marked as varying over the mesh axes that `others` vary over (inside shard_map; else unchanged)."""
-    axes = frozenset().union(*(getattr(jax.typeof(x), "vma", frozenset()) for x in others))
-    missing = tuple(axes - getattr(jax.typeof(value), "vma", frozenset()))
+    missing = tuple(frozenset().union(*map(_varying, others)) - _varying(value))
     return lax.pcast(value, missing, to="varying") if missing else value
 
 
@@ -107,7 +111,7 @@ def _by_row(tiles: Array, inverse: Array, fill: float) -> Array:
 
 
 def _keep(spec: PassSpec, walk: WalkSpec, bounds: dict[str, Any], x: Array, active: Array) -> Array:
-    """bool [R, Q, X]: the pairs that the pattern has, for lattice columns x [R, X]. Tests of a walk are alternatives."""
+    """bool [R, Q, X]: the pairs that the pattern has at lattice columns x [R, X]. Tests of a walk are alternatives."""
     if not walk.tests:
         return jnp.broadcast_to(active[:, None, None], (spec.group, spec.block_q, spec.block_kv))
     at = x[:, None, :]
