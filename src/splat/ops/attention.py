@@ -91,7 +91,9 @@ def attention(
                 "jax.nn.dot_product_attention with mask=pattern.to_dense(...)."
             ) from error
 
-    if isinstance(pattern, PerHead):
+    if query.size == 0:
+        out, lse = query, jnp.zeros(query.shape[:-1], jnp.promote_types(query.dtype, jnp.float32))
+    elif isinstance(pattern, PerHead):
         out, lse = _by_head(run, query, key, value, pattern)
     else:
         out, lse = run(query, key, value, pattern)
