@@ -78,7 +78,7 @@ def command(
     with _progress(console) as step:
         step("embedding the text and making the masks")
         arrays = tuple(map(jax.numpy.asarray, embed(text)))
-        cases = [_case(pattern, keep, q_len, device) for pattern, keep in CASES]
+        cases = [_case(pattern, keep, q_len) for pattern, keep in CASES]
         for case in cases:
             console.print(f"{case.plan}\n", highlight=False, markup=False, soft_wrap=True)
         block = dense_block(q_len, DENSE_BYTES if on_cpu else GPU_DENSE_BYTES)
@@ -130,13 +130,11 @@ def embed(text: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     return query, key, value
 
 
-def _case(text: str, keep: Predicate, length: int, device: Any) -> Case:
+def _case(text: str, keep: Predicate, length: int) -> Case:
     import splat
-    from splat.planning import TARGETS
+    from splat.ops.attention import device_target
 
-    kind = device.device_kind.lower()
-    target = next((name for name in TARGETS if name in kind), "cpu")
-    plan = splat.plan(text, length, head_dim=HEAD_DIM, num_q_heads=NUM_HEADS, target=target)
+    plan = splat.plan(text, length, head_dim=HEAD_DIM, num_q_heads=NUM_HEADS, target=device_target())
     mask = np.empty((length, length), bool)
     j = np.arange(length, dtype=np.int32)[None, :]
     for first in range(0, length, 512):

@@ -69,14 +69,18 @@ def plan(
 
 
 def emit(
-    pattern: Pattern | str, q_len: int, kv_len: int | None = None, *, target: str = "xla", scale: float | None = None,
-    logits_soft_cap: float | None = None, **kwargs: Any,
+    pattern: Pattern | str, q_len: int, kv_len: int | None = None, *, target: str = "xla", device: str = "cpu",
+    scale: float | None = None, logits_soft_cap: float | None = None, **kwargs: Any,
 ) -> str:  # fmt: skip
-    """The generated program's text for `pattern`: `target` "xla" gives StableHLO. Other arguments as in `plan`."""
+    """The generated program's text for `pattern`.
+
+    `target` is a generator: "xla" gives StableHLO. `device` is what it is planned for (`plan`'s `target`), and other
+    arguments are those of `plan`.
+    """
     if target not in NAMES:
         raise ArgumentError(f"target must be one of {', '.join(map(repr, NAMES))}, but {target!r} was given")
     implementation = load(target)
-    made = plan(pattern, q_len, kv_len, implementation=target, **kwargs)
+    made = plan(pattern, q_len, kv_len, implementation=target, target=device, **kwargs)
     default = made.problem.head_dim**-0.5
     return implementation.emit(made, Options(default if scale is None else scale, logits_soft_cap))
 

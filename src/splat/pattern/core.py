@@ -157,8 +157,11 @@ def decode_array(text: str) -> np.ndarray:
         shape, payload = text.split(":", 1)
         sizes = tuple(int(n) for n in shape.split("x"))
         data = np.frombuffer(zlib.decompress(base64.b85decode(payload)), "<i8").reshape(sizes)
-    except (ValueError, zlib.error) as error:
-        raise PatternError(f"array text {text[:24]!r}... is not one that repr() of a pattern wrote: {error}") from None
+    except (ValueError, zlib.error):
+        raise PatternError(
+            f"the text {text[:40]!r} is not an array as repr() of a pattern writes it. Texts stand for arrays: write "
+            "[0, 1, 2] for an array, and a pattern without quotes."
+        ) from None
     return np.cumsum(data, axis=-1).astype(np.int32)
 
 

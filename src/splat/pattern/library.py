@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from splat.errors import PatternError
-from splat.pattern.algebra import everything
+from splat.pattern.algebra import everything, union
 from splat.pattern.core import (
     MAX_LENGTH,
     Array,
@@ -191,6 +191,14 @@ class GlobalRows(_Primitive):
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
+class GlobalTokens(_Symmetric):
+    n: int
+
+    def runs(self, rows: Axis, cols: Axis) -> list[Run]:
+        return union(Sink(self.n).runs(rows, cols), GlobalRows(self.n).runs(rows, cols))
+
+
+@dataclasses.dataclass(frozen=True, repr=False)
 class Segments(_Symmetric):
     """Same segment id. Static ids may recur anywhere; run-time ids must be contiguous (each id one stretch)."""
 
@@ -315,8 +323,7 @@ def global_rows(n: int) -> Pattern:
 
 def global_tokens(n: int) -> Pattern:
     """`i < n` or `j < n`: the first n tokens attend to all and are attended by all."""
-    check_int("global_tokens", "n", n, 0)
-    return sink(n) | global_rows(n)
+    return GlobalTokens(check_int("global_tokens", "n", n, 0))
 
 
 def segments(ids: Any = None, *, lengths: Any = None) -> Pattern:
@@ -383,4 +390,5 @@ _CONSTRUCTORS = {
     "Blocked": "blocked",
     "Sink": "sink",
     "GlobalRows": "global_rows",
+    "GlobalTokens": "global_tokens",
 }

@@ -61,7 +61,8 @@ class CostModel:
         # Any width serves the portable implementation: also try the usual span, whole or in halves.
         usual = [int(np.median(w[w > 0])) for w in widths if (w > 0).any()]
         fitted = {-(-u // (32 * parts)) * 32 for u in usual for parts in (1, 2, 3)}
-        return sorted(set(self.block_kv) | {min(max(f, 32), 1024) for f in fitted})
+        narrow = {-(-u // 8) * 8 for u in usual if u <= 32}
+        return sorted(set(self.block_kv) | narrow | {min(max(f, 32), 1024) for f in fitted})
 
 
 def cost_model(implementation: str, target: Target, head_dim: int, dtype: str) -> CostModel:

@@ -1,0 +1,204 @@
+"""Every command of `splat`, as a user calls it."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+import splat
+from splat.cli import app, demo, doctor
+from splat.planning import Plan
+
+PNG = b"\x89PNG\r\n\x1a\n"
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("COLUMNS", "120")
+    monkeypatch.setenv("NO_COLOR", "1")
+    monkeypatch.delenv("SPLAT_DEBUG", raising=False)
+
+    def call(*args: str, code: int = 0) -> str:
+        """stdout, or stderr where the exit code is not 0."""
+        result = CliRunner().invoke(app, list(args))
+        assert result.exit_code == code, (result.output, result.exception)
+        return result.stderr if code else result.stdout
+
+    return call
+
+
+def test_show(run, tmp_path: Path) -> None:
+    out = tmp_path / "p.png"
+    text = run("show", "window(128) | strided(128)", "--q-len", "2048", "--out", str(out))
+    plan = splat.plan("window(128) | strided(128)", 2048, block_q=64, block_kv=64)
+    assert f"{plan.nnz:,}" in text
+    assert f"{plan.waste:.3f}" in text
+    assert str(out) in text
+    assert "\x1b" not in text
+    assert all(glyph in text for glyph in "█▓░")
+    assert out.read_bytes().startswith(PNG)
+    assert out.stat().st_size > 20_000
+
+
+def test_show_options(run) -> None:
+    text = run("show", "causal()", "--q-len", "3", "--kv-len", "40", "--query-offset", "37", "--block-kv", "8")
+    assert "3 x 40 from 37" in text
+    assert f"{38 + 39 + 40}" in text
+
+
+def test_show_one_pattern_per_head(run, tmp_path: Path) -> None:
+    out = tmp_path / "p.png"
+    text = run("show", "per_head([causal(), window(9), causal()])", "--q-len", "64", "--out", str(out))
+    assert "heads 0, 2:" in text
+    assert "heads 1:" in text
+    assert out.read_bytes().startswith(PNG)
+
+
+def test_plan(run) -> None:
+    sizes = ["--q-len", "512", "--head-dim", "32", "--num-q-heads", "4", "--num-kv-heads", "2", "--batch", "3"]
+    text = run("plan", "causal() & window(64)", *sizes, "--dtype", "bfloat16", "--implementation", "xla")
+    assert "batch 3, heads 4/2, head dim 32, bfloat16, on cpu" in text
+    assert "* xla" in text
+
+
+def test_plan_as_json(run) -> None:
+    text = run("plan", "causal() & window(64)", "--q-len", "512", "--block-q", "64", "--block-kv", "32", "--json")
+    data = json.loads(text)
+    assert data["problem"]["pattern"] == "causal() & window(64)"
+    assert data["passes"][0]["block_kv"] == 32
+    assert Plan.from_json(text).to_json() == text.strip()
+
+
+def test_emit(run, tmp_path: Path) -> None:
+    text = run("emit", "causal() & window(32)", "--q-len", "64", "--target", "xla", "--head-dim", "16")
+    assert "stablehlo" in text
+    out = tmp_path / "program.txt"
+    run("emit", "causal() & window(32)", "--q-len", "64", "--head-dim", "16", "--out", str(out))
+    assert out.read_text(encoding="utf-8").strip() == text.strip()
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["show", "windw(3)"], "did you mean window?"),
+        (["plan", "window(3"], "cannot read this pattern"),
+        (["plan", "causal()", "--target", "b300"], "target must be one of 'cpu'"),
+        (["plan", "causal()", "--implementation", "fast"], "implementation must be None or one of"),
+        (["plan", "causal()", "--dtype", "int8"], "not int8"),
+        (["emit", "causal()", "--target", "fortran"], "target must be one of"),
+        (["show", "causal()", "--q-len", "-3"], "q_len must be in"),
+        (["show", "causal()", "--out", "/no/such/folder/p.png"], "--out must lie in a folder that exists"),
+        (["demo", "--out", "/"], "--out must name a file"),
+    ],
+)
+def test_errors_are_a_line(run, args: list[str], message: str) -> None:
+    text = run(*args, code=2)
+    assert text.startswith("error: ")
+    assert message in text
+    assert "Traceback" not in text
+
+
+def test_debug_raises_the_error(run, monkeypatch: pytest.MonkeyPatch) -> None:
+    for args in (["--debug", "plan", "windw(3)"], ["plan", "windw(3)"]):
+        result = CliRunner().invoke(app, args)
+        assert isinstance(result.exception, splat.ParseError)
+        monkeypatch.setenv("SPLAT_DEBUG", "1")
+
+
+def test_version_and_help(run) -> None:
+    assert run("--version").strip() == f"splat {splat.__version__}"
+    for command in ("demo", "show", "plan", "emit", "doctor"):
+        assert command in run("--help")
+        assert f"Example: splat {command}" in run(command, "--help")
+
+
+def test_help_imports_little() -> None:
+    probe = (
+        "import runpy, sys\n"
+        "sys.argv = ['splat', '--help']\n"
+        "try:\n    runpy.run_module('splat', run_name='__main__', alter_sys=True)\n"
+        "except SystemExit as end:\n    assert not end.code\n"
+        "heavy = {'jax', 'jaxlib', 'torch', 'matplotlib'} & set(sys.modules)\n"
+        "assert not heavy, heavy"
+    )
+    done = subprocess.run([sys.executable, "-W", "error", "-c", probe], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "Usage" in done.stdout
+
+
+# -- doctor ------------------------------------------------------------------------------------------------------------
+
+
+def test_doctor(run) -> None:
+    text = run("doctor")
+    assert splat.__version__ in text
+    assert "cpu:0" in text
+    assert "serves float32" in text
+    for name in ("triton", "cpp", "xla", "torch", "threads", "numpy"):
+        assert name in text
+
+
+@pytest.mark.parametrize(
+    ("probe", "message", "implementation"),
+    [
+        ("raise RuntimeError('no such device')", "does not work (exit code 1): RuntimeError: no such device", "xla"),
+        ("import os; os.abort()", "does not work", "not asked"),
+    ],
+)
+def test_doctor_with_a_broken_jax(run, monkeypatch, probe: str, message: str, implementation: str) -> None:
+    monkeypatch.setattr(doctor, "PROBE", probe)
+    text = run("doctor")
+    assert message in text
+    assert implementation in text
+
+
+def test_doctor_does_not_wait_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor, "PROBE", "import time; time.sleep(60)")
+    assert "gave no answer within" in doctor.probe_jax(timeout_s=0.2)["error"]
+
+
+# -- demo --------------------------------------------------------------------------------------------------------------
+
+
+def test_demo(run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(demo, "MAX_ROUNDS", 2)
+    out = tmp_path / "demo.png"
+    text = run("demo", "--q-len", "1000", "--out", str(out))
+    for pattern, _ in demo.CASES:
+        assert pattern in text
+    assert "speed-up" in text
+    assert "1,000 of 1,000 rows" in text
+    assert out.read_bytes().startswith(PNG)
+    assert out.stat().st_size > 50_000
+
+
+def test_demo_fails_where_results_are_wrong(run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(demo, "MAX_ROUNDS", 1)
+    monkeypatch.setattr(demo, "CASES", (("window(256)", lambda i, j: abs(i - j) <= 255),))
+    text = run("demo", "--q-len", "512", "--out", str(tmp_path / "demo.png"), code=1)
+    assert "wrong results" in text
+    assert "window(256)" in text
+
+
+def test_demo_masks_are_the_patterns() -> None:
+    import numpy as np
+
+    at = np.arange(700)
+    for pattern, keep in demo.CASES:
+        assert (splat.parse(pattern).to_dense(700) == keep(at[:, None], at[None, :])).all()
+
+
+def test_dense_attention_in_pieces_is_exact() -> None:
+    import jax
+    import numpy as np
+
+    rng = np.random.default_rng(3)
+    q, k, v = (rng.normal(size=(1, 50, 2, 8)).astype(np.float32) for _ in range(3))
+    mask = rng.random((50, 50)) < 0.5
+    whole = jax.nn.dot_product_attention(q, k, v, mask=mask[None, None])
+    np.testing.assert_allclose(demo.dense_attention(q, k, v, jax.numpy.asarray(mask), 16), whole, atol=1e-6)
