@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 from functools import cached_property
+from typing import NamedTuple
 
 import numpy as np
 
@@ -183,29 +184,37 @@ def schedule(acsr: ACSR, model: CostModel, *, block_q: int | None = None, block_
     base = min(block_q or BASE_BLOCK, BASE_BLOCK)
     if block_q and block_q % base:
         base = block_q
-    groupings = _candidates(acsr, base)
+    groupings = _candidates(acsr, base, block_q or 2 * BASE_BLOCK)
     spans = {key: _spans_of(acsr, tiles) for key, tiles in groupings.items()}
     passes = []
     for key, members in _assign(acsr, groupings, spans, model, block_q, block_kv):
         _, bq, bk = _best_blocks([spans[key][n] for n in members], groupings[key], model, block_q, block_kv)
-        by_step = isinstance(key, int)
-        decision = PassDecision(members, key, bq, bk) if by_step else PassDecision(members, None, bq, bk, int(key[5:]))
         factor = bq // groupings[key].block_q
-        coarse = {n: spans[key][n].coarsen(factor, groupings[key]) for n in members} if by_step else None
-        passes.append(_build_pass(acsr, decision, coarse))
+        coarse = {n: spans[key][n].coarsen(factor, groupings[key]) for n in members}
+        passes.append(_build_pass(acsr, PassDecision(members, key.step, bq, bk, key.rows_of), coarse))
     return Schedule(acsr, tuple(passes))
 
 
-def _candidates(acsr: ACSR, base: int) -> dict[int | str, RowTiles]:
-    """The row groupings to try: by step, and (key "rows n") the rows of a component without a step or with few rows."""
-    out: dict[int | str, RowTiles] = {}
+class Grouping(NamedTuple):
+    """How rows are grouped: all of them modulo `step`, or only those of component `rows_of`, by residue."""
+
+    step: int | None
+    rows_of: int | None = None
+
+
+def _candidates(acsr: ACSR, base: int, mapped: int) -> dict[Grouping, RowTiles]:
+    """The row groupings to try: by every line step, and the rows of a component without a step or with few rows.
+
+    Tiles of `base` rows, which larger ones are merged from; row maps are not merged, and get `mapped` rows a tile.
+    """
+    out: dict[Grouping, RowTiles] = {}
     rows = acsr.shape[0]
     for step in sorted({c.line_step for c in acsr.components if c.line_step is not None} | {1}):
-        out[min(step, max(rows, 1))] = align_by_step(rows, step, base)
+        out[Grouping(min(step, max(rows, 1)))] = align_by_step(rows, step, base)
     for n, component in enumerate(acsr.components):
         sparse = component.has_empty_rows and 4 * int(np.count_nonzero(component.count > 0)) <= rows
         if sparse or (component.line_step is None and component.stride > 1):
-            out[f"rows {n}"] = align_rows_of(component, rows, base)
+            out[Grouping(None, n)] = align_rows_of(component, rows, mapped)
     return out
 
 
@@ -231,7 +240,7 @@ def _best_blocks(
     return best
 
 
-def _assign(acsr, groupings, spans, model, block_q, block_kv) -> list[tuple[int | str, tuple[int, ...]]]:
+def _assign(acsr, groupings, spans, model, block_q, block_kv) -> list[tuple[Grouping, tuple[int, ...]]]:
     """Components to groupings: the cheapest subset of groupings, each further pass paying for its merge."""
     every = range(len(acsr.components))
     if not acsr.components:
@@ -248,7 +257,7 @@ def _assign(acsr, groupings, spans, model, block_q, block_kv) -> list[tuple[int 
         for chosen in itertools.combinations(keys, size):
             merged = sorted(groupings[key].num_tiles * groupings[key].block_q for key in chosen)[:-1]
             total = sum(merged) * model.pass_row_s
-            members: dict[int | str, list[int]] = {key: [] for key in chosen}
+            members: dict[Grouping, list[int]] = {key: [] for key in chosen}
             for n in every:
                 options = [(cost[key][n], k, key) for k, key in enumerate(chosen) if n in cost[key]]
                 if not options:
@@ -260,7 +269,7 @@ def _assign(acsr, groupings, spans, model, block_q, block_kv) -> list[tuple[int 
             if total < best[0]:
                 best = (total, [(key, tuple(m)) for key, m in members.items() if m])
     if not best[1]:  # more than three groupings are needed: one pass per component's own
-        own = {n: min((cost[key][n], str(key), key) for key in keys if n in cost[key])[2] for n in every}
+        own = {n: min((cost[key][n], k, key) for k, key in enumerate(keys) if n in cost[key])[2] for n in every}
         return [(key, tuple(n for n in every if own[n] == key)) for key in dict.fromkeys(own.values())]
     return best[1]
 
