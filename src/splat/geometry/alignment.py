@@ -51,6 +51,17 @@ class RowTiles:
         rows = np.arange(self.step, dtype=np.int32)[:, None] + self.step * in_group
         return np.where(rows < self.num_rows, rows, self.num_rows).reshape(-1, self.block_q)
 
+    @cached_property
+    def padding(self) -> np.ndarray | None:
+        """bool [num_tiles], the tiles that hold no row at all; None where every tile holds one."""
+        if (
+            self.row_map is not None
+            or (self.tiles_per_group - 1) * self.block_q * self.step + self.step <= self.num_rows
+        ):
+            return None
+        first = np.arange(self.tiles_per_group)[None, :] * self.block_q * self.step + np.arange(self.step)[:, None]
+        return (first >= self.num_rows).reshape(-1)
+
     def smallest(self, values: Array) -> Array:
         """The minimum of per-row values over every tile's rows: [num_tiles]."""
         return self._reduce(values, "minimum")

@@ -71,6 +71,10 @@ def analyze(component: Component, tiles: RowTiles) -> Spans:
     lower, upper = component.bounds
     x0, x1 = tiles.smallest(lower), tiles.largest(lower)
     x2, x3 = tiles.smallest(upper), tiles.largest(upper)
+    if tiles.padding is not None:  # neutral for any minimum and maximum: such a tile has no column
+        xp = array_namespace(x0)
+        x0, x1 = xp.where(tiles.padding, NOWHERE, x0), xp.where(tiles.padding, -NOWHERE, x1)
+        x2, x3 = xp.where(tiles.padding, NOWHERE, x2), xp.where(tiles.padding, -NOWHERE, x3)
     if component.stride == 1:
         return Spans(x0, x1, x2, x3, array_namespace(x0).zeros_like(x0))
     residue = tiles.largest(component.residue)

@@ -156,7 +156,11 @@ def decode_array(text: str) -> np.ndarray:
     try:
         shape, payload = text.split(":", 1)
         sizes = tuple(int(n) for n in shape.split("x"))
-        data = np.frombuffer(zlib.decompress(base64.b85decode(payload)), "<i8").reshape(sizes)
+        packed, wanted = base64.b85decode(payload), 8 * math.prod(sizes)
+        if not 0 <= wanted <= 1100 * (len(packed) + 64):  # zlib packs at most about 1030 times
+            raise ValueError
+        unpacked = zlib.decompressobj().decompress(packed, wanted + 1)
+        data = np.frombuffer(unpacked, "<i8").reshape(sizes)
     except (ValueError, zlib.error):
         raise PatternError(
             f"the text {text[:40]!r} is not an array as repr() of a pattern writes it. Texts stand for arrays: write "

@@ -11,22 +11,29 @@ import numpy as np
 
 from splat.errors import IrregularPatternError, PatternError
 from splat.pattern.algebra import MAX_COMPONENTS, prune, union
-from splat.pattern.core import Axis, Frozen, Pattern, Run, array_namespace, decode_array, is_runtime_array
+from splat.pattern.core import MAX_LENGTH, Axis, Frozen, Pattern, Run, array_namespace, decode_array, is_runtime_array
 from splat.pattern.recover import recover
 
 
-def infer_line_step(stride: int, start: np.ndarray, count: np.ndarray, first_line: int = 0) -> int | None:
-    """The grouping under which lines share the residue `start mod stride`: 1, `stride`, or None (no simple one)."""
-    if stride == 1:
-        return 1
+def make_run(stride: int, start: np.ndarray, count: np.ndarray) -> Run:
+    """A run from numbers, with the grouping under which lines share `start mod stride`: 1, `stride` or None.
+
+    Lines without elements get a start of the residue that their group has: set algebra counts on it.
+    """
     here = np.flatnonzero(count > 0)
-    if not here.size:
-        return 1
+    if stride == 1 or not here.size:
+        return Run(stride, start, count, 1)
+    empty = np.flatnonzero(count <= 0)
+    start = start.copy()
     residue = start[here] % stride
     if (residue == residue[0]).all():
-        return 1
-    drift = (start[here] - here - first_line) % stride
-    return stride if (drift == drift[0]).all() else None
+        start[empty] = residue[0]
+        return Run(stride, start, count, 1)
+    drift = (start[here] - here) % stride
+    if (drift == drift[0]).all():
+        start[empty] = (empty + drift[0]) % stride
+        return Run(stride, start, count, stride)
+    return Run(stride, start, count, None)
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
@@ -38,31 +45,27 @@ class Table(Pattern):
     count: Frozen
     kv_len: int | None = None
 
-    def _lines(self, rows: Axis, cols: Axis) -> Any:
-        """How to index the table's rows with `rows`, after checking that the sizes agree."""
-        given, length = self.start.array.shape[1], self.kv_len
-        if length is not None and cols.is_static and cols.length != length:
-            raise PatternError(_misfit(f"{length} key positions", f"{cols.length}"))
-        if not rows.is_static:
-            return rows.positions
-        if rows.stop > given or (rows.start == 0 and rows.length != given):
-            raise PatternError(_misfit(f"{given} query positions", f"positions {rows.start} to {rows.stop}"))
-        return slice(rows.start, rows.stop)
+    def _check(self, rows: Axis, cols: Axis) -> None:
+        """Raises PatternError where the table was made for other lengths."""
+        for given, axis, name in ((self.start.array.shape[1], rows, "query"), (self.kv_len, cols, "key")):
+            if given is None or not axis.is_static:
+                continue
+            if axis.stop > given or (axis.start == 0 and axis.length != given):
+                where = f"{axis.length}" if axis.start == 0 else f"positions {axis.start} to {axis.stop}"
+                raise PatternError(_misfit(f"{given} {name} positions", where))
 
     @cached_property
-    def _line_steps(self) -> tuple[int | None, ...]:
-        both = zip(self.strides, self.start.array, self.count.array, strict=True)
-        return tuple(infer_line_step(stride, start, count) for stride, start, count in both)
+    def _whole(self) -> list[Run]:
+        return [make_run(*one) for one in zip(self.strides, self.start.array, self.count.array, strict=True)]
 
     def runs(self, rows: Axis, cols: Axis) -> list[Run]:
-        at = self._lines(rows, cols)
+        self._check(rows, cols)
         xp = array_namespace(rows.start)
+        at = slice(rows.start, rows.stop) if rows.is_static else rows.positions
         out = []
-        for stride, start, count, step in zip(
-            self.strides, self.start.array, self.count.array, self._line_steps, strict=True
-        ):
-            run = Run(stride, xp.asarray(start)[at], xp.asarray(count)[at], step)
-            out.append(run.clip(cols.start, cols.stop))
+        for run in self._whole:
+            here = Run(run.stride, xp.asarray(run.start)[at], xp.asarray(run.count)[at], run.line_step)
+            out.append(here.clip(cols.start, cols.stop))
         return prune(out)
 
     @cached_property
@@ -78,7 +81,7 @@ class Table(Pattern):
         return transpose_runs([r.clip(0, stop) for r in runs], stop)
 
     def column_runs(self, cols: Axis, rows: Axis) -> list[Run]:
-        self._lines(rows, cols)
+        self._check(rows, cols)
         xp = array_namespace(rows.start)
         out = []
         for run in self._transposed:
@@ -161,8 +164,7 @@ def _transpose_run(run: Run, num_cross: int) -> list[Run]:
         starts, counts = np.zeros(num_cross, np.int32), np.zeros(num_cross, np.int32)
         starts[column[here]] = first[here]
         counts[column[here]] = (last[here] - first[here]) // step + 1
-        stride = step if int(counts.max()) > 1 else 1
-        out.append(Run(stride, starts, counts, infer_line_step(stride, starts, counts)))
+        out.append(make_run(step if int(counts.max()) > 1 else 1, starts, counts))
     return out
 
 
@@ -215,6 +217,18 @@ def _recovered(indptr: np.ndarray, indices: np.ndarray, shape: tuple[int, ...], 
     return Table(tuple(stride for stride, _, _ in found), Frozen(starts), Frozen(counts), int(shape[1]))
 
 
+def _clipped(stride: int, start: np.ndarray, count: np.ndarray, limit: int) -> Run:
+    """The elements in `[0, limit)` of runs whose numbers may be of any size, as int32."""
+    if start.size and int(start.min()) < -(2**31):
+        raise PatternError(f"from_runs: start must be at least -2**31, but {int(start.min())} was given")
+    stride = min(stride, 2**31)  # a longer one has no second element, either
+    start, count = (np.minimum(x, 2**61) if x.dtype.itemsize == 8 else x for x in (start, count))
+    start, count = start.astype(np.int64), np.clip(count.astype(np.int64), 0, 2**31)
+    run = Run(stride, start, count).clip(0, limit)
+    start = np.where(run.count > 0, run.start, 0).astype(np.int32)
+    return make_run(stride if stride < MAX_LENGTH else 1, start, run.count.astype(np.int32))
+
+
 def from_runs(start: Any, stride: Any, count: Any, *, kv_len: int | None = None) -> Pattern:
     """Rows as given progressions: row i attends to `start[i] + stride*t` for `0 <= t < count[i]`.
 
@@ -244,15 +258,16 @@ def from_runs(start: Any, stride: Any, count: Any, *, kv_len: int | None = None)
         distinct = np.unique(stride[count > 0])
         count = np.where(stride == distinct[:, None], count, 0)
         start, stride = np.broadcast_to(start, count.shape), distinct
-    start, count = start.reshape(-1, rows), count.reshape(-1, rows)
+    components = 1 if start.ndim == 1 else start.shape[0]
+    start, count = start.reshape(components, rows), count.reshape(components, rows)
     if stride.ndim > 1 or (stride.ndim == 1 and stride.size not in (1, start.shape[0])):
         raise PatternError(f"from_runs: {stride.size} strides were given for {start.shape[0]} components")
     strides = np.broadcast_to(stride, start.shape[:1]).tolist()
-    limit = 2**30 if kv_len is None else kv_len
+    limit = MAX_LENGTH if kv_len is None else kv_len
     given: list[Run] = []
     runs: list[Run] = []
-    for step, first, number in zip(strides, start.astype(np.int32), count.astype(np.int32), strict=True):
-        run = Run(int(step), first, number, infer_line_step(int(step), first, number)).clip(0, limit)
+    for step, first, number in zip(strides, start, count, strict=True):
+        run = _clipped(int(step), first, number, limit)
         given.append(run)
         runs = union(runs, prune([run]))
     if sum(int(r.count.sum()) for r in given) == sum(int(r.count.sum()) for r in runs):

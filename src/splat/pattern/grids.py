@@ -5,7 +5,8 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -13,6 +14,9 @@ from splat.errors import PatternError, UnsupportedError
 from splat.pattern.algebra import coalesce, prune
 from splat.pattern.core import Array, Axis, Pattern, Run, array_namespace, ceil_div, check_int
 from splat.pattern.library import _CONSTRUCTORS, _Primitive
+
+#: (array namespace, coordinate, length, kernel, causal) -> (first, number), inside one dilation group.
+Interval = Callable[[Any, Array, Array, int, bool], tuple[Array, Array]]
 
 
 def _mix(xp, value: Array) -> Array:
@@ -93,12 +97,12 @@ class Neighborhood(_Primitive):
     causal: tuple[bool, ...] | bool = False
 
     def runs(self, rows: Axis, cols: Axis) -> list[Run]:
-        return self._product(rows, cols, _neighbours)
+        return self._product(rows, cols, _neighbours, lambda kernel, _: kernel)
 
     def column_runs(self, cols: Axis, rows: Axis) -> list[Run]:
-        return self._product(cols, rows, _neighbours_of)
+        return self._product(cols, rows, _neighbours_of, _most_queries)
 
-    def _product(self, lines: Axis, cross: Axis, interval) -> list[Run]:
+    def _product(self, lines: Axis, cross: Axis, interval: Interval, most: Callable[[int, int], int]) -> list[Run]:
         total = math.prod(self.shape)
         for axis in (lines, cross):
             if axis.is_static and axis.stop > total:
@@ -116,14 +120,15 @@ class Neighborhood(_Primitive):
             rest = at // self.shape[n]
             x, at = at - rest * self.shape[n], rest
             if dilation[n] == 1:
-                first, count, most = interval(xp, x, self.shape[n], self.kernel[n], causal[n])
+                first, count = interval(xp, x, self.shape[n], self.kernel[n], causal[n])
             else:  # the positions of one residue are a grid of their own
                 m = x // dilation[n]
                 group = x - m * dilation[n]
                 length = (self.shape[n] - group + dilation[n] - 1) // dilation[n]
-                first, count, most = interval(xp, m, length, self.kernel[n], causal[n])
+                first, count = interval(xp, m, length, self.kernel[n], causal[n])
                 first = first * dilation[n] + group
-            axes.insert(0, (first, count, dilation[n], most))
+            shortest = self.shape[n] // dilation[n]  # of the dilation groups; some may be one longer
+            axes.insert(0, (first, count, dilation[n], most(self.kernel[n], shortest)))
         # One run along the last dimension for each combination of neighbours in the others.
         weights = [math.prod(self.shape[n + 1 :]) for n in range(dims)]
         start = sum(first * weight for (first, *_), weight in zip(axes, weights, strict=True))
@@ -132,7 +137,7 @@ class Neighborhood(_Primitive):
         simple = all(d * w % dilation[-1] == 0 for d, w in zip(dilation[:-1], weights, strict=False))
         line_step = dilation[-1] if simple else None
         out = []
-        for steps in itertools.product(*(range(most) for *_, most in axes[:-1])):
+        for steps in itertools.product(*(range(longest) for *_, longest in axes[:-1])):
             here, moved = axes[-1][1], 0
             for step, weight, (_, count, step_dilation, _) in zip(steps, weights, axes, strict=False):
                 moved += step * step_dilation * weight
@@ -143,24 +148,30 @@ class Neighborhood(_Primitive):
         return prune(coalesce(prune(out)))
 
 
-def _neighbours(xp, m: Array, length: Array, kernel: int, causal: bool) -> tuple[Array, Array, int]:
-    """First neighbour and number of neighbours of m, and the most there can be; all inside one dilation group.
+def _neighbours(xp, m: Array, length: Array, kernel: int, causal: bool) -> tuple[Array, Array]:
+    """First neighbour and number of neighbours of m; all inside one dilation group.
 
     The number is an int where it is the same for all.
     """
     if causal:
-        return xp.maximum(m - kernel + 1, 0), xp.minimum(m + 1, kernel), kernel
-    return xp.clip(m - kernel // 2, 0, length - kernel), kernel, kernel
+        return xp.maximum(m - kernel + 1, 0), xp.minimum(m + 1, kernel)
+    return xp.clip(m - kernel // 2, 0, length - kernel), kernel
 
 
-def _neighbours_of(xp, n: Array, length: Array, kernel: int, causal: bool) -> tuple[Array, Array, int]:
+def _neighbours_of(xp, n: Array, length: Array, kernel: int, causal: bool) -> tuple[Array, Array]:
     """First query and number of queries that have n as a neighbour: an interval, because `first` is monotone."""
     if causal:
-        return n, xp.minimum(length - n, kernel), kernel
+        return n, xp.minimum(length - n, kernel)
     half = kernel // 2
     first = xp.where(n < kernel, 0, n - kernel + 1 + half)
     stop = xp.where(n >= length - kernel, length, n + half + 1)
-    return first, stop - first, kernel + half
+    return first, stop - first
+
+
+def _most_queries(kernel: int, shortest: int) -> int:
+    """How many queries a key can have in one dimension whose shortest dilation group has `shortest` positions."""
+    # Next to one edge: kernel + half. Only in a group shorter than two kernels can both edges shift towards a key.
+    return kernel + kernel // 2 if shortest >= 2 * kernel else min(2 * kernel - 1, shortest + 1)
 
 
 def random_blocks(block: int, per_row: int, seed: int) -> Pattern:

@@ -111,6 +111,8 @@ class DilatedWindow(_Primitive):
     dilation: int
 
     def runs(self, rows: Axis, cols: Axis) -> list[Run]:
+        if self.dilation == 1:
+            return Window(self.left, self.right).runs(rows, cols)
         xp = array_namespace(rows.start, cols.start)
         start = rows.positions - self.left * self.dilation
         count = xp.zeros(rows.length, dtype=np.int32) + np.int32(self.left + self.right + 1)
@@ -159,8 +161,12 @@ class Blocked(_Primitive):
     after: int = 0
 
     def runs(self, rows: Axis, cols: Axis) -> list[Run]:
-        first = (rows.positions // self.block - self.before) * self.block
-        return _between(rows, cols, first, first + (self.before + 1 + self.after) * self.block)
+        block_row = rows.positions // self.block
+        # No position lies past the last of these blocks, and their number times the block's size fits in 32 bits.
+        blocks = (MAX_LENGTH - 1) // self.block + 1
+        xp = array_namespace(block_row)
+        stop = xp.minimum(block_row + (self.after + 1), blocks) * self.block
+        return _between(rows, cols, (block_row - self.before) * self.block, stop)
 
     def column_runs(self, cols: Axis, rows: Axis) -> list[Run]:
         return Blocked(self.block, self.after, self.before).runs(cols, rows)
@@ -343,8 +349,12 @@ def segments(ids: Any = None, *, lengths: Any = None) -> Pattern:
         raise PatternError("segments: give either ids (one per position) or lengths (one per document), not both")
     if lengths is not None:
         _check_int_array("lengths", lengths)
-        return SegmentLengths(Frozen(lengths))
+        return SegmentLengths(Frozen(lengths if is_runtime_array(lengths) else np.minimum(lengths, MAX_LENGTH)))
     _check_int_array("ids", ids)
+    if not is_runtime_array(ids):
+        ids = np.asarray(ids)
+        if ids.size and not (int(ids.min()) >= -(2**31) and int(ids.max()) < 2**31):  # hashes, say: number them anew
+            ids = np.where(ids < 0, -1, np.unique(ids, return_inverse=True)[1])
     return Segments(Frozen(ids))
 
 
@@ -368,7 +378,9 @@ class SegmentLengths(_Symmetric):
     def runs(self, rows: Axis, cols: Axis) -> list[Run]:
         xp = array_namespace(self.lengths.array, rows.start)
         zero = xp.zeros(1, dtype=np.int32)
-        edges = xp.concat([zero, xp.cumsum(xp.asarray(self.lengths.array)).astype(np.int32)])
+        lengths = self.lengths.array.astype(np.int64) if self.lengths.is_static else self.lengths.array
+        ends = xp.cumsum(xp.asarray(xp.minimum(lengths, MAX_LENGTH)))
+        edges = xp.concat([zero, xp.minimum(ends, MAX_LENGTH).astype(np.int32)])
         document = xp.searchsorted(edges, rows.positions, side="right") - 1
         inside = rows.positions < edges[-1]
         first = edges[document]

@@ -128,6 +128,8 @@ class _Reader:
         for keyword in node.keywords:
             if keyword.arg is None:
                 raise self.fail(node, "** is not understood")
+            if keyword.arg in kwargs:
+                raise self.fail(node, f"{name}: {keyword.arg} is given twice")
             kwargs[keyword.arg] = self.value(keyword.value)
         try:
             inspect.signature(constructor).bind(*args, **kwargs)

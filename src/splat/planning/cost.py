@@ -9,6 +9,7 @@ import dataclasses
 
 import numpy as np
 
+from splat.errors import ArgumentError
 from splat.geometry import Spans
 from splat.planning.target import Target
 
@@ -66,7 +67,9 @@ class CostModel:
 
 
 def cost_model(implementation: str, target: Target, head_dim: int, dtype: str) -> CostModel:
-    """The model of `implementation` ("xla", "cpp", "triton") on `target`."""
+    """The model of `implementation` ("xla", "cpp", "triton") on `target`. Raises ArgumentError for another."""
+    if implementation not in ("xla", "cpp", "triton"):
+        raise ArgumentError(f"implementation must be 'triton', 'cpp' or 'xla', but {implementation!r} was given")
     matmul = target.matmul_flops.get(dtype, target.matmul_flops["float32"])
     if target.kind == "cpu":
         # Fitted to the portable implementation's measured times (benchmarks/calibrate.py): per score element

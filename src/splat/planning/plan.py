@@ -149,6 +149,8 @@ class Plan:
             if data["format"] != FORMAT:
                 raise PatternError(f"this plan has format {data['format']}, but format {FORMAT} is read. Plan again.")
             problem = Problem(**{**data["problem"], "pattern": parse(data["problem"]["pattern"])})
+            check_problem(problem)
+            cost_model(data["implementation"], find(data["target"]), problem.head_dim, problem.dtype)
             decisions = tuple(PassDecision(**{**d, "components": tuple(d["components"])}) for d in data["passes"])
             candidates = tuple(Candidate(**c) for c in data["candidates"])
             offset, blocks, digest = data["query_offset"], tuple(data["blocks"]), data["digest"]
@@ -266,13 +268,13 @@ def make_plan(
     block_kv: int | None = None,
 ) -> Plan:
     """The plan of a problem for one implementation; static ones are remembered."""
+    check_problem(problem)
     if problem.pattern.is_static and not is_runtime_array(query_offset):
         return _remembered(problem, implementation, target, int(query_offset), block_q, block_kv)
     return _make(problem, implementation, target, query_offset, block_q, block_kv)
 
 
 def _make(problem, implementation, target, query_offset, block_q, block_kv) -> Plan:
-    check_problem(problem)
     for name, block in (("block_q", block_q), ("block_kv", block_kv)):
         if block is not None:
             check_int("plan", name, block, 1, 1 << 16)

@@ -149,7 +149,13 @@ class Schedule:
 
 
 def build_schedule(acsr: ACSR, decisions: tuple[PassDecision, ...]) -> Schedule:
-    """The schedule that the decisions describe."""
+    """The schedule that the decisions describe. Raises PatternError where they do not fit the matrix."""
+    for decision in decisions:
+        grouped = decision.step is None and decision.rows_of in range(len(acsr.components))
+        stepped = decision.step is not None and decision.step >= 1
+        sizes = decision.block_q >= 1 and decision.block_kv >= 1
+        if not ((grouped or stepped) and sizes and all(n in range(len(acsr.components)) for n in decision.components)):
+            raise PatternError(f"there is no such pass over {len(acsr.components)} components: {decision}")
     return Schedule(acsr, tuple(_build_pass(acsr, decision) for decision in decisions))
 
 

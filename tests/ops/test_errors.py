@@ -1,0 +1,232 @@
+"""Refusals: what was given, what is accepted and what to do, said before anything is planned or compiled."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import splat
+from splat.codegen import Request, choose, refusals
+from splat.errors import ArgumentError, IrregularPatternError, PatternError, SplatError, UnsupportedError
+
+
+@pytest.fixture
+def compiled() -> Iterator[list[str]]:
+    """What is compiled meanwhile."""
+    seen: list[str] = []
+
+    def listen(event: str, duration: float, **_: Any) -> None:
+        if "backend_compile" in event:
+            seen.append(f"{event}: {duration:.3f} s")
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    yield seen
+    jax.monitoring.unregister_event_duration_listener(listen)
+
+
+def x(*shape: int, dtype: str = "float32") -> Any:
+    return jax.device_put(np.zeros(shape, jnp.dtype(dtype)))  # a transfer: nothing to compile
+
+
+def call(**changes: Any) -> dict[str, Any]:
+    good = dict(query=x(2, 8, 4, 16), key=x(2, 6, 2, 16), value=x(2, 6, 2, 16), pattern=splat.causal())
+    return good | changes
+
+
+REFUSED: list[Any] = [
+    # arrays
+    (call(query=x(8, 4, 16)), ArgumentError, "query must have shape [B, T, N, H], but shape [8, 4, 16] was given."),
+    (call(query=x(8, 4, 16)), ArgumentError, "PyTorch's [B, N, T, H] needs swapaxes(1, 2); a missing batch axis needs"),
+    (call(key=x(1, 2, 6, 2, 16)), ArgumentError, "key must have shape [B, S, K, H], but shape [1, 2, 6, 2, 16] was"),
+    (call(value=x(6, 16)), ArgumentError, "value must have shape [B, S, K, H], but shape [6, 16] was given"),
+    (call(value=x(2, 7, 2, 16)), ArgumentError, "key and value must have one shape, but [2, 6, 2, 16] and [2, 7, 2, 16]"),
+    (call(value=x(2, 6, 2, 8)), ArgumentError, "key and value must have one shape"),
+    (call(query=x(3, 8, 4, 16)), ArgumentError, "query [3, 8, 4, 16] and key [2, 6, 2, 16] must agree in batch (axis 0)"),
+    (call(query=x(2, 8, 4, 8)), ArgumentError, "must agree in batch (axis 0) and head dim (axis 3)"),
+    (
+        call(query=x(2, 8, 3, 16)),
+        ArgumentError,
+        "the number of query heads must be a multiple of the key/value heads, but 3 and 2 were given",
+    ),
+    (call(key=x(2, 6, 8, 16), value=x(2, 6, 8, 16)), ArgumentError, "must be a multiple of the key/value heads, but 4 and 8"),
+    (call(key=x(2, 0, 2, 16), value=x(2, 0, 2, 16)), ArgumentError, "key and value must have at least one position, but kv"),
+    (call(query=x(2, 8, 0, 16)), ArgumentError, "heads and head dim must not be 0"),
+    (call(query=x(2, 8, 4, 0), key=x(2, 6, 2, 0), value=x(2, 6, 2, 0)), ArgumentError, "heads and head dim must not be 0"),
+    (
+        call(key=x(2, 6, 2, 16, dtype="bfloat16")),
+        ArgumentError,
+        "query, key and value must have one dtype, but float32, bfloat16 and float32 were given",
+    ),
+    (
+        call(query=x(2, 8, 4, 16, dtype="float8_e4m3fn")),
+        UnsupportedError,
+        "query must be one of float32, bfloat16, float16, float64, but float8_e4m3fn was given. Convert it first, for",
+    ),
+    (call(value=x(2, 6, 2, 16, dtype="int32")), UnsupportedError, "value must be one of float32, bfloat16, float16"),
+    (call(query=x(2, 8, 4, 16, dtype="complex64")), UnsupportedError, "but complex64 was given"),
+    # patterns
+    (call(pattern=None), ArgumentError, "pattern must be a splat pattern such as splat.causal() & splat.window(512), but"),
+    (call(pattern="causal()"), ArgumentError, "but str was given. Use splat.from_mask for a boolean mask, splat.parse for"),
+    (call(pattern=np.ones((8, 6), bool)), ArgumentError, "but ndarray was given. Use splat.from_mask"),
+    (call(pattern=splat.causal), ArgumentError, "but function was given"),
+    (
+        call(pattern=splat.per_head([splat.causal()] * 3)),
+        ArgumentError,
+        "pattern: per_head names 3 heads, but query has 4. Give one for each.",
+    ),
+    (
+        call(pattern=splat.from_mask(np.ones((8, 7), bool))),
+        PatternError,
+        "this pattern was made from data for 7 key positions, but is used with 6. Build it again for these lengths",
+    ),
+    (
+        call(pattern=splat.from_mask(np.ones((9, 6), bool)) & splat.causal()),
+        PatternError,
+        "this pattern was made from data for 9 query positions, but is used with 8. Build it again",
+    ),
+    (
+        call(pattern=splat.segments([0] * 7)),
+        PatternError,
+        "segments: ids name 7 positions, but the pattern is used up to position 8. Give one id per position",
+    ),
+    (
+        call(pattern=splat.segments([0] * 8), query_offset=1),
+        PatternError,
+        "segments: ids name 8 positions, but the pattern is used up to position 9",
+    ),
+    (
+        call(pattern=splat.neighborhood((2, 3), 1)),
+        PatternError,
+        "neighborhood: a grid of shape (2, 3) has 6 positions, but the pattern is used up to position 8",
+    ),
+    (call(pattern=splat.strided(2) - splat.strided(999)), IrregularPatternError, "needs 999 affine components, more than 256"),
+    # options
+    (call(scale="1"), None, ""),
+    (call(scale="much"), ArgumentError, "scale must be a number or None, but str was given"),
+    (call(scale=np.ones(2)), ArgumentError, "scale must be a number or None, but ndarray was given"),
+    (call(logits_soft_cap=-1.0), ArgumentError, "logits_soft_cap must be positive or None, but -1.0 was given"),
+    (call(logits_soft_cap=0), ArgumentError, "logits_soft_cap must be positive or None, but 0.0 was given"),
+    (call(logits_soft_cap=float("nan")), ArgumentError, "logits_soft_cap must be positive or None, but nan was given"),
+    (call(query_offset=-1), ArgumentError, "query_offset must be in [0, 2**30], but -1 was given"),
+    (call(query_offset=x()), ArgumentError, "query_offset must be an int or an integer scalar, but float"),
+    (call(query_offset=x(2, dtype="int32")), ArgumentError, "For one offset per sequence use jax.vmap over the batch"),
+    (call(kv_lengths=x(3, dtype="int32")), ArgumentError, "kv_lengths must be integers of shape [2] or [], but int"),
+    (call(kv_lengths=x(2)), ArgumentError, "kv_lengths must be integers of shape [2] or [], but float"),
+    # implementations
+    (
+        call(implementation="cuda"),
+        ArgumentError,
+        "implementation must be None or one of 'triton', 'cpp', 'xla', but 'cuda' was given. None picks the best",
+    ),
+    (
+        call(implementation="triton"),
+        UnsupportedError,
+        "implementation='triton' is not part of this version of splat-attention. Use implementation='xla', which serves",
+    ),
+    (call(implementation="cpp"), UnsupportedError, "implementation='cpp' is not part of this version"),
+]
+REFUSED = [one for one in REFUSED if one[1] is not None]
+
+
+@pytest.mark.parametrize(("arguments", "error", "message"), REFUSED, ids=[message[:48] for *_, message in REFUSED])
+def test_refused(arguments: dict[str, Any], error: type[SplatError], message: str, compiled: list[str]) -> None:
+    with pytest.raises(error) as caught:
+        splat.attention(**arguments)
+    assert message in str(caught.value)
+    assert compiled == []
+
+
+def test_the_listener_would_see_a_compilation(compiled: list[str]) -> None:
+    jax.jit(lambda x: x * 3 + 1)(x(7, 3))
+    assert compiled
+
+
+def test_traced_options_that_are_compiled_in() -> None:
+    def run(**options: Any) -> Any:
+        return splat.attention(**call(**options))
+
+    with pytest.raises(ArgumentError) as caught:
+        jax.jit(lambda scale: run(scale=scale))(0.5)
+    assert str(caught.value) == (
+        "scale must be a Python number, because it is compiled in, but a traced array was given. Multiply query by a "
+        "run-time scale instead."
+    )
+    with pytest.raises(ArgumentError, match="logits_soft_cap must be a Python number, because it is compiled in"):
+        jax.jit(lambda cap: run(logits_soft_cap=cap))(0.5)
+
+
+def test_numbers_in_all_forms_are_taken() -> None:
+    expected = splat.attention(**call(scale=2.0))
+    for scale in (2, np.float32(2), np.array(2), jnp.float32(2)):
+        np.testing.assert_array_equal(splat.attention(**call(scale=scale)), expected)
+    expected = splat.attention(**call(query_offset=3))
+    for offset in (np.int64(3), np.uint8(3), jnp.int32(3), np.array(3)):
+        np.testing.assert_allclose(splat.attention(**call(query_offset=offset)), expected, atol=1e-6)
+
+
+def test_unknown_arguments() -> None:
+    for name in ("bias", "mask", "score_mod", "dropout"):
+        with pytest.raises(TypeError, match=f"unexpected keyword argument '{name}'"):
+            splat.attention(**call(**{name: None}))
+
+
+def test_errors_have_one_base_and_the_usual_one() -> None:
+    """`except ValueError` and `except NotImplementedError` work as for other libraries."""
+    assert issubclass(ArgumentError, (SplatError, ValueError))
+    assert issubclass(PatternError, ArgumentError)
+    assert issubclass(IrregularPatternError, PatternError)
+    assert issubclass(UnsupportedError, NotImplementedError)
+
+
+# -- choosing an implementation ----------------------------------------------------------------------------------------
+
+
+def test_an_implementation_says_why_not() -> None:
+    reasons = refusals(Request("cpu", "float32", 64))
+    assert set(reasons) == {"triton", "cpp", "xla"}
+    assert reasons["xla"] is None
+    assert reasons["triton"] == reasons["cpp"] == "not part of this version of splat-attention"
+    assert choose(Request("cpu", "float32", 64)).name == "xla"
+    assert choose(Request("cpu", "float32", 64), "xla").name == "xla"
+
+
+def test_none_can_serve() -> None:
+    request = Request("cpu", "float8_e5m2", 64)
+    with pytest.raises(UnsupportedError) as caught:
+        choose(request)
+    first, *reasons = str(caught.value).splitlines()
+    assert first == "no implementation can serve this call:"
+    assert [line.split(":")[0].strip() for line in reasons] == ["triton", "cpp", "xla"]
+    assert "serves float32, bfloat16, float16, float64, not float8_e5m2. Convert the inputs." in reasons[2]
+    with pytest.raises(UnsupportedError, match="implementation='xla' cannot serve this call: the xla implementation serves"):
+        choose(request, "xla")
+
+
+# -- plan and emit -----------------------------------------------------------------------------------------------------
+
+
+def test_emit_is_text_of_the_program() -> None:
+    text = splat.emit("causal() & window(8)", 32, num_q_heads=4, num_kv_heads=2, head_dim=16, dtype="bfloat16")
+    assert "stablehlo." in text
+    assert "tensor<1x32x4x16xbf16>" in text
+    assert "tensor<1x32x2x16xbf16>" in text
+    assert text == splat.emit(splat.causal() & splat.window(8), 32, 32, num_q_heads=4, num_kv_heads=2, head_dim=16, dtype="bf16")
+    assert text != splat.emit("causal() & window(8)", 32, num_q_heads=4, num_kv_heads=2, head_dim=16, scale=1.0)
+
+
+@pytest.mark.parametrize(
+    ("target", "error", "message"),
+    [
+        ("cuda", ArgumentError, "target must be one of 'triton', 'cpp', 'xla', but 'cuda' was given"),
+        ("triton", UnsupportedError, "implementation='triton' is not part of this version of splat-attention"),
+    ],
+)
+def test_emit_refuses(target: str, error: type[SplatError], message: str) -> None:
+    with pytest.raises(error) as caught:
+        splat.emit("causal()", 32, target=target)
+    assert message in str(caught.value)

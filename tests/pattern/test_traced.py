@@ -1,0 +1,165 @@
+"""The closed formulas on traced JAX arrays give what they give on NumPy arrays: run-time offsets, ids and lengths."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, reject
+from hypothesis import strategies as st
+
+import splat
+from splat.errors import IrregularPatternError, PatternError, UnsupportedError
+from splat.pattern import Axis, Pattern
+from tests import strategies
+from tests.strategies import Case, cases
+
+Mask = np.ndarray[Any, Any]
+
+
+def traced(pattern: Pattern, q_len: int, kv_len: int, by_column: bool = False) -> Callable[[int], Mask]:
+    """offset -> how often the pattern's runs, found by one compiled function of the offset, name each pair."""
+    facts: list[tuple[int, int | None]] = []
+
+    def find(start: Any) -> Any:
+        rows, cols = Axis(start, q_len), Axis(0, kv_len)
+        runs = pattern.column_runs(cols, rows) if by_column else pattern.runs(rows, cols)
+        facts[:] = [(run.stride, run.line_step) for run in runs]
+        return [(run.start, run.count) for run in runs]
+
+    # Compiled for one use: without optimisation that is quicker.
+    compiled = jax.jit(find).lower(jnp.int32(0)).compile({"xla_backend_optimization_level": 0})
+
+    def mask(offset: int) -> Mask:
+        origin, shape = (offset, (kv_len, q_len)) if by_column else (0, (q_len, kv_len))
+        times = np.zeros(shape, int)
+        for (stride, line_step), (start, count) in zip(facts, compiled(jnp.int32(offset)), strict=True):
+            start, count = np.asarray(start), np.asarray(count)
+            assert start.shape == count.shape == shape[:1]
+            assert start.dtype == np.int32
+            for line in range(shape[0]):
+                for t in range(int(count[line])):
+                    times[line, start[line] + stride * t - origin] += 1
+            if line_step is not None and stride > 1:
+                here = np.flatnonzero(count > 0)
+                residues = {(int(line) % line_step, int(start[line]) % stride) for line in here}
+                assert len(residues) == len({group for group, _ in residues}), "lines of one group share a residue"
+        return times.T if by_column else times
+
+    return mask
+
+
+IDS = [0, 0, 0, 1, 1, -1, -1, 0, 2, 2, 2, 2, -3, 1, 5] + [7] * 25
+VOCABULARY = [
+    "full()",
+    "causal()",
+    "window(2, 5)",
+    "sliding_window(4)",
+    "dilated_window(2, 1, 3)",
+    "strided(5)",
+    "lattice_columns(6, 5)",
+    "blocked(5, 1, 2)",
+    "sink(4)",
+    "global_rows(8)",
+    "global_tokens(3)",
+    f"segments({IDS})",
+    "segments(lengths=[3, 0, 6, 20])",
+    "neighborhood(40, 5)",
+    "neighborhood((5, 8), (2, 3), (2, 2), (False, True))",
+    "random_blocks(4, 2, 1)",
+    f"from_runs([{[0, 1] * 20}, {[5] * 40}], [3, 1], [{[2] * 40}, {[0, 9] * 20}])",
+    "causal() & window(3) | sink(2)",
+    "causal() & (window(3) | strided(4))",
+    "window(3) - strided(2)",
+    "~(window(1) | lattice_columns(3))",
+    "(blocked(4) - causal()).T | global_tokens(1)",
+    "strided(4) & strided(6) | dilated_window(1, 1, 5)",
+]
+
+
+@pytest.mark.parametrize("text", VOCABULARY, ids=lambda text: text[:40])
+def test_traced_offset(text: str) -> None:
+    pattern = splat.parse(text)
+    for by_column in (False, True) if "random_blocks" not in text else (False,):
+        mask = traced(pattern, 9, 20, by_column)
+        for offset in (3, 11):
+            np.testing.assert_array_equal(mask(offset), pattern.to_dense(9, 20, query_offset=offset))
+
+
+@given(cases(max_len=16, depth=2), st.booleans())
+def test_composition(case: Case, by_column: bool) -> None:
+    try:
+        mask = traced(case.pattern, case.q_len, case.kv_len, by_column)
+    except UnsupportedError as error:
+        assert "random_blocks: gradients with a run-time query_offset are not supported" in str(error)
+        reject()
+    except IrregularPatternError:  # nothing is known to be empty, so that more components are left
+        reject()
+    np.testing.assert_array_equal(mask(case.query_offset), case.mask)
+
+
+@given(st.lists(st.integers(1, 9), min_size=1, max_size=6), st.sampled_from([np.int32, np.int16]))
+def test_runtime_segments(lengths: list[int], dtype: Any) -> None:
+    """A JAX array outside of jit is a run-time value too."""
+    n = 24
+    ids = np.append(np.repeat(np.arange(len(lengths)), lengths), np.full(n, -1))[:n].astype(dtype)
+    pattern = splat.segments(jnp.asarray(ids))
+    assert not pattern.is_static
+    np.testing.assert_array_equal(pattern.to_dense(n), strategies.dense(strategies.segments(ids), n, n))
+
+
+def test_traced_segments_do_not_recompile() -> None:
+    traces = itertools.count()
+
+    @jax.jit
+    def find(ids: Any) -> Any:
+        next(traces)
+        pattern = splat.causal() & splat.segments(ids) & splat.window(3) | splat.sink(1)
+        return [(run.start, run.count) for run in pattern.runs(Axis(0, 12), Axis(0, 12))]
+
+    for ids in ([0] * 12, [0] * 5 + [1] * 7, [-1] * 3 + [4] * 9, list(range(12))):
+        found = find(jnp.asarray(ids, jnp.int32))
+        mask = np.zeros((12, 12), int)
+        for start, count in found:
+            for line in range(12):
+                mask[line, int(start[line]) : int(start[line] + count[line])] += 1
+        pattern = splat.causal() & splat.segments(ids) & splat.window(3) | splat.sink(1)
+        np.testing.assert_array_equal(mask, pattern.to_dense(12))
+    assert next(traces) == 1
+
+
+def test_traced_lengths() -> None:
+    find = jax.jit(
+        lambda lengths: [
+            (run.start, run.count) for run in splat.segments(lengths=lengths).runs(Axis(0, 10), Axis(0, 10))
+        ]
+    )
+    for lengths in ([3, 4, 3], [10, 0, 0], [0, 0, 0], [1, 0, 8], [4, 4, 9]):
+        ((start, count),) = find(jnp.asarray(lengths))
+        mask = (np.arange(10) >= start[:, None]) & (np.arange(10) < (start + count)[:, None])
+        expected = strategies.dense(strategies.segment_lengths(lengths, 10), 10, 10)
+        np.testing.assert_array_equal(mask, expected)
+
+
+def test_traced_ids_must_be_as_long() -> None:
+    with pytest.raises(PatternError, match="ids name 4 positions, but the pattern is used up to position 5"):
+        splat.segments(jnp.zeros(4, int)).to_dense(5)
+
+
+def test_traced_ids_of_another_rank() -> None:
+    with pytest.raises(PatternError, match="For a batch of different segmentations use jax.vmap over attention"):
+        splat.segments(jnp.zeros((2, 4), int))
+    with pytest.raises(PatternError, match="ids must be integers of rank 1, but float32"):
+        splat.segments(jnp.zeros(4))
+
+
+def test_text_of_a_runtime_pattern_says_so() -> None:
+    assert (
+        repr(splat.causal() & splat.segments(jnp.zeros(4, jnp.int32)))
+        == "causal() & segments(<run-time array int32[4]>)"
+    )
