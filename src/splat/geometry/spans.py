@@ -98,4 +98,7 @@ def is_aligned(component: Component, tiles: RowTiles) -> bool:
             return False
     low = tiles.smallest(np.where(component.count > 0, component.residue, NOWHERE))
     high = tiles.largest(np.where(component.count > 0, component.residue, -1))
+    if tiles.row_map is None:  # in whole groups, because tiles may be merged to larger ones
+        low = low.reshape(tiles.step, -1).min(axis=1)
+        high = high.reshape(tiles.step, -1).max(axis=1)
     return bool(((low == high) | (high < 0)).all())

@@ -51,6 +51,11 @@ class RandomBlocks(_Primitive):
     def runs(self, rows: Axis, cols: Axis) -> list[Run]:
         if self.per_row == 0 or cols.length == 0 or rows.length == 0:
             return []
+        if not cols.is_static:
+            raise UnsupportedError(
+                "random_blocks: .T with a run-time query_offset is not supported, because the number of block columns is "
+                "only known once the offset is. Pass query_offset as an int."
+            )
         lo, hi = cols.start, cols.stop
         # The same choice serves all rows of a block: draw once a block where positions are known.
         num_cols = ceil_div(hi, self.block)
