@@ -53,8 +53,8 @@ class RandomBlocks(_Primitive):
             return []
         if not cols.is_static:
             raise UnsupportedError(
-                "random_blocks: .T with a run-time query_offset is not supported, because the number of block columns is "
-                "only known once the offset is. Pass query_offset as an int."
+                "random_blocks: .T with a run-time query_offset is not supported, because the number of block columns "
+                "is only known once the offset is. Pass query_offset as an int."
             )
         lo, hi = cols.start, cols.stop
         # The same choice serves all rows of a block: draw once a block where positions are known.
