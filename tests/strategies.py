@@ -277,15 +277,14 @@ def _given_runs(draw: Draw, rows: int, cols: int) -> tuple[Array, Array, Array]:
 def _from_runs(draw: Draw, at: Positions) -> Primitive:
     start, stride, count = _given_runs(draw, at.rows.stop, at.cols.stop)
     mask = runs_mask(start, stride[:, None], count, (at.rows.stop, at.cols.stop))
-    return splat.from_runs(start, stride, count), from_pairs(mask)
+    kv_len = draw(st.sampled_from([None, at.cols.stop]))
+    return splat.from_runs(start, stride, count, kv_len=kv_len), from_pairs(mask)
 
 
 def _from_mask(draw: Draw, at: Positions) -> Primitive:
     shape = (at.rows.stop, at.cols.stop)
     start, stride, count = _given_runs(draw, *shape)
     mask = runs_mask(start, stride[:, None], count, shape)
-    if at.cols.start:  # made for this many key positions from 0 on, which `from_mask` cannot say
-        return splat.from_runs(start, stride, count), from_pairs(mask)
     if draw(st.booleans()):
         return splat.from_mask(mask), from_pairs(mask)
     indptr = np.concatenate([[0], np.cumsum(mask.sum(axis=1))])

@@ -20,9 +20,9 @@ def compiled() -> Iterator[list[str]]:
     """What is compiled meanwhile."""
     seen: list[str] = []
 
-    def listen(event: str, duration: float, **_: Any) -> None:
+    def listen(event: str, duration_secs: float, **_: Any) -> None:
         if "backend_compile" in event:
-            seen.append(f"{event}: {duration:.3f} s")
+            seen.append(f"{event}: {duration_secs:.3f} s")
 
     jax.monitoring.register_event_duration_secs_listener(listen)
     yield seen
@@ -44,19 +44,39 @@ REFUSED: list[Any] = [
     (call(query=x(8, 4, 16)), ArgumentError, "PyTorch's [B, N, T, H] needs swapaxes(1, 2); a missing batch axis needs"),
     (call(key=x(1, 2, 6, 2, 16)), ArgumentError, "key must have shape [B, S, K, H], but shape [1, 2, 6, 2, 16] was"),
     (call(value=x(6, 16)), ArgumentError, "value must have shape [B, S, K, H], but shape [6, 16] was given"),
-    (call(value=x(2, 7, 2, 16)), ArgumentError, "key and value must have one shape, but [2, 6, 2, 16] and [2, 7, 2, 16]"),
+    (
+        call(value=x(2, 7, 2, 16)),
+        ArgumentError,
+        "key and value must have one shape, but [2, 6, 2, 16] and [2, 7, 2, 16]",
+    ),
     (call(value=x(2, 6, 2, 8)), ArgumentError, "key and value must have one shape"),
-    (call(query=x(3, 8, 4, 16)), ArgumentError, "query [3, 8, 4, 16] and key [2, 6, 2, 16] must agree in batch (axis 0)"),
+    (
+        call(query=x(3, 8, 4, 16)),
+        ArgumentError,
+        "query [3, 8, 4, 16] and key [2, 6, 2, 16] must agree in batch (axis 0)",
+    ),
     (call(query=x(2, 8, 4, 8)), ArgumentError, "must agree in batch (axis 0) and head dim (axis 3)"),
     (
         call(query=x(2, 8, 3, 16)),
         ArgumentError,
         "the number of query heads must be a multiple of the key/value heads, but 3 and 2 were given",
     ),
-    (call(key=x(2, 6, 8, 16), value=x(2, 6, 8, 16)), ArgumentError, "must be a multiple of the key/value heads, but 4 and 8"),
-    (call(key=x(2, 0, 2, 16), value=x(2, 0, 2, 16)), ArgumentError, "key and value must have at least one position, but kv"),
+    (
+        call(key=x(2, 6, 8, 16), value=x(2, 6, 8, 16)),
+        ArgumentError,
+        "must be a multiple of the key/value heads, but 4 and 8",
+    ),
+    (
+        call(key=x(2, 0, 2, 16), value=x(2, 0, 2, 16)),
+        ArgumentError,
+        "key and value must have at least one position, but kv",
+    ),
     (call(query=x(2, 8, 0, 16)), ArgumentError, "heads and head dim must not be 0"),
-    (call(query=x(2, 8, 4, 0), key=x(2, 6, 2, 0), value=x(2, 6, 2, 0)), ArgumentError, "heads and head dim must not be 0"),
+    (
+        call(query=x(2, 8, 4, 0), key=x(2, 6, 2, 0), value=x(2, 6, 2, 0)),
+        ArgumentError,
+        "heads and head dim must not be 0",
+    ),
     (
         call(key=x(2, 6, 2, 16, dtype="bfloat16")),
         ArgumentError,
@@ -70,8 +90,16 @@ REFUSED: list[Any] = [
     (call(value=x(2, 6, 2, 16, dtype="int32")), UnsupportedError, "value must be one of float32, bfloat16, float16"),
     (call(query=x(2, 8, 4, 16, dtype="complex64")), UnsupportedError, "but complex64 was given"),
     # patterns
-    (call(pattern=None), ArgumentError, "pattern must be a splat pattern such as splat.causal() & splat.window(512), but"),
-    (call(pattern="causal()"), ArgumentError, "but str was given. Use splat.from_mask for a boolean mask, splat.parse for"),
+    (
+        call(pattern=None),
+        ArgumentError,
+        "pattern must be a splat pattern such as splat.causal() & splat.window(512), but",
+    ),
+    (
+        call(pattern="causal()"),
+        ArgumentError,
+        "but str was given. Use splat.from_mask for a boolean mask, splat.parse for",
+    ),
     (call(pattern=np.ones((8, 6), bool)), ArgumentError, "but ndarray was given. Use splat.from_mask"),
     (call(pattern=splat.causal), ArgumentError, "but function was given"),
     (
@@ -104,7 +132,11 @@ REFUSED: list[Any] = [
         PatternError,
         "neighborhood: a grid of shape (2, 3) has 6 positions, but the pattern is used up to position 8",
     ),
-    (call(pattern=splat.strided(2) - splat.strided(999)), IrregularPatternError, "needs 999 affine components, more than 256"),
+    (
+        call(pattern=splat.strided(2) - splat.strided(999)),
+        IrregularPatternError,
+        "needs 999 affine components, more than 256",
+    ),
     # options
     (call(scale="1"), None, ""),
     (call(scale="much"), ArgumentError, "scale must be a number or None, but str was given"),
@@ -126,7 +158,7 @@ REFUSED: list[Any] = [
     (
         call(implementation="triton"),
         UnsupportedError,
-        "implementation='triton' is not part of this version of splat-attention. Use implementation='xla', which serves",
+        "implementation='triton' is not part of this version of splat-attention. Use implementation='xla', which",
     ),
     (call(implementation="cpp"), UnsupportedError, "implementation='cpp' is not part of this version"),
 ]
@@ -203,7 +235,9 @@ def test_none_can_serve() -> None:
     assert first == "no implementation can serve this call:"
     assert [line.split(":")[0].strip() for line in reasons] == ["triton", "cpp", "xla"]
     assert "serves float32, bfloat16, float16, float64, not float8_e5m2. Convert the inputs." in reasons[2]
-    with pytest.raises(UnsupportedError, match="implementation='xla' cannot serve this call: the xla implementation serves"):
+    with pytest.raises(
+        UnsupportedError, match="implementation='xla' cannot serve this call: the xla implementation serves"
+    ):
         choose(request, "xla")
 
 
@@ -215,7 +249,9 @@ def test_emit_is_text_of_the_program() -> None:
     assert "stablehlo." in text
     assert "tensor<1x32x4x16xbf16>" in text
     assert "tensor<1x32x2x16xbf16>" in text
-    assert text == splat.emit(splat.causal() & splat.window(8), 32, 32, num_q_heads=4, num_kv_heads=2, head_dim=16, dtype="bf16")
+    assert text == splat.emit(
+        splat.causal() & splat.window(8), 32, 32, num_q_heads=4, num_kv_heads=2, head_dim=16, dtype="bf16"
+    )
     assert text != splat.emit("causal() & window(8)", 32, num_q_heads=4, num_kv_heads=2, head_dim=16, scale=1.0)
 
 

@@ -33,8 +33,7 @@ def test_any_regular_mask_comes_back(case: Case) -> None:
         assert splat.parse(repr(pattern)) == pattern
         try:
             columns = pattern.T.to_dense(*mask.T.shape)
-        except IrregularPatternError as error:  # rows may be regular where columns are not
-            assert "gradients cannot be planned" in str(error)
+        except IrregularPatternError:  # rows may be regular where columns are not
             reject()
         np.testing.assert_array_equal(columns, mask.T)
 
@@ -196,7 +195,7 @@ def test_columns_that_are_not_regular_are_refused() -> None:
     pattern = splat.from_runs(rng.integers(0, 4, 4000), 1, rng.integers(0, 2, 4000))
     assert pattern.to_dense(4000, 4).sum() > 1000
     with pytest.raises(
-        IrregularPatternError, match="seen from its columns this pattern .* gradients cannot be planned"
+        IrregularPatternError, match=r"seen from its columns this pattern .* gradients cannot be planned"
     ):
         pattern.T.to_dense(4, 4000)
 

@@ -290,10 +290,9 @@ def test_array_text_cannot_exhaust_memory() -> None:
 def test_any_text_is_a_pattern_or_a_named_error(text: str) -> None:
     try:
         pattern = splat.parse(text)
-    except SplatError as error:
-        assert str(error)
-    else:
-        assert splat.parse(repr(pattern)) == pattern
+    except SplatError:
+        return
+    assert splat.parse(repr(pattern)) == pattern
 
 
 #: Reads texts from stdin with a hook that sees every execution of code, import, file and process.

@@ -161,7 +161,7 @@ def test_arguments_in_all_forms() -> None:
     assert splat.plan("window(8)", 64, dtype="bf16") == expected
     assert splat.plan("window(8)", 64, 64, dtype=jnp.bfloat16) == expected
     assert splat.plan("window(8)", 64, dtype=jnp.dtype("bfloat16"), num_kv_heads=1) == expected
-    assert splat.plan("window(8)", np.int64(64), dtype="bfloat16", query_offset=np.int32(0)) == expected
+    assert splat.plan("window(8)", 64, dtype="bfloat16", query_offset=np.int32(0)) == expected
 
 
 @pytest.mark.parametrize(

@@ -177,6 +177,14 @@ def test_tiles_without_rows_do_no_work() -> None:
     assert made.waste < 1.1
 
 
+def test_merged_tiles_stay_lattices() -> None:
+    """Rows 0 to 31 have even columns, rows 32 to 63 odd ones: no tile of 64 neighbouring rows is dense."""
+    pattern = splat.from_runs([0] * 32 + [1] * 32, 2, [32] * 64)
+    for block_q in (None, 16, 32, 64):
+        made = schedule(build(pattern, 64, 64), MODELS[0], block_q=block_q)
+        np.testing.assert_array_equal(made.coverage(), pattern.to_dense(64))
+
+
 def test_text() -> None:
     made = schedule(build(splat.window(16) | splat.strided(64), 256, 256), MODELS[0], block_q=32, block_kv=32)
     assert str(made).splitlines() == [f"pass {n}: {one}" for n, one in enumerate(made.passes)]

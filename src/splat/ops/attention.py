@@ -177,12 +177,13 @@ def dot_product_attention(
     if mask is not None:
         pattern = pattern & _pattern_of_mask(mask, sizes)
     query_lengths = validate.check_lengths("query_seq_lengths", query_seq_lengths, sizes.batch)
+    key_lengths = validate.check_lengths("key_value_seq_lengths", key_value_seq_lengths, sizes.batch)
     past = None
     if query_lengths is not None:
         past = (jnp.arange(sizes.q_len)[None, :] >= query_lengths[:, None])[:, :, None]
         query = jnp.where(past[..., None], jnp.zeros((), query.dtype), query)
     out, lse = attention(
-        query, key, value, pattern, scale=scale, kv_lengths=key_value_seq_lengths, return_lse=True,
+        query, key, value, pattern, scale=scale, kv_lengths=key_lengths, return_lse=True,
         implementation=implementation,
     )  # fmt: skip
     if past is not None:

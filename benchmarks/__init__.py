@@ -1,0 +1,1 @@
+"""Measurements: one registry of cases, interleaved timings, raw samples kept. `python -m benchmarks.run`."""

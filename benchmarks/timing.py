@@ -1,0 +1,90 @@
+"""Timing that survives a noisy machine: interleaved repetitions, medians, spreads, paired ratios."""
+
+from __future__ import annotations
+
+import dataclasses
+import statistics
+import time
+import tracemalloc
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+
+@dataclasses.dataclass(frozen=True)
+class Samples:
+    """Milliseconds of one function, in the order measured."""
+
+    ms: tuple[float, ...]
+
+    @property
+    def median_ms(self) -> float:
+        return statistics.median(self.ms)
+
+    @property
+    def best_ms(self) -> float:
+        """The least disturbed one: for constants, because other work on the machine only ever adds."""
+        return min(self.ms)
+
+    @property
+    def spread(self) -> float:
+        """Half the distance between the quartiles, as a share of the median."""
+        if len(self.ms) < 2:
+            return 0.0
+        low, _, high = statistics.quantiles(self.ms, n=4, method="inclusive")
+        return (high - low) / 2 / self.median_ms
+
+    def __str__(self) -> str:
+        return f"{self.median_ms:.3g} ±{self.spread:.0%}"
+
+
+def interleave(functions: Mapping[str, Callable[[], Any]], repetitions: int, *, warmups: int = 1) -> dict[str, Samples]:
+    """Every function `repetitions` times, taking turns, so that what disturbs the machine disturbs all of them.
+
+    The functions must return when their work is done (JAX: block until ready).
+    """
+    for function in functions.values():
+        for _ in range(warmups):
+            function()
+    ms: dict[str, list[float]] = {name: [] for name in functions}
+    for _ in range(repetitions):
+        for name, function in functions.items():
+            begin = time.perf_counter()
+            function()
+            ms[name].append(1e3 * (time.perf_counter() - begin))
+    return {name: Samples(tuple(values)) for name, values in ms.items()}
+
+
+def ratio(numerator: Samples, denominator: Samples) -> float:
+    """The median over the rounds of one interleaved measurement: each round is compared with itself."""
+    return statistics.median(a / b for a, b in zip(numerator.ms, denominator.ms, strict=True))
+
+
+def traced_peak_bytes(function: Callable[[], Any]) -> int:
+    """The most memory that Python and NumPy held at once for `function`, beyond what was there before."""
+    tracemalloc.start()
+    try:
+        before, _ = tracemalloc.get_traced_memory()
+        tracemalloc.reset_peak()
+        function()
+        return tracemalloc.get_traced_memory()[1] - before
+    finally:
+        tracemalloc.stop()
+
+
+def peak_rss_bytes() -> int | None:
+    """The most memory that this process has held; None where the system does not say.
+
+    `getrusage` serves elsewhere, but on Linux it also counts what the parent held when it started this process.
+    """
+    status = Path("/proc/self/status")
+    if status.exists():
+        for line in status.read_text(encoding="utf-8").splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) << 10
+    try:
+        import resource
+        import sys
+    except ImportError:
+        return None
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
