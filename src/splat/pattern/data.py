@@ -82,12 +82,18 @@ class Table(Pattern):
 
     def column_runs(self, cols: Axis, rows: Axis) -> list[Run]:
         self._check(rows, cols)
-        xp = array_namespace(rows.start)
         out = []
         for run in self._transposed:
-            pad = max(cols.stop - run.start.shape[0], 0)  # columns past every run
-            start = xp.asarray(np.pad(run.start, (0, pad)))[cols.start : cols.stop]
-            count = xp.asarray(np.pad(run.count, (0, pad)))[cols.start : cols.stop]
+            known = run.start.shape[0]  # columns past the last one that any row names have nothing
+            if cols.is_static:
+                pad = max(cols.stop - known, 0)
+                whole = make_run(run.stride, *(np.pad(x, (0, pad)) for x in (run.start, run.count))) if pad else run
+                start, count = whole.start[cols.start : cols.stop], whole.count[cols.start : cols.stop]
+            else:
+                xp = cols.positions.__array_namespace__()
+                at = xp.clip(cols.positions, 0, max(known - 1, 0))
+                start, count = xp.asarray(run.start)[at], xp.asarray(run.count)[at]
+                count = xp.where(cols.positions < known, count, 0)
             out.append(Run(run.stride, start, count, run.line_step).clip(rows.start, rows.stop))
         return prune(out)
 

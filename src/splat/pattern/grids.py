@@ -26,6 +26,14 @@ def _mix(xp, value: Array) -> Array:
     return value ^ (value >> 16)
 
 
+def _needs_static(axis: Axis, use: str, unknown: str) -> None:
+    if not axis.is_static:
+        raise UnsupportedError(
+            f"random_blocks: {use} with a run-time query_offset are not supported, because {unknown} is only known "
+            "once the offset is. Pass query_offset as an int."
+        )
+
+
 @dataclasses.dataclass(frozen=True, repr=False)
 class RandomBlocks(_Primitive):
     block: int
@@ -49,13 +57,9 @@ class RandomBlocks(_Primitive):
         return xp.sort(xp.stack(chosen), axis=0)
 
     def runs(self, rows: Axis, cols: Axis) -> list[Run]:
+        _needs_static(cols, ".T", "the number of block columns")
         if self.per_row == 0 or cols.length == 0 or rows.length == 0:
             return []
-        if not cols.is_static:
-            raise UnsupportedError(
-                "random_blocks: .T with a run-time query_offset is not supported, because the number of block columns "
-                "is only known once the offset is. Pass query_offset as an int."
-            )
         lo, hi = cols.start, cols.stop
         # The same choice serves all rows of a block: draw once a block where positions are known.
         num_cols = ceil_div(hi, self.block)
@@ -69,11 +73,8 @@ class RandomBlocks(_Primitive):
         return prune(coalesce(runs))
 
     def column_runs(self, cols: Axis, rows: Axis) -> list[Run]:
-        if not rows.is_static:
-            raise UnsupportedError(
-                "random_blocks: gradients with a run-time query_offset are not supported, because which rows choose a "
-                "block column is only known once the offset is. Pass query_offset as an int."
-            )
+        _needs_static(rows, "gradients", "which rows choose a block column")
+        _needs_static(cols, ".T", "the number of block columns")
         if self.per_row == 0 or cols.length == 0 or rows.length == 0:
             return []
         num_cols = ceil_div(cols.stop, self.block)
