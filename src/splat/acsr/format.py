@@ -47,7 +47,10 @@ class Component:
     @cached_property
     def has_empty_rows(self) -> bool:
         """Whether some row has no run here (assumed where that is not known yet)."""
-        return not self.is_static or (self.count.size > 0 and int(self.count.min()) <= 0)
+        if not self.is_static:
+            return True
+        count = self.count[:1] if self.count.strides == (0,) else self.count  # one number for all rows
+        return bool((count <= 0).any())
 
     @cached_property
     def bounds(self) -> tuple[Array, Array]:

@@ -145,7 +145,7 @@ def _panel(axes: Axes, schedule: Schedule, part: Part, *, outlined: bool, labell
     return outlines
 
 
-def _in_thousands(value: float, _: int | None = None) -> str:
+def _in_thousands(value: float, _: float | None = None) -> str:
     return f"{value / 1000:,.10g}k" if value else "0"
 
 

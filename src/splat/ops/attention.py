@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 from splat.codegen import Options, Request, choose
 from splat.errors import ArgumentError, UnsupportedError
@@ -195,7 +196,7 @@ def dot_product_attention(
 
 
 def _pattern_of_mask(mask: Any, sizes: validate.Sizes) -> Pattern:
-    if isinstance(mask, jax.core.Tracer):
+    if isinstance(mask, Tracer):
         raise UnsupportedError(
             "mask is traced, so its structure cannot be recovered. Pass a NumPy mask, or describe it: pattern=, "
             "is_causal=, local_window_size=, or segments(ids) for packed documents."

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 from splat.errors import ArgumentError, UnsupportedError
 from splat.pattern import Pattern, PerHead
@@ -103,7 +103,7 @@ def check_soft_cap(cap: Any) -> float | None:
 
 
 def _static_float(name: str, value: Any) -> float:
-    if isinstance(value, jax.core.Tracer):
+    if isinstance(value, Tracer):
         raise ArgumentError(
             f"{name} must be a Python number, because it is compiled in, but a traced array was given. Multiply query "
             "by a run-time scale instead."

@@ -117,7 +117,7 @@ class Frozen:
         array = np.array(values, dtype=dtype)
         array.flags.writeable = False
         self.array = array
-        self._key = (array.shape, array.dtype.str, hashlib.sha256(array.tobytes()).digest())
+        self._key = (array.shape, array.dtype.str, hashlib.blake2b(array.tobytes(), digest_size=16).digest())
 
     @property
     def is_static(self) -> bool:
@@ -143,7 +143,7 @@ def encode_array(array: np.ndarray) -> str:
     import zlib
 
     data = np.ascontiguousarray(np.diff(array.astype(np.int64), axis=-1, prepend=0))
-    payload = base64.b85encode(zlib.compress(data.astype("<i8").tobytes(), 6)).decode()
+    payload = base64.b85encode(zlib.compress(data.astype("<i8").tobytes(), 1)).decode()
     shape = "x".join(str(n) for n in array.shape)
     return f'"{shape}:{payload}"'
 

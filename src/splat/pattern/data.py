@@ -275,7 +275,7 @@ def from_runs(start: Any, stride: Any, count: Any, *, kv_len: int | None = None)
     for step, first, number in zip(strides, start, count, strict=True):
         run = _clipped(int(step), first, number, limit)
         given.append(run)
-        runs = union(runs, prune([run]))
+        runs = union(runs, prune([run])) if runs else [run]
     if sum(int(r.count.sum()) for r in given) == sum(int(r.count.sum()) for r in runs):
         runs = given  # disjoint as they are: keep them so
     starts = np.array([r.start for r in runs], np.int32).reshape(len(runs), rows)
