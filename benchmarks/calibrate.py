@@ -25,7 +25,7 @@ import splat
 from benchmarks import timing
 from benchmarks.report import Report, write_json
 from benchmarks.timing import Samples
-from benchmarks.xla import with_backward
+from benchmarks.xla import TURN_MS, with_backward
 from splat.codegen import Options, load
 from splat.codegen.xla import emit
 from splat.planning import Plan, Problem, find, make_plan
@@ -130,7 +130,7 @@ def measure(
         seen = {plan.forward.decisions: blocks for blocks, plan in reversed(plans.items()) if blocks != (None, None)}
         kept = [(None, None), *seen.values()]
         calls = {str(blocks): attention_call(plans[blocks], device_arrays=data) for blocks in kept}
-        samples = timing.interleave(calls, repetitions)
+        samples = timing.interleave(calls, repetitions, turn_ms=TURN_MS)
         points += [Point(text, head_dim, b, plans[b], samples[str(b)]) for b in kept]
     return points
 
@@ -220,7 +220,7 @@ def steps(cases: Sequence[tuple[str, int]], repetitions: int) -> Report:
             calls = {
                 str(n): attention_call(plan, step_bytes=n, backward=backward, device_arrays=data) for n in STEP_BYTES
             }
-            samples = timing.interleave(calls, repetitions)
+            samples = timing.interleave(calls, repetitions, turn_ms=TURN_MS)
             best = min(samples, key=lambda name: samples[name].median_ms)
             direction = "forward + backward" if backward else "forward"
             report.add(
@@ -245,7 +245,7 @@ def main(arguments: list[str] | None = None) -> int:
         if given.out:
             write_json(given.out / f"{report.name}.json", report.to_json())
 
-    repetitions = 3 if given.quick else 7
+    repetitions = 3 if given.quick else 5
     if "rates" in given.only:
         show(rates(repetitions))
     for head_dim in given.head_dims[: 1 if given.quick else None] if "blocks" in given.only else []:

@@ -13,9 +13,10 @@ from typing import Any
 
 @dataclasses.dataclass(frozen=True)
 class Samples:
-    """Milliseconds of one function, in the order measured."""
+    """Milliseconds of one function: the median call of every turn, in order; `turns` holds all calls."""
 
     ms: tuple[float, ...]
+    turns: tuple[tuple[float, ...], ...] = ()
 
     @property
     def median_ms(self) -> float:
@@ -38,21 +39,32 @@ class Samples:
         return f"{self.median_ms:.3g} ±{self.spread:.0%}"
 
 
-def interleave(functions: Mapping[str, Callable[[], Any]], repetitions: int, *, warmups: int = 1) -> dict[str, Samples]:
-    """Every function `repetitions` times, taking turns, so that what disturbs the machine disturbs all of them.
+def interleave(
+    functions: Mapping[str, Callable[[], Any]], repetitions: int, *, turn_ms: float = 0.0
+) -> dict[str, Samples]:
+    """Every function `repetitions` turns, one after the other, so that what disturbs the machine disturbs all of them.
+
+    A turn's calls last `turn_ms` together, at least. Where that takes several, the first does not count: the caches
+    and the allocator are still as the function before has left them, and nobody runs attention once.
 
     The functions must return when their work is done (JAX: block until ready).
     """
     for function in functions.values():
-        for _ in range(warmups):
-            function()
-    ms: dict[str, list[float]] = {name: [] for name in functions}
+        function()  # compiles
+    turns: dict[str, list[tuple[float, ...]]] = {name: [] for name in functions}
     for _ in range(repetitions):
         for name, function in functions.items():
-            begin = time.perf_counter()
-            function()
-            ms[name].append(1e3 * (time.perf_counter() - begin))
-    return {name: Samples(tuple(values)) for name, values in ms.items()}
+            turns[name].append(_turn(function, turn_ms))
+    return {name: Samples(tuple(map(statistics.median, made)), tuple(made)) for name, made in turns.items()}
+
+
+def _turn(function: Callable[[], Any], turn_ms: float) -> tuple[float, ...]:
+    calls: list[float] = []
+    while not calls or sum(calls) < turn_ms:
+        begin = time.perf_counter()
+        function()
+        calls.append(1e3 * (time.perf_counter() - begin))
+    return tuple(calls[1:] or calls)
 
 
 def ratio(numerator: Samples, denominator: Samples) -> float:

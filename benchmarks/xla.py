@@ -22,6 +22,9 @@ BATCH, HEADS, HEAD_DIM = 1, 8, 64
 #: The long case: its pattern, and the most memory its process may hold.
 LONG_PATTERN, LONG_BAR_GB = "window(256)", 1.5
 
+#: How long a turn of one function lasts at least, so that short ones are measured at work, not waking up.
+TURN_MS = 200.0
+
 Function = Callable[..., Any]
 
 
@@ -83,6 +86,7 @@ def _compare(report: Report, case: Case, direction: str, arguments: tuple[jax.Ar
     measured = timing.interleave(
         {"splat": ready(wrap(sparse(pattern)), arguments), "dense": ready(wrap(dense(pattern, q_len)), arguments)},
         repetitions,
+        turn_ms=TURN_MS,
     )
     ours, theirs = measured["splat"], measured["dense"]
     faster = timing.ratio(theirs, ours)
@@ -93,8 +97,8 @@ def _compare(report: Report, case: Case, direction: str, arguments: tuple[jax.Ar
         case.name, direction, str(ours), str(theirs), f"{faster:.1f}", f"{flops / ours.median_ms / 1e6:.1f}",
         f"{plan.predicted_ms:.1f}" if forward and plan.predicted_ms is not None else "",
         report.judge(case.name, faster, bar, at_least=True),
-        case=case.name, expression=repr(pattern), direction=direction, q_len=q_len, splat_ms=ours.ms,
-        dense_ms=theirs.ms, times_faster=faster, predicted_ms=plan.predicted_ms,
+        case=case.name, expression=repr(pattern), direction=direction, q_len=q_len, splat_ms=ours.turns,
+        dense_ms=theirs.turns, times_faster=faster, predicted_ms=plan.predicted_ms,
     )  # fmt: skip
 
 

@@ -54,6 +54,17 @@ def traced(pattern: Pattern, q_len: int, kv_len: int, by_column: bool = False) -
     return mask
 
 
+def test_large_strides_meet_exactly() -> None:
+    """The Chinese remainder theorem in 32 bits: the strides' product has 30, the steps on the way more."""
+    p, q = 30011, 30013
+    pattern = splat.strided(p) & splat.strided(q)
+    mask = traced(pattern, 9, 20)
+    for offset in (p * q, p * q - 4, 5 * p):
+        expected = pattern.to_dense(9, 20, query_offset=offset)
+        assert expected.sum() == max(0, 9 + min(offset - p * q, 0)) * (offset > 6 * p)
+        np.testing.assert_array_equal(mask(offset), expected)
+
+
 IDS = [0, 0, 0, 1, 1, -1, -1, 0, 2, 2, 2, 2, -3, 1, 5] + [7] * 25
 VOCABULARY = [
     "full()",

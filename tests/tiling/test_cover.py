@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 import splat
-from splat.acsr import ACSR, build, build_transposed
+from splat.acsr import ACSR, Component, build, build_transposed
 from splat.geometry import align_by_step, analyze, is_aligned
 from splat.pattern.core import ceil_div
 from splat.tiling import Phase, Walk, cover
@@ -55,6 +57,62 @@ def allows(tests: tuple[Comparison, ...], acsr: ACSR, row: int, x: int) -> bool:
 def test_walks_cover_every_pair_once(case: Case, by_column: bool, step: int, block_q: int, block_kv: int) -> None:
     """By each phase's own tests, and by `Walk.tests`, which are right in all of them."""
     acsr = (build_transposed if by_column else build)(case.pattern, case.q_len, case.kv_len, case.query_offset)
+    check_cover(acsr, step, block_q, block_kv)
+
+
+@st.composite
+def neighbours(draw: Any) -> ACSR:
+    """Two to four runs a row, side by side in one residue, in any order: components that share tiles where they can."""
+    rows, runs = draw(st.integers(1, 10)), draw(st.integers(2, 4))
+    stride, reach = draw(st.sampled_from([1, 1, 3])), draw(st.sampled_from([6, 10, 16, 40]))
+    rng = np.random.default_rng(draw(st.integers(0, 2**20)))
+    edges = np.sort(rng.integers(0, reach, (rows, 2 * runs)), axis=1)
+    edges[rng.random(edges.shape) < 0.3] = reach // 2  # several rows begin or end at the same place, and runs touch
+    edges = np.sort(edges, axis=1).astype(np.int32)
+    start, count = edges[:, ::2], np.diff(edges)[:, ::2]
+    count = np.where(rng.random(count.shape) < draw(st.sampled_from([0, 0.4])), 0, count)
+    if draw(st.booleans()):  # each row has its own order of components
+        order = rng.permuted(np.tile(np.arange(runs), (rows, 1)), axis=1)
+        start, count = np.take_along_axis(start, order, 1), np.take_along_axis(count, order, 1)
+    components = [Component(stride, stride * start[:, n], count[:, n].astype(np.int32)) for n in range(runs)]
+    return ACSR((rows, stride * reach), tuple(components))
+
+
+@more(12)
+@given(neighbours(), st.sampled_from([1, 2, 4, 8, 32]), st.sampled_from([1, 2, 3, 4, 5, 8, 32]))
+def test_neighbours_cover_every_pair_once(acsr: ACSR, block_q: int, block_kv: int) -> None:
+    acsr.validate()
+    check_cover(acsr, 1, block_q, block_kv)
+
+
+def runs_of(*rows: dict[int, tuple[int, int]], length: int) -> ACSR:
+    """Rows as {component: (start, stop)}, of stride 1."""
+    ends = np.array([[row.get(n, (0, 0)) for n in range(max(map(max, rows)) + 1)] for row in rows], np.int32)
+    components = [Component(1, ends[:, n, 0], ends[:, n, 1] - ends[:, n, 0]) for n in range(ends.shape[1])]
+    return ACSR((len(rows), length), tuple(components))
+
+
+def test_a_component_before_one_phase_and_not_in_the_next() -> None:
+    """Component 1 ends where the second tile begins: without its upper bound a single loop would keep what follows."""
+    acsr = runs_of({0: (0, 2), 1: (2, 4)}, {0: (4, 6), 1: (3, 4)}, length=8)
+    _, walks, _ = cover_all(acsr, 1, 2, 4)
+    assert [walk.num_tiles.tolist() for walk in walks] == [[2], [0]]
+    check_cover(acsr, 1, 2, 4)
+
+
+def test_a_component_that_fills_a_phase_in_one_row_tile_only() -> None:
+    """Where component 2 is, it needs no comparison; the other row tile does not have it."""
+    acsr = runs_of(
+        {0: (0, 6), 1: (10, 12), 2: (6, 10)},
+        {0: (0, 3), 1: (3, 5), 2: (6, 10)},
+        {1: (0, 3)},
+        {1: (7, 9)},
+        length=12,
+    )
+    check_cover(acsr, 1, 2, 2)
+
+
+def check_cover(acsr: ACSR, step: int, block_q: int, block_kv: int) -> None:
     members, walks, rows = cover_all(acsr, step, block_q, block_kv)
     assert [walk.component for walk in walks] == members
     expected = ACSR(acsr.shape, tuple(acsr.components[n] for n in members)).to_dense()

@@ -143,7 +143,10 @@ def encode_array(array: np.ndarray) -> str:
     import zlib
 
     data = np.ascontiguousarray(np.diff(array.astype(np.int64), axis=-1, prepend=0))
-    payload = base64.b85encode(zlib.compress(data.astype("<i8").tobytes(), 1)).decode()
+    level = (
+        6 if array.size <= 1 << 16 else 1
+    )  # printing a plan over a million rows should not take longer than making it
+    payload = base64.b85encode(zlib.compress(data.astype("<i8").tobytes(), level)).decode()
     shape = "x".join(str(n) for n in array.shape)
     return f'"{shape}:{payload}"'
 
