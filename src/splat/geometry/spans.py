@@ -15,6 +15,7 @@ Between x1 and x2 every row has every column: no mask. Rows without a run push x
 from __future__ import annotations
 
 import dataclasses
+from functools import reduce
 
 import numpy as np
 
@@ -49,20 +50,20 @@ class Spans:
         groups, per_group = tiles.step, tiles.tiles_per_group
         missing = ceil_div(per_group, factor) * factor - per_group
 
-        def merge(values: Array, reduce, neutral: int) -> Array:
-            xp = array_namespace(values)
+        def merge(values: Array, combine, neutral: int) -> Array:
             grid = values.reshape(groups, per_group)
             if missing:
                 grid = xp.pad(grid, ((0, 0), (0, missing)), constant_values=neutral)
-            return reduce(grid.reshape(-1, factor), axis=1)
+            grid = grid.reshape(-1, factor)
+            return reduce(combine, (grid[:, n] for n in range(factor)))  # much quicker than reducing a short axis
 
         xp, far = array_namespace(self.x0), int(NOWHERE)
         return Spans(
-            merge(self.x0, xp.min, far),
-            merge(self.x1, xp.max, -far),
-            merge(self.x2, xp.min, far),
-            merge(self.x3, xp.max, -far),
-            merge(self.residue, xp.max, 0),
+            merge(self.x0, xp.minimum, far),
+            merge(self.x1, xp.maximum, -far),
+            merge(self.x2, xp.minimum, far),
+            merge(self.x3, xp.maximum, -far),
+            merge(self.residue, xp.maximum, 0),
         )
 
 

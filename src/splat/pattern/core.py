@@ -6,6 +6,7 @@ import dataclasses
 import hashlib
 import math
 from collections.abc import Callable, Iterator
+from contextvars import ContextVar
 from functools import cached_property
 from typing import Any
 
@@ -106,6 +107,19 @@ class Run:
         return self.since(lo).before(hi)
 
 
+#: Whether `repr` of a long array is its size alone.
+_BRIEF: ContextVar[bool] = ContextVar("brief", default=False)
+
+
+def brief(pattern: Pattern) -> str:
+    """The pattern's expression for people: long arrays are given by their size, and `parse` cannot read it back."""
+    token = _BRIEF.set(True)
+    try:
+        return repr(pattern)
+    finally:
+        _BRIEF.reset(token)
+
+
 class Frozen:
     """A hashable, read-only array inside a pattern; run-time arrays are kept as they are and compare by identity."""
 
@@ -130,6 +144,8 @@ class Frozen:
         return hash(self._key)
 
     def __repr__(self) -> str:
+        if self.is_static and self.array.size > 64 and _BRIEF.get():
+            return f"<{self.array.size} numbers>"
         if not self.is_static:
             return f"<run-time array {self.array.dtype}{list(self.array.shape)}>"
         return encode_array(self.array)

@@ -17,7 +17,7 @@ import numpy as np
 from splat.acsr import ACSR, build, build_transposed
 from splat.errors import ArgumentError, PatternError
 from splat.pattern import Pattern, PerHead, parse
-from splat.pattern.core import MAX_LENGTH, check_int, is_runtime_array
+from splat.pattern.core import MAX_LENGTH, brief, check_int, is_runtime_array
 from splat.planning.cost import CostModel, cost_model
 from splat.planning.schedule import PassDecision, Schedule, build_schedule, schedule
 from splat.planning.target import Target, find
@@ -198,7 +198,7 @@ class Plan:
     def __str__(self) -> str:
         p = self.problem
         lines = [
-            f"plan of {_shorten(repr(p.pattern))}",
+            f"plan of {_shorten(brief(p.pattern))}",
             f"  q_len {p.q_len}, kv_len {p.kv_len}, batch {p.batch}, heads {p.num_q_heads}/{p.num_kv_heads}, "
             f"head dim {p.head_dim}, {p.dtype}, on {self.target}",
         ]
