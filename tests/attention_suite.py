@@ -555,7 +555,7 @@ class AttentionSuite:
 
         def dense(q: Any, k: Any, v: Any) -> Any:
             out = jax.nn.dot_product_attention(q, k, v, mask=mask[None, None])
-            return jnp.where(mask.any(axis=1)[None, :, None, None], out, 0)
+            return jnp.where(np.asarray(mask.any(axis=1))[None, :, None, None], out, 0)
 
         def hvp(attend: Any) -> Any:
             grad = jax.grad(lambda q, k, v: (attend(q, k, v) ** 2).sum(), (0, 1, 2))

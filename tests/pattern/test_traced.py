@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 
 import splat
 from splat.errors import IrregularPatternError, PatternError, UnsupportedError
-from splat.pattern import Axis, Pattern
+from splat.pattern import Axis, Pattern, Run
+from splat.pattern.algebra import intersect
 from tests import strategies
 from tests.strategies import Case, cases
 
@@ -57,12 +58,17 @@ def traced(pattern: Pattern, q_len: int, kv_len: int, by_column: bool = False) -
 def test_large_strides_meet_exactly() -> None:
     """The Chinese remainder theorem in 32 bits: the strides' product has 30, the steps on the way more."""
     p, q = 30011, 30013
-    pattern = splat.strided(p) & splat.strided(q)
-    mask = traced(pattern, 9, 20)
-    for offset in (p * q, p * q - 4, 5 * p):
-        expected = pattern.to_dense(9, 20, query_offset=offset)
-        assert expected.sum() == max(0, 9 + min(offset - p * q, 0)) * (offset > 6 * p)
-        np.testing.assert_array_equal(mask(offset), expected)
+    at = np.array([7 * p + 3, 29000 * p + 5, 12345 * p + 30010, 0, p * q - 1], np.int32)
+    a, b = ((at % stride, np.full(at.shape, p * q // stride, np.int32)) for stride in (p, q))
+
+    @jax.jit
+    def meet(a: Any, b: Any) -> Any:
+        both = intersect(Run(p, *a), Run(q, *b))
+        return both.start, both.count
+
+    start, count = meet(a, b)
+    np.testing.assert_array_equal(start, at)
+    np.testing.assert_array_equal(count, 1)
 
 
 IDS = [0, 0, 0, 1, 1, -1, -1, 0, 2, 2, 2, 2, -3, 1, 5] + [7] * 25

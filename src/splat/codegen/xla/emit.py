@@ -20,7 +20,7 @@ Array = Any
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 
 #: Score tiles of one step, in bytes: small enough for the caches of a CPU, large enough for its matrix products.
-STEP_BYTES = 8 << 20
+STEP_BYTES = 4 << 20
 
 
 @dataclasses.dataclass(frozen=True)
