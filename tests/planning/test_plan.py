@@ -96,10 +96,20 @@ def test_text_holds_the_facts() -> None:
 
 
 def test_text_of_a_long_pattern_is_cut() -> None:
-    pattern = splat.from_mask(np.random.default_rng(0).permutation(splat.window(3).to_dense(300)))
+    pattern = splat.causal()
+    for n in range(40):
+        pattern = pattern & splat.window(100 + n)
     first = str(splat.plan(pattern, 300)).splitlines()[0]
     assert len(first) <= 208
     assert first.endswith("...")
+
+
+def test_long_arrays_are_given_by_their_size() -> None:
+    pattern = splat.from_mask(np.random.default_rng(0).permutation(splat.window(3).to_dense(300)))
+    made = splat.plan(pattern, 300)
+    assert str(made).splitlines()[0] == "plan of from_runs(<300 numbers>, [1], <300 numbers>, kv_len=300)"
+    assert Plan.from_json(made.to_json()) == made
+    assert "numbers" not in repr(pattern)
 
 
 def test_runtime_plan() -> None:
