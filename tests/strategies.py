@@ -28,8 +28,12 @@ from splat.pattern import Axis, Pattern
 Array = np.ndarray[Any, Any]
 Predicate = Callable[[Array, Array], Array]  # int arrays i, j that broadcast -> bool array of their joint shape
 
-#: "tried" and "refused": how many expressions were drawn, and how many SPLAT would not serve.
+#: "tried", "refused" and "large": how many expressions were drawn, how many SPLAT would not serve, and how many have
+#: more than MOST_COMPONENTS.
 tally: collections.Counter[str] = collections.Counter()
+
+#: Expressions with more are left out, because a test of one takes as long as of a hundred others.
+MOST_COMPONENTS = 64
 
 
 def more(factor: int) -> settings:
@@ -353,9 +357,11 @@ def cases(draw: Draw, max_len: int = 48, depth: int = 3, names: Sequence[str] = 
     case = Case(pattern, q_len, kv_len, offset, predicate)
     tally["tried"] += 1
     try:
-        pattern.runs(case.rows, case.cols)
-        pattern.column_runs(case.cols, case.rows)
+        runs = [pattern.runs(case.rows, case.cols), pattern.column_runs(case.cols, case.rows)]
     except IrregularPatternError:
         tally["refused"] += 1
+        reject()
+    if max(map(len, runs)) > MOST_COMPONENTS:
+        tally["large"] += 1
         reject()
     return case

@@ -84,9 +84,10 @@ def test_expressions_are_hardly_ever_refused() -> None:
         del case
 
     draw()
-    tried, refused = (strategies.tally[name] - before[name] for name in ("tried", "refused"))
+    tried, refused, large = (strategies.tally[name] - before[name] for name in ("tried", "refused", "large"))
     assert tried >= 100
     assert refused <= 0.05 * tried
+    assert large <= 0.05 * tried
 
 
 COMMON = """
