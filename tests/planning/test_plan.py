@@ -44,7 +44,7 @@ def test_numbers(case: Case, block_q: int | None, block_kv: int | None, head_dim
     tiles = list(made.forward.each_tile())
     assert made.waste == (sum(keep.size for *_, keep in tiles) / mask.sum() if mask.any() else 1.0)
     np.testing.assert_array_equal(made.forward.to_dense(), mask)
-    np.testing.assert_array_equal(made.backward.to_dense(), mask.T)
+    np.testing.assert_array_equal(made.d_key_value.to_dense(), mask.T)
     assert made.predicted_ms is not None
     assert made.predicted_ms >= 0
 
@@ -61,7 +61,7 @@ def test_json_round_trip(case: Case, block_q: int | None, block_kv: int | None) 
     assert read.to_json() == text
     assert read.digest == made.digest
     assert read.forward.decisions == made.forward.decisions
-    assert read.backward.decisions == made.backward.decisions
+    assert read.d_key_value.decisions == made.d_key_value.decisions
     assert read.candidates == made.candidates
     np.testing.assert_array_equal(read.forward.to_dense(), case.mask)
 
@@ -194,7 +194,7 @@ def test_arguments_in_all_forms() -> None:
         (
             dict(target="tpu"),
             ArgumentError,
-            "target must be one of 'cpu', 'a100', 'h100', 'h200', 'b200', but 'tpu' was",
+            "target must be one of 'cpu', 'a100', 'h100', 'h200', 'b200', 'mi300x', but 'tpu' was",
         ),
         (
             dict(implementation="cuda"),

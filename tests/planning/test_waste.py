@@ -33,7 +33,7 @@ def test_waste_at_16384_positions(text: str, bound: float) -> None:
 @pytest.mark.parametrize(("text", "bound"), BOUNDS)
 def test_waste_of_the_backward(text: str, bound: float) -> None:
     """dK and dV walk the columns: the transposed pattern is as regular."""
-    backward = splat.plan(text, 16384, block_q=64, block_kv=64).backward
+    backward = splat.plan(text, 16384, block_q=64, block_kv=64).d_key_value
     assert 1.0 <= backward.waste <= bound
 
 

@@ -132,7 +132,7 @@ def embed(text: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 def _case(text: str, keep: Predicate, length: int) -> Case:
     import splat
-    from splat.ops.attention import device_target
+    from splat.codegen.devices import device_target
 
     plan = splat.plan(text, length, head_dim=HEAD_DIM, num_q_heads=NUM_HEADS, target=device_target())
     mask = np.empty((length, length), bool)

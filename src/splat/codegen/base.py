@@ -15,11 +15,15 @@ class Request:
     Attributes:
       platform: where arrays live or the target's kind: "cpu", "gpu", "tpu".
       dtype, head_dim: of query, key and value.
+      named: whether the implementation was asked for by name.
+      elsewhere: whether the question is about another machine, where what is installed here does not matter.
     """
 
     platform: str
     dtype: str
     head_dim: int
+    named: bool = False
+    elsewhere: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,10 +43,14 @@ class Implementation(Protocol):
         """Why this implementation cannot serve the request, as one sentence with the remedy; None if it can."""
         ...
 
+    def target(self) -> str:
+        """The planning target that JAX's default device is."""
+        ...
+
     def attention(self, plan: Plan, options: Options, query: Any, key: Any, value: Any, kv_lengths: Any) -> Any:
         """(output in the query's dtype [B, T, N, H], log-sum-exp float32 or float64 [B, T, N]); differentiable."""
         ...
 
-    def emit(self, plan: Plan, options: Options) -> str:
-        """The generated program's text for the plan's forward."""
+    def emit(self, plan: Plan, options: Options, kernel: str | None = None) -> str:
+        """The generated program's text: one kernel of it where `kernel` names one."""
         ...

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 
 from splat.codegen.base import Implementation, Request
 from splat.errors import ArgumentError, UnsupportedError
 
 #: name -> module that holds `IMPLEMENTATION`; the first that can serve is chosen. None: named, but not in this version.
-_MODULES: dict[str, str | None] = {"triton": None, "cpp": None, "xla": "splat.codegen.xla"}
+_MODULES: dict[str, str | None] = {"triton": "splat.codegen.triton.emit", "cpp": None, "xla": "splat.codegen.xla"}
 
 NAMES = tuple(_MODULES)
 
@@ -48,7 +49,7 @@ def choose(request: Request, name: str | None = None) -> Implementation:
     """
     if name is not None:
         implementation = load(name)
-        reason = implementation.refusal(request)
+        reason = implementation.refusal(dataclasses.replace(request, named=True))
         if reason:
             raise UnsupportedError(f"implementation={name!r} cannot serve this call: {reason}")
         return implementation

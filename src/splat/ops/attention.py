@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
 from typing import Any
 
 import jax
@@ -14,7 +13,7 @@ from splat.codegen import Options, Request, choose
 from splat.errors import ArgumentError, UnsupportedError
 from splat.ops import validate
 from splat.pattern import Pattern, PerHead, causal, from_mask, full, window
-from splat.planning import TARGETS, Problem, make_plan
+from splat.planning import Problem, make_plan
 
 
 def attention(
@@ -81,7 +80,7 @@ def attention(
             sizes.batch,
             str(query.dtype),
         )
-        plan = make_plan(problem, implementation=chosen.name, target=device_target(), query_offset=offset)
+        plan = make_plan(problem, implementation=chosen.name, target=chosen.target(), query_offset=offset)
         try:
             return chosen.attention(plan, options, query, key, value, lengths)
         except TypeError as error:
@@ -100,15 +99,6 @@ def attention(
     else:
         out, lse = run(query, key, value, pattern)
     return (out, lse) if return_lse else out
-
-
-@lru_cache(maxsize=1)
-def device_target() -> str:
-    """The target in the planning table that is closest to JAX's default device."""
-    if jax.default_backend() == "cpu":
-        return "cpu"
-    kind = jax.devices()[0].device_kind.lower()
-    return next((name for name in TARGETS if name in kind), "h100")
 
 
 def _by_head(run, query, key, value, pattern: PerHead) -> tuple[Any, Any]:

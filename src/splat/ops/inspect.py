@@ -34,7 +34,7 @@ def plan(
       q_len, kv_len: positions; kv_len is q_len where not given.
       head_dim, num_q_heads, num_kv_heads, batch, dtype: of the call; num_kv_heads is num_q_heads where not given.
       query_offset: row i is position i + query_offset.
-      target: the device to predict for: "cpu", "a100", "h100", "h200" or "b200". No device is touched.
+      target: the device to predict for: "cpu", "a100", "h100", "h200", "b200" or "mi300x". No device is touched.
       implementation: None picks the best that can serve.
       block_q, block_kv: fix the tile sizes instead of letting the cost model choose.
 
@@ -53,7 +53,7 @@ def plan(
     name = _dtype_name(dtype)
     problem = Problem(pattern, q_len, kv_len, head_dim, num_q_heads, heads, batch, name)
     device = find(target)
-    request = Request(device.kind, name, head_dim)
+    request = Request(device.kind, name, head_dim, elsewhere=device.kind != "cpu")
     chosen = choose(request, implementation).name
     made = make_plan(
         problem, implementation=chosen, target=target, query_offset=query_offset, block_q=block_q, block_kv=block_kv

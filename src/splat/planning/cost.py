@@ -6,11 +6,13 @@ Everything is counted per head and batch entry on tile areas, because that is wh
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import numpy as np
 
 from splat.errors import ArgumentError
 from splat.geometry import Spans
+from splat.planning.kernels import kernel_configs
 from splat.planning.target import Target
 
 
@@ -26,6 +28,7 @@ class CostModel:
       pass_row_s: seconds per output row for writing and merging one more pass.
       parallel: how many heads run at once, where the seconds above are those of one.
       predicts: whether the numbers were measured for this implementation; else they only rank schedules.
+      shapes: (block_q, block_kv) pairs that kernels exist for, the usual one first; empty: any pair of the above.
     """
 
     implementation: str
@@ -39,6 +42,16 @@ class CostModel:
     pass_row_s: float
     parallel: float = 1.0
     predicts: bool = True
+    shapes: tuple[tuple[int, int], ...] = ()
+
+    @property
+    def tiles(self) -> tuple[Any, ...]:
+        """What tile sizes there are to choose from."""
+        return self.block_q, self.block_kv, self.shapes
+
+    def kernel_block_q(self, block_q: int) -> int:
+        """The rows that a kernel for tiles of `block_q` rows works on."""
+        return min((b for b, _ in self.shapes if b >= block_q), default=block_q)
 
     def tiles_s(self, tiles: float, block_q: int, block_kv: int) -> float:
         """Seconds of `tiles` tiles."""
@@ -48,7 +61,7 @@ class CostModel:
     def best_block_kv(self, spans: list[Spans], block_q: int, given: int | None) -> tuple[float, int]:
         """(seconds, block_kv) of the best tile width for spans that share one pass."""
         widths = [s.width for s in spans]
-        options = np.array([given] if given else self._widths(widths), np.int64)
+        options = np.array([given] if given else self._widths(widths, block_q), np.int64)
         tiles = np.zeros(options.shape, np.int64)
         for width in widths:
             tiles += (-(-width[None, :] // options[:, None])).sum(axis=1)
@@ -56,7 +69,10 @@ class CostModel:
         best = int(np.argmin(seconds))
         return seconds[best], int(options[best])
 
-    def _widths(self, widths: list[np.ndarray]) -> list[int]:
+    def _widths(self, widths: list[np.ndarray], block_q: int) -> list[int]:
+        if self.shapes:
+            rows = self.kernel_block_q(block_q)
+            return [width for b, width in self.shapes if b == rows] or [width for _, width in self.shapes]
         if self.implementation != "xla":
             return list(self.block_kv)
         # Any width serves the portable implementation: also try the usual span, whole or in halves.
@@ -66,8 +82,13 @@ class CostModel:
         return sorted(set(self.block_kv) | narrow | {min(max(f, 32), 1024) for f in fitted})
 
 
-def cost_model(implementation: str, target: Target, head_dim: int, dtype: str) -> CostModel:
-    """The model of `implementation` ("xla", "cpp", "triton") on `target`. Raises ArgumentError for another."""
+def cost_model(
+    implementation: str, target: Target, head_dim: int, dtype: str, kernel: str = "forward"
+) -> CostModel:
+    """The model of `implementation` ("xla", "cpp", "triton") on `target`. Raises ArgumentError for another.
+
+    `kernel` is "forward", "d_query" or "d_key_value": they differ in the tile sizes that there are.
+    """
     if implementation not in ("xla", "cpp", "triton"):
         raise ArgumentError(f"implementation must be 'triton', 'cpp' or 'xla', but {implementation!r} was given")
     matmul = target.matmul_flops.get(dtype, target.matmul_flops["float32"])
@@ -80,11 +101,16 @@ def cost_model(implementation: str, target: Target, head_dim: int, dtype: str) -
             implementation, target, block_q=(32, 64, 128, 256), block_kv=(32, 64, 128, 256, 512), element_s=element,
             row_s=edge, col_s=edge, tile_s=4e-6, pass_row_s=3e-9 * head_dim, predicts=implementation == "xla",
         )  # fmt: skip
-    reach = target.efficiency.get(head_dim, 0.40)
+    # A multiprocessor's cycles per score: matrix products, then exponentials at 16 a cycle, hardly overlapped.
+    cycle_s = 1 / (target.clock_hz * target.units)
+    products = {"forward": 4, "d_query": 6, "d_key_value": 8}[kernel] * head_dim / (matmul * cycle_s)
     load = 2 * head_dim * 2 / (target.bandwidth_bytes * 3)  # tiles come mostly from L2, about 3x main memory
+    configs = kernel_configs(target.arch, kernel, head_dim, dtype) if implementation == "triton" else ()
+    shapes = tuple((c.block_q, c.block_kv) for c in configs)
     return CostModel(
-        implementation, target, block_q=(64, 128), block_kv=(64, 128), element_s=4 * head_dim / matmul / reach,
-        row_s=0.0, col_s=load, tile_s=200 / target.clock_hz / target.units,
-        pass_row_s=8 * head_dim / target.bandwidth_bytes,
-        predicts=implementation == "triton" and bool(target.efficiency),
+        implementation, target, block_q=tuple(sorted({b for b, _ in shapes})) or (64, 128),
+        block_kv=tuple(sorted({b for _, b in shapes})) or (64, 128),
+        element_s=(products + 1 / 16) * cycle_s / target.efficiency.get(head_dim, 0.61), row_s=0.0, col_s=load,
+        tile_s=200 / target.clock_hz / target.units, pass_row_s=8 * head_dim / target.bandwidth_bytes,
+        predicts=implementation == "triton" and bool(target.efficiency), shapes=shapes,
     )  # fmt: skip

@@ -1,6 +1,6 @@
 """The plan: everything decided about one pattern at one size, to run it and to look at.
 
-Forward, dQ: `plan.forward`, row tiles over query positions. dK and dV: `plan.backward`, the same construction on the
+`plan.forward` and `plan.d_query`: row tiles over query positions. `plan.d_key_value`: the same construction on the
 transposed matrix, so that its row tiles run over key positions and its walks over query positions; no atomics.
 """
 
@@ -70,15 +70,22 @@ class Plan:
         return self.forward.acsr
 
     @cached_property
-    def backward(self) -> Schedule:
+    def d_query(self) -> Schedule:
+        """The schedule of dQ: the forward's, unless its kernel wants other tiles; made on first use."""
+        model = self._model("d_query")
+        if model.tiles == self._model("forward").tiles:
+            return self.forward
+        return schedule(self.acsr, model, block_q=self.blocks[0], block_kv=self.blocks[1])
+
+    @cached_property
+    def d_key_value(self) -> Schedule:
         """The schedule of dK and dV (rows are key positions); made on first use."""
         p = self.problem
         acsr = build_transposed(p.pattern, p.q_len, p.kv_len, self.query_offset)
-        return schedule(acsr, self._model, block_q=self.blocks[0], block_kv=self.blocks[1])
+        return schedule(acsr, self._model("d_key_value"), block_q=self.blocks[0], block_kv=self.blocks[1])
 
-    @property
-    def _model(self) -> CostModel:
-        return cost_model(self.implementation, find(self.target), self.problem.head_dim, self.problem.dtype)
+    def _model(self, kernel: str) -> CostModel:
+        return cost_model(self.implementation, find(self.target), self.problem.head_dim, self.problem.dtype, kernel)
 
     # -- numbers ---------------------------------------------------------------------------------------------------
 
@@ -116,7 +123,7 @@ class Plan:
     @property
     def predicted_ms(self) -> float | None:
         """The cost model's forward time on the target; None where it has no numbers."""
-        return predict_ms(self.forward, self._model, self.problem)
+        return predict_ms(self.forward, self._model("forward"), self.problem)
 
     # -- text ------------------------------------------------------------------------------------------------------
 

@@ -27,7 +27,7 @@ BASE_BLOCK = 32
 
 @dataclasses.dataclass(frozen=True)
 class PassDecision:
-    """One pass: its components, row grouping and tile sizes.
+    """One pass: its components, row grouping and tile sizes. Row tiles may hold fewer than `block_q` rows.
 
     `step` groups all rows modulo a number; None: only the rows that component `rows_of` has runs in, by residue.
     """
@@ -129,7 +129,9 @@ class Schedule:
         bounds = [c.bounds for c in self.acsr.components]
         for one in self.passes:
             for tile, walk in itertools.product(one.order, one.walks):
-                row = one.tiles.rows[tile][:, None]
+                row = one.tiles.rows[tile]
+                missing = one.decision.block_q - row.size
+                row = np.pad(row, (0, missing), constant_values=self.acsr.shape[0])[:, None]
                 valid = row < self.acsr.shape[0]
                 at = np.where(valid, row, 0)
                 phases = [Phase.HEAD] * int(walk.num_head[tile]) + [Phase.FULL] * int(walk.num_full[tile])
@@ -195,8 +197,9 @@ def schedule(acsr: ACSR, model: CostModel, *, block_q: int | None = None, block_
     passes = []
     for key, members in _assign(acsr, groupings, spans, model, block_q, block_kv):
         _, bq, bk = _best_blocks([spans[key][n] for n in members], groupings[key], model, block_q, block_kv)
-        factor = bq // groupings[key].block_q
-        coarse = {n: spans[key][n].coarsen(factor, groupings[key]) for n in members}
+        tiles = groupings[key]
+        factor = max(min(bq, tiles.tiles_per_group * tiles.block_q) // tiles.block_q, 1) if key.rows_of is None else 1
+        coarse = {n: spans[key][n].coarsen(factor, tiles) for n in members}
         passes.append(_build_pass(acsr, PassDecision(members, key.step, bq, bk, key.rows_of), coarse))
     return Schedule(acsr, tuple(passes))
 
@@ -241,8 +244,9 @@ def _best_blocks(
     best = (float("inf"), 0, 0)
     for bq in options:
         coarse = [s.coarsen(bq // tiles.block_q, tiles) for s in spans] if tiles.row_map is None else spans
-        seconds, bk = model.best_block_kv(coarse, bq, block_kv)
-        best = min(best, (seconds, bq, bk))
+        rows = bq if block_q else model.kernel_block_q(bq)
+        seconds, bk = model.best_block_kv(coarse, rows, block_kv)
+        best = min(best, (seconds, rows, bk))
     return best
 
 
@@ -293,6 +297,8 @@ def _choose_unseen(acsr: ACSR, model: CostModel, block_q, block_kv) -> tuple[Pas
         groups.setdefault(min(step, acsr.shape[0]), []).append(n)
     out = []
     for step, members in groups.items():
-        tiles = align_by_step(acsr.shape[0], step, block_q or min(128, max(model.block_q)))
-        out.append(PassDecision(tuple(members), step, tiles.block_q, block_kv or min(128, max(model.block_kv))))
+        usual_q, usual_kv = (*model.shapes, (min(128, max(model.block_q)), min(128, max(model.block_kv))))[0]
+        tiles = align_by_step(acsr.shape[0], step, block_q or usual_q)
+        rows = tiles.block_q if block_q else model.kernel_block_q(tiles.block_q)
+        out.append(PassDecision(tuple(members), step, rows, block_kv or usual_kv))
     return tuple(out)

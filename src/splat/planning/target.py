@@ -19,8 +19,9 @@ class Target:
       matmul_flops: dtype name -> peak dense FLOP/s of the whole device.
       exp_per_s: exponentials per second of the whole device.
       bandwidth_bytes: main memory, bytes per second.
-      efficiency: head dim -> share of `matmul_flops` that the best Triton attention kernels reach.
+      efficiency: head dim -> measured time of the best Triton attention kernels' model (see `cost`), inverted.
       source: where the numbers are from.
+      arch: what kernels are compiled for: "sm_80", "sm_90", "sm_100", "gfx942"; empty for CPUs.
     """
 
     name: str
@@ -32,23 +33,30 @@ class Target:
     bandwidth_bytes: float
     efficiency: dict[int, float]
     source: str
+    arch: str = ""
 
 
-def _gpu(name, units, clock, half, single, bandwidth, source, efficiency=None) -> Target:
+def _gpu(name, arch, units, clock, half, single, bandwidth, source, efficiency=None) -> Target:
     flops = {"bfloat16": half, "float16": half, "float32": single, "float64": single / 2}
     # 16 special-function results per multiprocessor and cycle: CUDA C++ programming guide, arithmetic throughput.
-    return Target(name, "gpu", units, clock, flops, 16 * units * clock, bandwidth, efficiency or {}, source)
+    return Target(name, "gpu", units, clock, flops, 16 * units * clock, bandwidth, efficiency or {}, source, arch)
 
 
-#: Triton forward attention on H100 reaches 403 / 395 TFLOP/s at head dim 64 / 128 of 989 (published figures).
-_HOPPER = {64: 0.41, 128: 0.40}
+#: Triton forward attention on H100 reaches 403 / 395 TFLOP/s at head dim 64 / 128 (published figures), which is this
+#: share of what `cost` makes of tensor cores and exponentials one after the other.
+_HOPPER = {64: 0.83, 128: 0.61}
 
 TARGETS: dict[str, Target] = {
-    "a100": _gpu("a100", 108, 1.41e9, 312e12, 19.5e12, 2.039e12, "NVIDIA A100 80GB SXM data sheet, 2021"),
-    "h100": _gpu("h100", 132, 1.83e9, 989e12, 67e12, 3.35e12, "NVIDIA H100 SXM data sheet, 2023", _HOPPER),
-    "h200": _gpu("h200", 132, 1.83e9, 989e12, 67e12, 4.8e12, "NVIDIA H200 SXM data sheet, 2024", _HOPPER),
-    "b200": _gpu("b200", 148, 1.85e9, 2250e12, 75e12, 7.7e12, "NVIDIA DGX B200 data sheet, 2024, divided by 8"),
+    "a100": _gpu("a100", "sm_80", 108, 1.41e9, 312e12, 19.5e12, 2.039e12, "NVIDIA A100 80GB SXM data sheet, 2021"),
+    "h100": _gpu("h100", "sm_90", 132, 1.83e9, 989e12, 67e12, 3.35e12, "NVIDIA H100 SXM data sheet, 2023", _HOPPER),
+    "h200": _gpu("h200", "sm_90", 132, 1.83e9, 989e12, 67e12, 4.8e12, "NVIDIA H200 SXM data sheet, 2024", _HOPPER),
+    "b200": _gpu("b200", "sm_100", 148, 1.85e9, 2250e12, 75e12, 7.7e12, "NVIDIA DGX B200 data sheet, 2024, by 8"),
+    "mi300x": _gpu("mi300x", "gfx942", 304, 2.1e9, 1307e12, 163e12, 5.3e12, "AMD Instinct MI300X data sheet, 2023"),
 }
+
+
+#: Not a device: Triton's interpreter, for tests. Its tiles are small, so that small problems have many.
+_INTERPRETER = _gpu("interpreter", "interpreter", 1, 1e9, 1e9, 1e9, 1e9, "none: nothing is timed on it")
 
 
 def _cpu() -> Target:
@@ -68,9 +76,11 @@ def _cpu() -> Target:
 
 
 def find(name: str) -> Target:
-    """The target of that name ("cpu", "a100", "h100", "h200", "b200"). Raises ArgumentError for another."""
+    """The target of that name ("cpu", "a100", "h100", "h200", "b200", "mi300x"). Raises ArgumentError for another."""
     if name == "cpu":
         return _cpu()
+    if name == "interpreter":
+        return _INTERPRETER
     if name not in TARGETS:
         raise ArgumentError(
             f"target must be one of 'cpu', {', '.join(map(repr, TARGETS))}, but {name!r} was given. A device that is "

@@ -10,9 +10,10 @@ import jax
 import jax.numpy as jnp
 
 from splat.codegen.base import Options, Request
+from splat.codegen.devices import device_target
 from splat.codegen.xla import kernels
 from splat.codegen.xla.tables import PassSpec, Tables, lower
-from splat.errors import SplatError, UnsupportedError
+from splat.errors import ArgumentError, SplatError, UnsupportedError
 from splat.planning import Plan, Schedule
 
 Array = Any
@@ -48,6 +49,9 @@ class XlaImplementation:
             return f"the xla implementation serves {', '.join(DTYPES)}, not {request.dtype}. Convert the inputs."
         return None
 
+    def target(self) -> str:
+        return device_target()
+
     def attention(self, plan: Plan, options: Options, query: Any, key: Any, value: Any, kv_lengths: Any) -> Any:
         tables: tuple[list[Tables], list[Tables]] | None = None
         if plan.is_static:
@@ -56,7 +60,7 @@ class XlaImplementation:
             forward, forward_tables = _lower(plan, plan.forward)
             backward, backward_tables, refused = (), [], None
             try:
-                backward, backward_tables = _lower(plan, plan.backward)
+                backward, backward_tables = _lower(plan, plan.d_key_value)
             except SplatError as error:
                 refused = str(error)
             program = _Program(options, None, forward, backward, refused)
@@ -65,8 +69,10 @@ class XlaImplementation:
         query, key, value = (kernels.vary_like(x, *every) for x in (query, key, value))
         return _function(program)(query, key, value, tables, kv_lengths)
 
-    def emit(self, plan: Plan, options: Options) -> str:
+    def emit(self, plan: Plan, options: Options, kernel: str | None = None) -> str:
         """StableHLO of the forward, as text."""
+        if kernel not in (None, "forward"):
+            raise ArgumentError(f"kernel must be 'forward' for target 'xla', but {kernel!r} was given")
         p = plan.problem
         q = jax.ShapeDtypeStruct((p.batch, p.q_len, p.num_q_heads, p.head_dim), p.dtype)
         k = jax.ShapeDtypeStruct((p.batch, p.kv_len, p.num_kv_heads, p.head_dim), p.dtype)
@@ -95,7 +101,7 @@ def _function(program: _Program) -> Any:
 
     def backward_tables(tables: Any) -> _Lowered:
         if program.plan:
-            return _lower(program.plan, program.plan.backward)
+            return _lower(program.plan, program.plan.d_key_value)
         if program.backward_refusal:
             raise UnsupportedError(program.backward_refusal)
         return program.backward, tables[1]

@@ -1,0 +1,1 @@
+"""Triton kernels for GPUs, generated from the plan."""

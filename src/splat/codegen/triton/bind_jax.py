@@ -1,0 +1,274 @@
+"""Launches as JAX operations: `jax_triton.triton_call` on a GPU, a callback into the interpreter on the CPU.
+
+Importing this module imports neither triton nor jax_triton and touches no device. Supported are jax-triton 0.3.1
+(Python 3.11, jax 0.10) and 0.4.1 (Python 3.12, jax 0.11) with triton 3.6 or later.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+import dataclasses
+import functools
+import importlib.metadata
+import importlib.util
+import inspect
+import os
+import re
+from collections.abc import Callable, Hashable, Iterator
+from types import ModuleType
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.custom_batching import custom_vmap
+
+from splat.codegen.triton import interpret
+from splat.codegen.triton.launch import Launch
+from splat.codegen.xla.kernels import vary_like
+
+Array = Any
+
+_CACHE_VARIABLE = "TRITON_CACHE_DIR"
+
+#: What kernels are compiled for where there is no GPU to ask; None asks the first GPU.
+_COMPUTE_CAPABILITY: contextvars.ContextVar[int | None] = contextvars.ContextVar("compute_capability", default=None)
+
+
+def missing() -> str | None:
+    """One sentence that says what to install, or None if launches can be carried out. Imports nothing."""
+    needed = {"triton": "triton"} if interpret.is_interpreted() else {"triton": "triton", "jax_triton": "jax-triton"}
+    absent = [package for module, package in needed.items() if importlib.util.find_spec(module) is None]
+    if not absent:
+        return None
+    verb = "is" if len(absent) == 1 else "are"
+    return f"{' and '.join(absent)} {verb} not installed: `pip install splat-attention[jax-cuda]`."
+
+
+@functools.cache
+def _version(*packages: str) -> tuple[int, ...]:
+    """Of the first of the packages that is installed; () where none is."""
+    for package in packages:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            return tuple(int(number) for number in re.findall(r"\d+", importlib.metadata.version(package))[:3])
+    return ()
+
+
+def supports_descriptors() -> bool:
+    """Whether kernels may make tensor descriptors on the device (TMA).
+
+    They need scratch memory from the launcher: jax-triton 0.4.1 asks for it and JAX's CUDA plugin 0.11.1 gives it. With
+    older ones the kernel would compile and read a bad pointer. The interpreter needs none.
+    """
+    if interpret.is_interpreted():
+        return True
+    plugin = _version("jax-cuda13-plugin", "jax-cuda12-plugin")
+    return _version("jax-triton") >= (0, 4, 1) and min(plugin, _version("jaxlib")) >= (0, 11, 1)
+
+
+@contextlib.contextmanager
+def lowering_for(compute_capability: int) -> Iterator[None]:
+    """Within it, kernels are compiled for a compute capability (90 is 9.0), so that no GPU is needed to lower for one.
+
+    The capability becomes part of what is traced, so JAX's caches are emptied on the way in and out: this is for tests
+    and for looking at kernels, not for a program's inner loop.
+
+    >>> with lowering_for(90):
+    ...     text = jax.jit(f).trace(x).lower(lowering_platforms=("cuda",)).as_text()  # doctest: +SKIP
+    """
+    token = _COMPUTE_CAPABILITY.set(compute_capability)
+    jax.clear_caches()
+    try:
+        yield
+    finally:
+        _COMPUTE_CAPABILITY.reset(token)
+        jax.clear_caches()
+
+
+@functools.cache
+def _jax_triton() -> ModuleType:
+    """The module, imported without the mark it leaves: 0.3.1 empties TRITON_CACHE_DIR, 0.4.1 deletes it."""
+    before = os.environ.get(_CACHE_VARIABLE)
+    import jax_triton
+
+    if before is None:
+        os.environ.pop(_CACHE_VARIABLE, None)
+    else:
+        os.environ[_CACHE_VARIABLE] = before
+    return jax_triton
+
+
+def export_checks() -> list[jax.export.DisabledSafetyCheck]:
+    """What `jax.export.export(..., disabled_checks=...)` has to be given for a function with launches in it.
+
+    JAX vouches for the stability of its own custom calls only. An exported function holds PTX, and runs where the same
+    version of JAX and a GPU of the same or a later generation are.
+    """
+    import jax.export
+
+    target = getattr(_jax_triton().triton_lib, "CUSTOM_CALL_TARGET_NAME", "triton_kernel_call")
+    return [jax.export.DisabledSafetyCheck.custom_call(target)]
+
+
+# -- launching ---------------------------------------------------------------------------------------------------------
+
+
+def launch(launch: Launch) -> list[Array]:
+    """Carries out a launch; all of it is static but the arrays' values.
+
+    Args:
+      launch: its arrays are JAX arrays, traced or not. Float scalars too small for a normal float32 become 0.
+
+    Returns:
+      the outputs, varying over the mesh axes that the inputs vary over (inside shard_map). A launch of no programs
+      launches nothing; its outputs hold `interpret.poison`.
+
+    Neither differentiable nor batchable: wrap what launches in `vmappable`, and that in `jax.custom_vjp`.
+    """
+    shapes = tuple(jax.ShapeDtypeStruct(x.shape, jnp.dtype(x.dtype)) for x in launch.outputs)
+    if launch.programs == 0:
+        results = [jnp.full(x.shape, interpret.poison(x.dtype), x.dtype) for x in shapes]
+    elif interpret.is_interpreted():
+        results = _call_back(launch, shapes)
+    else:
+        results = _triton_call(launch, shapes)
+    return [vary_like(x, *launch.arrays) for x in results]
+
+
+#: JAX hands a callback its operands as JAX arrays. Those above 100 KB it copies in the threads that callbacks occupy, so
+#: that as many callbacks as threads would wait for one another for ever; smaller ones are there at once.
+_PIECE_BYTES = 1 << 16
+
+
+def _call_back(launch: Launch, shapes: tuple[jax.ShapeDtypeStruct, ...]) -> list[Array]:
+    layouts = [(x.shape, np.dtype(x.dtype)) for x in launch.arrays]
+    static = dataclasses.replace(launch, arrays=())  # inside jit the arrays are tracers, not to be kept
+
+    def run(pieces: list[list[Array]]) -> tuple[np.ndarray, ...]:
+        arrays = (
+            np.concatenate([np.asarray(piece) for piece in parts] or [np.empty(0, dtype)]).reshape(shape)
+            for parts, (shape, dtype) in zip(pieces, layouts, strict=True)
+        )
+        return tuple(interpret.launch(dataclasses.replace(static, arrays=tuple(arrays))))
+
+    return list(jax.pure_callback(run, shapes, [_pieces(x) for x in launch.arrays]))
+
+
+def _pieces(array: Array) -> list[Array]:
+    size = _PIECE_BYTES // array.dtype.itemsize
+    flat = array.reshape(-1)
+    return [flat[at : at + size] for at in range(0, flat.size, size)]
+
+
+def _triton_call(launch: Launch, shapes: tuple[jax.ShapeDtypeStruct, ...]) -> list[Array]:
+    call = _jax_triton().triton_call
+    modern = "out_type" in inspect.signature(call).parameters  # 0.4
+    _check_constants(launch, call)
+    outputs: dict[str, Any] = {"out_type" if modern else "out_shape": shapes}
+    results = call(
+        *launch.arrays,
+        *(_scalar(value, modern) for value in launch.scalars),
+        kernel=launch.kernel.function,
+        name=launch.kernel.name,
+        grid=(launch.programs,),
+        num_warps=launch.num_warps,
+        num_stages=launch.num_stages,
+        compute_capability=_COMPUTE_CAPABILITY.get(),
+        **outputs,
+        **launch.constants,
+    )
+    return list(results)
+
+
+def _scalar(value: int | float, modern: bool) -> int | float | np.float32:
+    """A scalar that becomes int32, int64 or float32.
+
+    0.3.1 makes float64 of Python's floats. 0.4.1 deprecates np.float32 and makes float32 of Python's floats, but for
+    those that only a float64 holds or that are subnormal as float32.
+    """
+    if isinstance(value, int):
+        return value
+    single = np.float32(value)
+    if abs(single) < np.finfo(np.float32).tiny:
+        single = np.float32(0)
+    return float(single) if modern else single
+
+
+def _check_constants(launch: Launch, call: Callable[..., Any]) -> None:
+    """A constant with the name of an option of `triton_call` would be taken for it, or clash inside it."""
+    options = set(inspect.signature(call).parameters) | {"fn", "scalar_args", "out_shapes", "in_tree", "metaparams"}
+    if clash := sorted(options & set(launch.constants)):
+        raise ValueError(f"{launch.kernel.name}: jax_triton.triton_call keeps the names {', '.join(clash)} to itself")
+
+
+# -- vmap --------------------------------------------------------------------------------------------------------------
+
+
+def vmappable(function: Callable[[Any, Any, Any], Any]) -> Callable[[Any, Any, Any], Any]:
+    """Lets a function made of launches be mapped by `jax.vmap`, any number of times.
+
+    Args:
+      function: (static, batched, shared) -> results. `static` is hashable. `batched` and `shared` are pytrees of arrays
+        (None is an empty one); each array of `batched` and each result has a leading axis B, the same for all. The
+        function takes B from the arrays, and uses no traced array but its arguments.
+
+    Returns:
+      the function, to be called as `function` is. Mapped over batched arrays, it folds the mapped axis into B: one
+      launch for all; arrays of `batched` that are not mapped are repeated. Mapped over arrays of `shared` too, it
+      runs one after another.
+
+    Differentiation goes outside: use it in the forward and the backward function of a `jax.custom_vjp`.
+    """
+
+    @functools.lru_cache(maxsize=256)
+    def bound(static: Hashable) -> Any:
+        def run(batched: Any, shared: Any) -> Any:
+            return function(static, batched, shared)
+
+        call: Any = custom_vmap(run)
+
+        @call.def_vmap
+        def rule(size: int, mapped: Any, batched: Any, shared: Any) -> tuple[Any, Any]:
+            batched_mapped, shared_mapped = mapped
+            if any(jax.tree.leaves(shared_mapped)):
+                results = _one_by_one(call, (batched, shared), (batched_mapped, shared_mapped))
+            else:
+                folded = jax.tree.map(functools.partial(_fold, size), batched, batched_mapped)
+                results = jax.tree.map(functools.partial(_unfold, size), call(folded, shared))
+            return results, jax.tree.map(lambda _: True, results)
+
+        return call
+
+    @functools.wraps(function)
+    def wrapper(static: Any, batched: Any, shared: Any) -> Any:
+        return bound(static)(batched, shared)
+
+    return wrapper
+
+
+def _fold(size: int, array: Array, mapped: bool) -> Array:
+    """[size, B, ...], or [B, ...] where not mapped, as [size * B, ...]."""
+    if not mapped:
+        array = jnp.broadcast_to(array, (size, *array.shape))
+    return array.reshape(size * array.shape[1], *array.shape[2:])
+
+
+def _unfold(size: int, array: Array) -> Array:
+    return array.reshape(size, array.shape[0] // size, *array.shape[1:])
+
+
+def _one_by_one(call: Callable[..., Any], arguments: Any, mapped: Any) -> Any:
+    """`call(*arguments)` for each index of the mapped arrays' leading axis."""
+    leaves, tree = jax.tree.flatten(arguments)
+    flags = tree.flatten_up_to(mapped)
+
+    def step(slices: list[Array]) -> Any:
+        rest = iter(slices)
+        return call(*tree.unflatten([next(rest) if flag else x for x, flag in zip(leaves, flags, strict=True)]))
+
+    return lax.map(step, [x for x, flag in zip(leaves, flags, strict=True) if flag])
+
+
+__all__ = ["export_checks", "launch", "lowering_for", "missing", "supports_descriptors", "vmappable"]

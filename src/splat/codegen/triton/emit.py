@@ -1,0 +1,198 @@
+"""The Triton implementation for JAX: from a plan to a differentiable function of query, key and value."""
+
+from __future__ import annotations
+
+import dataclasses
+from functools import lru_cache, partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+import splat
+from splat.codegen.base import Options, Request
+from splat.codegen.devices import device_target
+from splat.codegen.triton import bind_jax, interpret, record
+from splat.codegen.triton.lower import PassSpec, Tables, lower
+from splat.codegen.triton.program import Binding, Passes, Program, Sizes, needs_guard, passes_of
+from splat.errors import ArgumentError, SplatError, UnsupportedError
+from splat.planning import Plan, find
+
+Array = Any
+
+DTYPES = ("float32", "bfloat16", "float16")
+MAX_HEAD_DIM = 256
+
+#: The planning target when kernels are interpreted.
+INTERPRETER = "interpreter"
+
+
+class TritonImplementation:
+    """See `splat.codegen.base.Implementation`."""
+
+    name = "triton"
+
+    def refusal(self, request: Request) -> str | None:
+        if request.dtype not in DTYPES:
+            return (
+                f"the triton implementation serves {', '.join(DTYPES)}, not {request.dtype}. Convert the inputs, or "
+                "use implementation='xla'."
+            )
+        if request.head_dim > MAX_HEAD_DIM:
+            return (
+                f"the triton implementation serves head dims up to {MAX_HEAD_DIM}, not {request.head_dim}. Use "
+                "implementation='xla'."
+            )
+        if request.platform not in ("gpu", "cuda", "rocm"):
+            if request.platform == "cpu" and request.named and not bind_jax.missing() and interpret.is_interpreted():
+                return None  # for tests: asked for by name, with TRITON_INTERPRET=1
+            return (
+                f"the triton implementation needs a GPU, but JAX's default device is a {request.platform}. Use "
+                "implementation='xla', or None for the best that can serve."
+            )
+        return None if request.elsewhere else bind_jax.missing()
+
+    def target(self) -> str:
+        return INTERPRETER if interpret.is_interpreted() else device_target()
+
+    def attention(self, plan: Plan, options: Options, query: Any, key: Any, value: Any, kv_lengths: Any) -> Any:
+        call, tables = _static(plan, options)
+        arrays = jax.tree.leaves((query, key, value, tables, kv_lengths))
+        query, key, value = (bind_jax.vary_like(x, *arrays) for x in (query, key, value))
+        if kv_lengths is not None:
+            kv_lengths = bind_jax.vary_like(kv_lengths, *arrays)
+        return _function(call)(query, key, value, tables, kv_lengths)
+
+    def emit(self, plan: Plan, options: Options, kernel: str | None = None) -> str:
+        """The generated kernels' source, in the order of their launches: all, or one of `record.NAMES`."""
+        if kernel is not None and kernel not in record.NAMES:
+            raise ArgumentError(f"kernel must be one of {', '.join(record.NAMES)}, but {kernel!r} was given")
+        wanted = None if kernel is None else record.NAMES[kernel]
+        found = [one for one in record.launches(plan, options) if wanted in (None, one.kernel.name)]
+        if not found:
+            raise ArgumentError(f"this plan launches no kernel {kernel!r}. Leave kernel out to see all of them.")
+        lines = [f"# splat {splat.__version__}: Triton kernels", *(f"# {line}" for line in str(plan).splitlines())]
+        texts: dict[str, str] = {}
+        for one in found:
+            used = [f"{name}={value}" for name, value in one.constants.items()]
+            facts = f"# {one.programs} programs, {one.num_warps} warps, {one.num_stages} stages: {', '.join(used)}"
+            texts.setdefault(one.kernel.source, "")
+            texts[one.kernel.source] += facts + "\n"
+        return "\n\n".join(["\n".join(lines), *(facts + source for source, facts in texts.items())])
+
+
+IMPLEMENTATION = TritonImplementation()
+
+
+@dataclasses.dataclass(frozen=True)
+class _Call:
+    """Everything static about one attention call; equal calls share one traced function.
+
+    `plan` is set where the plan is static: then its tables are constants of the program. Otherwise they are arguments,
+    and `backward_refusal` says why there is no backward, if there is none.
+    """
+
+    options: Options
+    arch: str
+    allow_tf32: bool
+    plan: Plan | None
+    specs: tuple[tuple[PassSpec, ...], ...] = ()
+    backward_refusal: str | None = None
+
+
+_SCHEDULES = ("forward", "d_query", "d_key_value")
+
+
+def _static(plan: Plan, options: Options) -> tuple[_Call, list[list[Tables]] | None]:
+    """What is static about the call, and the tables that are not."""
+    arch = find(plan.target).arch
+    tf32 = str(jax.config.jax_default_matmul_precision).lower() in ("tensorfloat32", "tf32_tf32_f32")
+    if plan.is_static:
+        return _Call(options, arch, tf32, plan), None
+    specs, tables, refused = [], [], None
+    for which in _SCHEDULES:
+        try:
+            found, made = lower(getattr(plan, which))
+        except SplatError as error:
+            if which == "forward":
+                raise
+            found, made, refused = (), [], str(error)
+        specs.append(found)
+        tables.append(jax.tree.map(jnp.asarray, made))
+    return _Call(options, arch, tf32, None, tuple(specs), refused), tables
+
+
+def _passes(call: _Call, tables: Any, which: str) -> Passes:
+    if call.plan is not None:
+        return passes_of(call.plan, which)
+    n = _SCHEDULES.index(which)
+    return tuple(zip(call.specs[n], tables[n], strict=True))
+
+
+@lru_cache(maxsize=256)
+def _function(call: _Call) -> Any:
+    """(query, key, value, tables, kv_lengths) -> (output, log-sum-exp [B, T, N]), jitted, with its reverse mode."""
+
+    forward, backward = _first_order(partial(_forward, call)), _first_order(partial(_backward, call))
+
+    def attention(query, key, value, tables, kv_lengths):
+        out, lse = forward((query, key, value, kv_lengths), tables)
+        return out, jnp.swapaxes(lse, 1, 2)
+
+    def fwd(query, key, value, tables, kv_lengths):
+        out, lse = forward((query, key, value, kv_lengths), tables)
+        return (out, jnp.swapaxes(lse, 1, 2)), (query, key, value, tables, kv_lengths, out, lse)
+
+    def bwd(saved, cotangents):
+        query, key, value, tables, kv_lengths, out, lse = saved
+        if call.plan is None and call.backward_refusal:
+            raise UnsupportedError(call.backward_refusal)
+        d_out, d_lse = cotangents
+        given = (query, key, value, kv_lengths, out, lse, d_out.astype(query.dtype), jnp.swapaxes(d_lse, 1, 2))
+        return (*backward(given, tables), None, None)
+
+    differentiable = jax.custom_vjp(attention)
+    differentiable.defvjp(fwd, bwd)
+    return jax.jit(differentiable)
+
+
+def _first_order(function: Any) -> Any:
+    """The function, with a sentence for who differentiates it: that is what happens in second derivatives."""
+    once = jax.custom_jvp(function)
+
+    @once.defjvp
+    def again(primals: Any, tangents: Any) -> Any:
+        raise UnsupportedError(
+            "the triton implementation has first derivatives only, neither forward over reverse (jax.hessian) nor "
+            "reverse over reverse. Use implementation='xla' for Hessian-vector products."
+        )
+
+    return once
+
+
+@bind_jax.vmappable
+def _forward(call: _Call, batched: Any, tables: Any) -> Any:
+    query, key, value, lengths = batched
+    return _program(call, query, key).forward(_passes(call, tables, "forward"), query, key, value, lengths)
+
+
+@bind_jax.vmappable
+def _backward(call: _Call, batched: Any, tables: Any) -> Any:
+    query, key, value, lengths, *rest = batched
+    passes, transposed = (_passes(call, tables, which) for which in _SCHEDULES[1:])
+    guard = call.plan is None or needs_guard(call.plan)
+    return _program(call, query, key).backward(passes, transposed, guard, query, key, value, lengths, *rest)
+
+
+def _program(call: _Call, query: Array, key: Array) -> Program:
+    batch, q_len, num_q_heads, head_dim = query.shape
+    sizes = Sizes(batch, q_len, key.shape[1], num_q_heads, key.shape[2], head_dim, str(query.dtype))
+    binding = Binding(
+        bind_jax.launch, record.strides, lambda b, n, t, h: (b, t, n, h), jnp.asarray,
+        lambda shape, dtype, value: bind_jax.vary_like(jnp.full(shape, value, dtype), query),
+        allow_tf32=call.allow_tf32, descriptors=bind_jax.supports_descriptors(),
+    )  # fmt: skip
+    return Program(call.options, sizes, call.arch, binding)
+
+
+__all__ = ["DTYPES", "IMPLEMENTATION", "INTERPRETER", "MAX_HEAD_DIM", "TritonImplementation"]

@@ -1,0 +1,277 @@
+"""Attention and its gradients as a sequence of kernel launches that follows the plan, for any binding.
+
+Inside, log-sum-exp and delta are [B, N, T], float32; query, key and value lie as the binding's framework has them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from functools import lru_cache
+from typing import Any
+
+from splat.codegen.base import Options
+from splat.codegen.triton import generate
+from splat.codegen.triton.generate import Variant
+from splat.codegen.triton.kernels import SPLAT_DELTA
+from splat.codegen.triton.launch import Launch, Launcher, Output
+from splat.codegen.triton.lower import PassSpec, Tables, lower, needs_merging
+from splat.pattern.core import array_namespace, ceil_div
+from splat.planning import Plan
+from splat.planning.kernels import find_config
+
+#: Static facts and tables of every pass.
+Passes = Sequence[tuple[PassSpec, Tables]]
+
+#: The tables that kernels of a pass read, in the order of their parameters.
+TABLES = ("TILES", "ROWS", "BOUNDS", "WALKS")
+
+#: Rows of a program that merges passes or makes delta; they are bound by memory.
+MERGE_ROWS = 32
+
+
+@dataclasses.dataclass(frozen=True)
+class Binding:
+    """What a framework brings.
+
+    Attributes:
+      launch: carries out a launch.
+      strides: elements from one batch entry, head and position of a 4-D array to the next.
+      shape: (batch, heads, length, width) -> the shape of such an array.
+      table: a NumPy (or traced) int32 table as an array of the framework.
+      full: (shape, dtype, value) -> an array.
+      allow_tf32: whether float32 matrix products may round their inputs to tf32.
+      descriptors: whether kernels may make tensor memory descriptors.
+    """
+
+    launch: Launcher
+    strides: Callable[[Any], tuple[int, int, int]]
+    shape: Callable[[int, int, int, int], tuple[int, ...]]
+    table: Callable[[Any], Any]
+    full: Callable[[tuple[int, ...], str, float], Any]
+    allow_tf32: bool = False
+    descriptors: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class Sizes:
+    """Of one call; heads and batch may differ from the plan's problem (vmap, heads with patterns of their own)."""
+
+    batch: int
+    q_len: int
+    kv_len: int
+    num_q_heads: int
+    num_kv_heads: int
+    head_dim: int
+    dtype: str
+
+    @property
+    def group(self) -> int:
+        return self.num_q_heads // self.num_kv_heads
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Program:
+    """Attention calls of one size: static options, bound to a framework.
+
+    Attributes:
+      arch: what the kernels are for; it chooses their configurations.
+    """
+
+    options: Options
+    sizes: Sizes
+    arch: str
+    binding: Binding
+
+    # -- forward -------------------------------------------------------------------------------------------------------
+
+    def forward(self, passes: Passes, query: Any, key: Any, value: Any, lengths: Any = None) -> tuple[Any, Any]:
+        """(output in the query's dtype, log-sum-exp float32 [B, N, T])."""
+        s = self.sizes
+        if not passes:
+            out = self.binding.full(self.binding.shape(s.batch, s.num_q_heads, s.q_len, s.head_dim), s.dtype, 0.0)
+            return out, self.binding.full((s.batch, s.num_q_heads, s.q_len), "float32", float("-inf"))
+        partial = needs_merging([spec for spec, _ in passes])
+        parts = [self._forward(one, partial, query, key, value, lengths) for one in passes]
+        if not partial:
+            return parts[0]
+        out, lse = self._merged(passes, parts, s.num_q_heads, s.q_len, with_lse=True)
+        return out, lse
+
+    def _forward(self, one: tuple[PassSpec, Tables], partial: bool, query, key, value, lengths) -> tuple[Any, Any]:
+        s, (spec, _) = self.sizes, one
+        variant = Variant(partial, lengths is not None)
+        out, strides = self._result(spec, partial, s.num_q_heads, s.q_len)
+        count = spec.num_slots * spec.block_q if partial else s.q_len
+        lse = Output((s.batch, s.num_q_heads, count), "float32")
+        scale, sign = self._scale()
+        return self._launch(
+            "forward", generate.forward(spec.facts, variant), one, s.num_q_heads, (query, key, value), lengths,
+            (*self._strides(query, key, value), *strides),
+            (s.q_len, scale, self._soft_cap()), (out, lse), SIGN=sign,
+        )  # fmt: skip
+
+    # -- backward ------------------------------------------------------------------------------------------------------
+
+    def backward(
+        self, passes: Passes, transposed: Passes, guard: bool, query, key, value, lengths, out, lse, d_out, d_lse=None
+    ) -> tuple[Any, Any, Any]:
+        """(d_query, d_key, d_value) in the inputs' dtype; `lse` and `d_lse` are float32 [B, N, T].
+
+        `passes` are the plan's for dQ, `transposed` those for dK and dV; `guard` is what `needs_guard` says of it.
+        """
+        delta = self._delta(out, d_out, lse, d_lse)
+        saved = (query, key, value, d_out, lse, delta)
+        d_query = self._d_query(passes, saved, lengths)
+        return (d_query, *self._d_key_value(transposed, guard, saved, lengths))
+
+    def _delta(self, out: Any, d_out: Any, lse: Any, d_lse: Any) -> Any:
+        s, blocks = self.sizes, ceil_div(self.sizes.q_len, MERGE_ROWS)
+        constants = dict(
+            NUM_HEADS=s.num_q_heads, HAS_DLSE=d_lse is not None, BLOCK=MERGE_ROWS, HEAD_DIM=s.head_dim,
+            WIDTH=self._width,
+        )  # fmt: skip
+        (delta,) = self.binding.launch(
+            Launch(
+                SPLAT_DELTA, blocks * s.batch * s.num_q_heads, (out, d_out, lse if d_lse is None else d_lse),
+                (*self._strides(out, d_out), s.q_len, blocks), (Output((s.batch, s.num_q_heads, s.q_len), "float32"),),
+                constants, num_warps=4, num_stages=1,
+            )
+        )  # fmt: skip
+        return delta
+
+    def _d_query(self, passes: Passes, saved: Sequence[Any], lengths: Any) -> Any:
+        s = self.sizes
+        if not passes:
+            return self.binding.full(self.binding.shape(s.batch, s.num_q_heads, s.q_len, s.head_dim), s.dtype, 0.0)
+        partial, parts = needs_merging([spec for spec, _ in passes]), []
+        for one in passes:
+            result, strides = self._result(one[0], partial, s.num_q_heads, s.q_len)
+            kernel = generate.d_query(one[0].facts, Variant(partial, lengths is not None))
+            strides = (*self._strides(*saved[:4]), *strides)
+            scalars = (s.q_len, self.options.scale, self._soft_cap())
+            parts.append(
+                self._launch("d_query", kernel, one, s.num_q_heads, saved, lengths, strides, scalars, (result,))
+            )
+        return self._merged(passes, parts, s.num_q_heads, s.q_len)[0] if partial else parts[0][0]
+
+    def _d_key_value(self, passes: Passes, guard: bool, saved: Sequence[Any], lengths: Any) -> tuple[Any, Any]:
+        s = self.sizes
+        if not passes:
+            shape = self.binding.shape(s.batch, s.num_kv_heads, s.kv_len, s.head_dim)
+            return self.binding.full(shape, s.dtype, 0.0), self.binding.full(shape, s.dtype, 0.0)
+        partial, parts = needs_merging([spec for spec, _ in passes]), []
+        guard = guard or lengths is not None
+        for one in passes:
+            result, strides = self._result(one[0], partial, s.num_kv_heads, s.kv_len)
+            kernel = generate.d_key_value(one[0].facts, Variant(partial, lengths is not None, s.group > 1))
+            scalars = (s.kv_len, s.q_len, self.options.scale, self._soft_cap())
+            parts.append(
+                self._launch(
+                    "d_key_value", kernel, one, s.num_kv_heads, saved, lengths,
+                    (*self._strides(*saved[:4]), *strides, *strides), scalars, (result, result), GUARD=guard,
+                )
+            )  # fmt: skip
+        d_key, d_value = self._merged(passes, parts, s.num_kv_heads, s.kv_len) if partial else parts[0]
+        return d_key, d_value
+
+    # -- one launch ----------------------------------------------------------------------------------------------------
+
+    def _launch(
+        self, which: str, kernel, one: tuple[PassSpec, Tables], heads: int, arrays, lengths, strides, scalars, outputs,
+        **constants,
+    ) -> Any:  # fmt: skip
+        s, (spec, tables) = self.sizes, one
+        read = [self.binding.table(tables[name]) for name in TABLES if name in tables]
+        config = find_config(self.arch, which, s.head_dim, s.dtype, spec.block_q, spec.block_kv)
+        described = config.descriptors and self.binding.descriptors and self._describable(strides)
+        constants = dict(
+            NUM_HEADS=s.num_q_heads, GROUP=s.group, TILE_ROWS=spec.tile_rows, BLOCK_Q=spec.block_q,
+            BLOCK_KV=spec.block_kv, HEAD_DIM=s.head_dim, WIDTH=self._width, WIDE=self._is_wide(strides),
+            DESCRIPTORS=described, PRECISION=self._precision,
+            SOFT_CAP=self.options.logits_soft_cap is not None, **constants,
+        )  # fmt: skip
+        return self.binding.launch(
+            Launch(
+                kernel, spec.num_slots * s.batch * heads, (*arrays, *read, *(() if lengths is None else (lengths,))),
+                (*strides, spec.num_slots, spec.num_walks, *scalars), outputs, constants, config.num_warps,
+                config.num_stages,
+            )
+        )  # fmt: skip
+
+    def _result(self, spec: PassSpec, partial: bool, heads: int, length: int) -> tuple[Output, tuple[int, int, int]]:
+        """A result array and its strides: by row, or float32 [B, heads, slot rows, H] to be merged."""
+        s = self.sizes
+        if partial:
+            count = spec.num_slots * spec.block_q
+            shape = (s.batch, heads, count, s.head_dim)
+            return Output(shape, "float32"), (heads * count * s.head_dim, count * s.head_dim, s.head_dim)
+        output = Output(self.binding.shape(s.batch, heads, length, s.head_dim), s.dtype)
+        return output, self.binding.strides(output)
+
+    def _merged(self, passes, parts, heads: int, length: int, *, with_lse: bool = False) -> Sequence[Any]:
+        """Results by row from results by slot: summed, or weighted by their log-sum-exp (which is then the last)."""
+        s, b, blocks = self.sizes, self.binding, ceil_div(length, MERGE_ROWS)
+        every = [tables["SLOTS"] for _, tables in passes]
+        slots = b.table(array_namespace(*every).stack(every))
+        results = len(parts[0]) - with_lse
+        lses = [part[-1] for part in parts] if with_lse else []
+        output = Output(b.shape(s.batch, heads, length, s.head_dim), s.dtype)
+        outputs = (output,) * results + ((Output((s.batch, heads, length), "float32"),) if with_lse else ())
+        return b.launch(
+            Launch(
+                generate.combine(len(passes), results, with_lse), blocks * s.batch * heads,
+                (slots, *lses, *(x for part in parts for x in part[:results])),
+                (*(spec.num_slots * spec.block_q for spec, _ in passes), length, blocks, *b.strides(output) * results),
+                outputs, dict(NUM_HEADS=heads, BLOCK=MERGE_ROWS, HEAD_DIM=s.head_dim, WIDTH=self._width),
+                num_warps=4, num_stages=1,
+            )
+        )  # fmt: skip
+
+    # -- facts ---------------------------------------------------------------------------------------------------------
+
+    def _strides(self, *arrays: Any) -> tuple[int, ...]:
+        return tuple(stride for array in arrays for stride in self.binding.strides(array))
+
+    def _is_wide(self, strides: Sequence[int]) -> bool:
+        """Whether offsets within a block may pass 2^31 elements."""
+        s = self.sizes
+        return max(strides[2::3]) * max(s.q_len, s.kv_len) >= 1 << 31
+
+    def _describable(self, strides: Sequence[int]) -> bool:
+        """Whether tensor memory descriptors can describe the arrays: 16-byte rows."""
+        size = {"float32": 4}.get(self.sizes.dtype, 2)
+        return all(stride * size % 16 == 0 for stride in (*strides, self.sizes.head_dim))
+
+    @property
+    def _width(self) -> int:
+        return max(16, 1 << (self.sizes.head_dim - 1).bit_length())
+
+    @property
+    def _precision(self) -> str:
+        return "tf32" if self.binding.allow_tf32 else "ieee"
+
+    def _scale(self) -> tuple[float, int]:
+        """(scale > 0, factor of q): kernels look for the largest score before they scale it."""
+        scale = self.options.scale
+        return (abs(scale), 1 if scale > 0 else -1) if scale else (1.0, 0)
+
+    def _soft_cap(self) -> float:
+        return self.options.logits_soft_cap or 1.0
+
+
+def passes_of(plan: Plan, which: str) -> Passes:
+    """The passes of a static plan's "forward", "d_query" or "d_key_value" schedule; remembered."""
+    return _passes_of(plan, which)
+
+
+@lru_cache(maxsize=128)
+def needs_guard(plan: Plan) -> bool:
+    """Whether a static plan has queries or keys in no pair at all: whatever they hold must reach no result."""
+    return plan.empty_rows > 0 or bool((plan.d_key_value.acsr.row_nnz == 0).any())
+
+
+@lru_cache(maxsize=128)
+def _passes_of(plan: Plan, which: str) -> Passes:
+    specs, tables = lower(getattr(plan, which))
+    return tuple(zip(specs, tables, strict=True))
