@@ -87,6 +87,11 @@ def lowering_for(compute_capability: int) -> Iterator[None]:
         jax.clear_caches()
 
 
+def lowering_capability() -> int | None:
+    """What `lowering_for` asks for; None outside it, where kernels are compiled for the first GPU."""
+    return _COMPUTE_CAPABILITY.get()
+
+
 @functools.cache
 def _jax_triton() -> ModuleType:
     """The module, imported without the mark it leaves: 0.3.1 empties TRITON_CACHE_DIR, 0.4.1 deletes it."""
@@ -137,8 +142,8 @@ def launch(launch: Launch) -> list[Array]:
     return [vary_like(x, *launch.arrays) for x in results]
 
 
-#: JAX hands a callback its operands as JAX arrays. Those above 100 KB it copies in the threads that callbacks occupy, so
-#: that as many callbacks as threads would wait for one another for ever; smaller ones are there at once.
+#: JAX hands a callback its operands as JAX arrays. Those above 100 KB it copies in the threads that callbacks occupy,
+#: so that as many callbacks as threads would wait for one another for ever; smaller ones are there at once.
 _PIECE_BYTES = 1 << 16
 
 
@@ -271,4 +276,13 @@ def _one_by_one(call: Callable[..., Any], arguments: Any, mapped: Any) -> Any:
     return lax.map(step, [x for x, flag in zip(leaves, flags, strict=True) if flag])
 
 
-__all__ = ["export_checks", "launch", "lowering_for", "missing", "supports_descriptors", "vmappable"]
+__all__ = [
+    "export_checks",
+    "launch",
+    "lowering_capability",
+    "lowering_for",
+    "missing",
+    "supports_descriptors",
+    "vary_like",
+    "vmappable",
+]

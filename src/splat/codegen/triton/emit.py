@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-import splat
+from splat import __version__
 from splat.codegen.base import Options, Request
 from splat.codegen.devices import device_target
 from splat.codegen.triton import bind_jax, interpret, record
@@ -71,7 +71,7 @@ class TritonImplementation:
         found = [one for one in record.launches(plan, options) if wanted in (None, one.kernel.name)]
         if not found:
             raise ArgumentError(f"this plan launches no kernel {kernel!r}. Leave kernel out to see all of them.")
-        lines = [f"# splat {splat.__version__}: Triton kernels", *(f"# {line}" for line in str(plan).splitlines())]
+        lines = [f"# splat {__version__}: Triton kernels", *(f"# {line}" for line in str(plan).splitlines())]
         texts: dict[str, str] = {}
         for one in found:
             used = [f"{name}={value}" for name, value in one.constants.items()]
@@ -106,7 +106,8 @@ _SCHEDULES = ("forward", "d_query", "d_key_value")
 def _static(plan: Plan, options: Options) -> tuple[_Call, list[list[Tables]] | None]:
     """What is static about the call, and the tables that are not."""
     arch = find(plan.target).arch
-    tf32 = str(jax.config.jax_default_matmul_precision).lower() in ("tensorfloat32", "tf32_tf32_f32")
+    precision = jax.config.jax_default_matmul_precision  # pyright: ignore[reportAttributeAccessIssue]
+    tf32 = str(precision).lower() in ("tensorfloat32", "tf32_tf32_f32")
     if plan.is_static:
         return _Call(options, arch, tf32, plan), None
     specs, tables, refused = [], [], None

@@ -21,7 +21,7 @@ _IMPORTS = """\
 import triton
 import triton.language as tl
 
-from splat.codegen.triton.kernels.backward import d_key_value, d_query
+from splat.codegen.triton.kernels.backward import d_key_value, d_query, zeros
 from splat.codegen.triton.kernels.combine import merged_lse, partial_lse, partial_rows, share, slots_of
 from splat.codegen.triton.kernels.forward import attend, finish, start
 from splat.codegen.triton.kernels.tiles import (
@@ -82,7 +82,13 @@ _CONSTANTS = (
 
 
 def _strides(*names: str) -> str:
-    return ", ".join(f"{name}_{axis}" for name in names for axis in "bht")
+    """Parameters of the addresses of arrays: strides of batch entries and heads in units of UNIT elements."""
+    return ", ".join(f"{name}_{axis}" for name in names for axis in "bh")
+
+
+def _steps(*names: str) -> str:
+    """Constants of the addresses of arrays: strides of positions. The compiler must know what they are multiples of."""
+    return ", ".join(f"{name}_T: tl.constexpr" for name in (name.upper() for name in names)) + ", UNIT: tl.constexpr"
 
 
 def tables_of(facts: PassFacts, variant: Variant) -> list[str]:
@@ -97,10 +103,12 @@ def tables_of(facts: PassFacts, variant: Variant) -> list[str]:
     return [name for name, here in wanted.items() if here]
 
 
-def _signature(name: str, arrays: Sequence[str], scalars: Sequence[str], outputs: str, constants: str) -> list[str]:
+def _signature(
+    name: str, arrays: Sequence[str], addressed: Sequence[str], scalars: str, outputs: str, constants: str
+) -> list[str]:
     lines = ["@triton.jit", f"def {name}({', '.join(arrays)},"]
     indent = " " * (len(name) + 5)
-    lines += [f"{indent}{line}," for line in (*scalars, outputs)]
+    lines += [f"{indent}{line}," for line in (_strides(*addressed), scalars, outputs, _steps(*addressed))]
     lines += [indent + line for line in _CONSTANTS]
     return [*lines, f"{indent}{constants}):"]
 
@@ -127,28 +135,28 @@ def _target(variant: Variant) -> list[str]:
 def _forward_text(facts: PassFacts, variant: Variant) -> Iterator[str]:
     yield from _signature(
         "splat_forward", ["Q", "K", "V", *tables_of(facts, variant)],
-        [_strides("q", "k", "v", "o"), "num_slots, num_walks, num_rows, scale, soft_cap"], "OUT, LSE",
+        ["q", "k", "v", "out"], "num_slots, num_walks, num_rows, scale, soft_cap", "OUT, LSE",
         "SOFT_CAP: tl.constexpr, SIGN: tl.constexpr",
     )  # fmt: skip
     yield from _prologue(facts, variant, "NUM_HEADS")
-    yield "    q = load_rows(head_of(Q, batch, head, q_b, q_h), rows, num_rows, q_t, HEAD_DIM, WIDTH)"
+    yield "    q = load_rows(head_of(Q, batch, head, q_b, q_h, UNIT), rows, num_rows, Q_T, HEAD_DIM, WIDTH)"
     yield "    if SIGN != 1:  # the largest score is looked for before it is scaled"
     yield "        q = q * SIGN"
-    yield "    keys_of = head_of(K, batch, head // GROUP, k_b, k_h)"
-    yield "    values_of = head_of(V, batch, head // GROUP, v_b, v_h)"
+    yield "    keys_of = head_of(K, batch, head // GROUP, k_b, k_h, UNIT)"
+    yield "    values_of = head_of(V, batch, head // GROUP, v_b, v_h, UNIT)"
     yield "    top, total, acc = start(BLOCK_Q, WIDTH)"
 
     def call(begin: str, end: str, bounds: str, stride: str, keep: str, limited: bool) -> str:
         return (
             f"top, total, acc = attend(top, total, acc, q, keys, values, {begin}, {end}, stop, {bounds}, scale, "
-            f"soft_cap, k_t, v_t, {stride}, {keep}, {limited}, SOFT_CAP, {_SHAPE})"
+            f"soft_cap, K_T, V_T, {stride}, {keep}, {limited}, SOFT_CAP, {_SHAPE})"
         )
 
-    sources = {"keys": ("keys_of", "k_t"), "values": ("values_of", "v_t")}
+    sources = {"keys": ("keys_of", "K_T"), "values": ("values_of", "V_T")}
     yield from _walks(facts, sources, call, limited=variant.lengths)
     yield "    out, lse = finish(top, total, acc)"
     yield from _target(variant)
-    yield "    store_rows(head_of(OUT, batch, head, o_b, o_h), out, at, count, o_t, HEAD_DIM, WIDTH)"
+    yield "    store_rows(head_of(OUT, batch, head, out_b, out_h, UNIT), out, at, count, OUT_T, HEAD_DIM, WIDTH)"
     yield "    pair = batch * NUM_HEADS + head"
     yield "    tl.store(LSE + pair.to(tl.int64) * count + at, lse, mask=at < count)"
 
@@ -156,49 +164,51 @@ def _forward_text(facts: PassFacts, variant: Variant) -> Iterator[str]:
 def _d_query_text(facts: PassFacts, variant: Variant) -> Iterator[str]:
     yield from _signature(
         "splat_d_query", ["Q", "K", "V", "DO", "LSE", "DELTA", *tables_of(facts, variant)],
-        [_strides("q", "k", "v", "do", "dq"), "num_slots, num_walks, num_rows, scale, soft_cap"], "DQ",
+        ["q", "k", "v", "do", "dq"], "num_slots, num_walks, num_rows, scale, soft_cap", "DQ",
         "SOFT_CAP: tl.constexpr",
     )  # fmt: skip
     yield from _prologue(facts, variant, "NUM_HEADS")
-    yield "    q = load_rows(head_of(Q, batch, head, q_b, q_h), rows, num_rows, q_t, HEAD_DIM, WIDTH)"
-    yield "    d_out = load_rows(head_of(DO, batch, head, do_b, do_h), rows, num_rows, do_t, HEAD_DIM, WIDTH)"
+    yield "    q = load_rows(head_of(Q, batch, head, q_b, q_h, UNIT), rows, num_rows, Q_T, HEAD_DIM, WIDTH)"
+    yield "    d_out = load_rows(head_of(DO, batch, head, do_b, do_h, UNIT), rows, num_rows, DO_T, HEAD_DIM, WIDTH)"
     yield "    pair = (batch * NUM_HEADS + head).to(tl.int64)"
     yield '    lse2 = tl.load(LSE + pair * num_rows + rows, mask=rows < num_rows, other=float("inf")) * LOG2E'
     yield "    delta = tl.load(DELTA + pair * num_rows + rows, mask=rows < num_rows, other=0.0)"
-    yield "    keys_of = head_of(K, batch, head // GROUP, k_b, k_h)"
-    yield "    values_of = head_of(V, batch, head // GROUP, v_b, v_h)"
+    yield "    keys_of = head_of(K, batch, head // GROUP, k_b, k_h, UNIT)"
+    yield "    values_of = head_of(V, batch, head // GROUP, v_b, v_h, UNIT)"
     yield "    acc = tl.zeros([BLOCK_Q, WIDTH], tl.float32)"
 
     def call(begin: str, end: str, bounds: str, stride: str, keep: str, limited: bool) -> str:
         return (
             f"acc = d_query(acc, q, d_out, lse2, delta, keys, values, {begin}, {end}, stop, {bounds}, scale, "
-            f"soft_cap, k_t, v_t, {stride}, {keep}, {limited}, SOFT_CAP, {_SHAPE})"
+            f"soft_cap, K_T, V_T, {stride}, {keep}, {limited}, SOFT_CAP, {_SHAPE})"
         )
 
-    sources = {"keys": ("keys_of", "k_t"), "values": ("values_of", "v_t")}
+    sources = {"keys": ("keys_of", "K_T"), "values": ("values_of", "V_T")}
     yield from _walks(facts, sources, call, limited=variant.lengths)
     yield from _target(variant)
-    yield "    store_rows(head_of(DQ, batch, head, dq_b, dq_h), acc * scale, at, count, dq_t, HEAD_DIM, WIDTH)"
+    yield "    store_rows(head_of(DQ, batch, head, dq_b, dq_h, UNIT), acc * scale, at, count, DQ_T, HEAD_DIM, WIDTH)"
 
 
 def _d_key_value_text(facts: PassFacts, variant: Variant) -> Iterator[str]:
     yield from _signature(
         "splat_d_key_value", ["Q", "K", "V", "DO", "LSE", "DELTA", *tables_of(facts, variant)],
-        [_strides("q", "k", "v", "do", "dk", "dv"), "num_slots, num_walks, num_rows, num_queries, scale, soft_cap"],
+        ["q", "k", "v", "do", "dk", "dv"], "num_slots, num_walks, num_rows, num_queries, scale, soft_cap",
         "DK, DV", "SOFT_CAP: tl.constexpr, GUARD: tl.constexpr",
     )  # fmt: skip
     yield from _prologue(facts, variant, "NUM_HEADS // GROUP")
-    yield "    k = load_rows(head_of(K, batch, head, k_b, k_h), rows, num_rows, k_t, HEAD_DIM, WIDTH)"
-    yield "    v = load_rows(head_of(V, batch, head, v_b, v_h), rows, num_rows, v_t, HEAD_DIM, WIDTH)"
-    yield "    d_k = tl.zeros([BLOCK_Q, WIDTH], tl.float32)"
-    yield "    d_v = tl.zeros([BLOCK_Q, WIDTH], tl.float32)"
+    yield "    k = load_rows(head_of(K, batch, head, k_b, k_h, UNIT), rows, num_rows, K_T, HEAD_DIM, WIDTH)"
+    yield "    v = load_rows(head_of(V, batch, head, v_b, v_h, UNIT), rows, num_rows, V_T, HEAD_DIM, WIDTH)"
+    several = variant.grouped or facts.looped or sum(bool(w.left) + w.full + bool(w.right) for w in facts.walks) > 1
+    zeros = "zeros(scale, BLOCK_Q, WIDTH)" if several else "tl.zeros([BLOCK_Q, WIDTH], tl.float32)"
+    yield f"    d_k = {zeros}"
+    yield f"    d_v = {zeros}"
     if variant.lengths:
         yield "    live = tl.min(rows, 0) < length"
 
     def call(begin: str, end: str, bounds: str, stride: str, keep: str, limited: bool) -> str:
         return (
             f"d_k, d_v = d_key_value(d_k, d_v, k, v, queries, d_outs, lse_of, delta_of, {begin}, {end}, stop, "
-            f"residue, {bounds}, scale, soft_cap, q_t, do_t, {stride}, {keep}, SOFT_CAP, GUARD, {_SHAPE})"
+            f"residue, {bounds}, scale, soft_cap, Q_T, DO_T, {stride}, {keep}, SOFT_CAP, GUARD, {_SHAPE})"
         )
 
     inner = [
@@ -206,10 +216,10 @@ def _d_key_value_text(facts: PassFacts, variant: Variant) -> Iterator[str]:
         "pair = (batch * NUM_HEADS + q_head).to(tl.int64)",
         "lse_of = LSE + pair * num_queries",
         "delta_of = DELTA + pair * num_queries",
-        "queries_of = head_of(Q, batch, q_head, q_b, q_h)",
-        "d_outs_of = head_of(DO, batch, q_head, do_b, do_h)",
+        "queries_of = head_of(Q, batch, q_head, q_b, q_h, UNIT)",
+        "d_outs_of = head_of(DO, batch, q_head, do_b, do_h, UNIT)",
     ]
-    sources = {"queries": ("queries_of", "q_t"), "d_outs": ("d_outs_of", "do_t")}
+    sources = {"queries": ("queries_of", "Q_T"), "d_outs": ("d_outs_of", "DO_T")}
     body = [f"    {line}" for line in inner]
     body += _walks(facts, sources, call, limited=False, live=variant.lengths)
     if variant.grouped:
@@ -220,8 +230,8 @@ def _d_key_value_text(facts: PassFacts, variant: Variant) -> Iterator[str]:
         yield "    d_k = tl.where((rows < length)[:, None], d_k, 0.0)"
         yield "    d_v = tl.where((rows < length)[:, None], d_v, 0.0)"
     yield from _target(variant)
-    yield "    store_rows(head_of(DK, batch, head, dk_b, dk_h), d_k * scale, at, count, dk_t, HEAD_DIM, WIDTH)"
-    yield "    store_rows(head_of(DV, batch, head, dv_b, dv_h), d_v, at, count, dv_t, HEAD_DIM, WIDTH)"
+    yield "    store_rows(head_of(DK, batch, head, dk_b, dk_h, UNIT), d_k * scale, at, count, DK_T, HEAD_DIM, WIDTH)"
+    yield "    store_rows(head_of(DV, batch, head, dv_b, dv_h, UNIT), d_v, at, count, DV_T, HEAD_DIM, WIDTH)"
 
 
 def _walks(facts: PassFacts, sources: dict[str, tuple[str, str]], call: Any, *, limited: bool, live: bool = False):
@@ -316,9 +326,9 @@ def _combine_lines(name: str, passes: int, results: int, with_lse: bool) -> Iter
     indent = " " * (len(name) + 5)
     yield "@triton.jit"
     yield f"def {name}(SLOTS, {', '.join([*lses, *each])},"
-    strides = ", ".join(f"o{r}_{axis}" for r in range(results) for axis in "bht")
-    yield f"{indent}{', '.join(f'count{n}' for n in range(passes))}, num_rows, num_blocks, {strides},"
+    yield f"{indent}{', '.join(f'count{n}' for n in range(passes))}, num_rows, num_blocks, {_strides('out')},"
     yield f"{indent}{', '.join(f'OUT{r}' for r in range(results))}{', LSE' if with_lse else ''},"
+    yield f"{indent}{_steps('out')},"
     yield f"{indent}NUM_HEADS: tl.constexpr, BLOCK: tl.constexpr, HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr):"
     yield "    block, batch, head = locate(num_blocks, NUM_HEADS)"
     yield "    pair = batch * NUM_HEADS + head"
@@ -341,8 +351,8 @@ def _combine_lines(name: str, passes: int, results: int, with_lse: bool) -> Iter
             weight = f" * (share{n} / safe)[:, None]" if with_lse else ""
             term = f"partial_rows(X{n}_{r}, pair, slots{n}, count{n}, HEAD_DIM, WIDTH){weight}"
             yield f"    out = {term}" if n == 0 else f"    out += {term}"
-        to = f"head_of(OUT{r}, batch, head, o{r}_b, o{r}_h)"
-        yield f"    store_rows({to}, out, rows, num_rows, o{r}_t, HEAD_DIM, WIDTH)"
+        to = f"head_of(OUT{r}, batch, head, out_b, out_h, UNIT)"
+        yield f"    store_rows({to}, out, rows, num_rows, OUT_T, HEAD_DIM, WIDTH)"
     if with_lse:
         yield "    lse = merged_lse(top, total)"
         yield "    tl.store(LSE + pair.to(tl.int64) * num_rows + rows, lse, mask=rows < num_rows)"

@@ -6,6 +6,7 @@ Inside, log-sum-exp and delta are [B, N, T], float32; query, key and value lie a
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Sequence
 from functools import lru_cache
 from typing import Any
@@ -14,7 +15,7 @@ from splat.codegen.base import Options
 from splat.codegen.triton import generate
 from splat.codegen.triton.generate import Variant
 from splat.codegen.triton.kernels import SPLAT_DELTA
-from splat.codegen.triton.launch import Launch, Launcher, Output
+from splat.codegen.triton.launch import Kernel, Launch, Launcher, Output
 from splat.codegen.triton.lower import PassSpec, Tables, lower, needs_merging
 from splat.pattern.core import array_namespace, ceil_div
 from splat.planning import Plan
@@ -22,6 +23,9 @@ from splat.planning.kernels import find_config
 
 #: Static facts and tables of every pass.
 Passes = Sequence[tuple[PassSpec, Tables]]
+
+#: Array's name in a kernel -> elements from one batch entry, head and position to the next.
+Strides = dict[str, tuple[int, int, int]]
 
 #: The tables that kernels of a pass read, in the order of their parameters.
 TABLES = ("TILES", "ROWS", "BOUNDS", "WALKS")
@@ -107,8 +111,8 @@ class Program:
         scale, sign = self._scale()
         return self._launch(
             "forward", generate.forward(spec.facts, variant), one, s.num_q_heads, (query, key, value), lengths,
-            (*self._strides(query, key, value), *strides),
-            (s.q_len, scale, self._soft_cap()), (out, lse), SIGN=sign,
+            self._strides(q=query, k=key, v=value) | {"out": strides}, (s.q_len, scale, self._soft_cap()), (out, lse),
+            SIGN=sign,
         )  # fmt: skip
 
     # -- backward ------------------------------------------------------------------------------------------------------
@@ -127,14 +131,15 @@ class Program:
 
     def _delta(self, out: Any, d_out: Any, lse: Any, d_lse: Any) -> Any:
         s, blocks = self.sizes, ceil_div(self.sizes.q_len, MERGE_ROWS)
+        strides, steps = addresses(self._strides(out=out, do=d_out))
         constants = dict(
-            NUM_HEADS=s.num_q_heads, HAS_DLSE=d_lse is not None, BLOCK=MERGE_ROWS, HEAD_DIM=s.head_dim,
+            **steps, NUM_HEADS=s.num_q_heads, HAS_DLSE=d_lse is not None, BLOCK=MERGE_ROWS, HEAD_DIM=s.head_dim,
             WIDTH=self._width,
         )  # fmt: skip
         (delta,) = self.binding.launch(
             Launch(
                 SPLAT_DELTA, blocks * s.batch * s.num_q_heads, (out, d_out, lse if d_lse is None else d_lse),
-                (*self._strides(out, d_out), s.q_len, blocks), (Output((s.batch, s.num_q_heads, s.q_len), "float32"),),
+                (*strides, s.q_len, blocks), (Output((s.batch, s.num_q_heads, s.q_len), "float32"),),
                 constants, num_warps=4, num_stages=1,
             )
         )  # fmt: skip
@@ -148,7 +153,7 @@ class Program:
         for one in passes:
             result, strides = self._result(one[0], partial, s.num_q_heads, s.q_len)
             kernel = generate.d_query(one[0].facts, Variant(partial, lengths is not None))
-            strides = (*self._strides(*saved[:4]), *strides)
+            strides = self._saved_strides(saved) | {"dq": strides}
             scalars = (s.q_len, self.options.scale, self._soft_cap())
             parts.append(
                 self._launch("d_query", kernel, one, s.num_q_heads, saved, lengths, strides, scalars, (result,))
@@ -169,7 +174,7 @@ class Program:
             parts.append(
                 self._launch(
                     "d_key_value", kernel, one, s.num_kv_heads, saved, lengths,
-                    (*self._strides(*saved[:4]), *strides, *strides), scalars, (result, result), GUARD=guard,
+                    self._saved_strides(saved) | {"dk": strides, "dv": strides}, scalars, (result, result), GUARD=guard,
                 )
             )  # fmt: skip
         d_key, d_value = self._merged(passes, parts, s.num_kv_heads, s.kv_len) if partial else parts[0]
@@ -178,15 +183,16 @@ class Program:
     # -- one launch ----------------------------------------------------------------------------------------------------
 
     def _launch(
-        self, which: str, kernel, one: tuple[PassSpec, Tables], heads: int, arrays, lengths, strides, scalars, outputs,
-        **constants,
+        self, which: str, kernel: Kernel, one: tuple[PassSpec, Tables], heads: int, arrays, lengths, strides: Strides,
+        scalars, outputs, **constants: Any,
     ) -> Any:  # fmt: skip
         s, (spec, tables) = self.sizes, one
         read = [self.binding.table(tables[name]) for name in TABLES if name in tables]
         config = find_config(self.arch, which, s.head_dim, s.dtype, spec.block_q, spec.block_kv)
         described = config.descriptors and self.binding.descriptors and self._describable(strides)
+        heads_at, steps = addresses(strides)
         constants = dict(
-            NUM_HEADS=s.num_q_heads, GROUP=s.group, TILE_ROWS=spec.tile_rows, BLOCK_Q=spec.block_q,
+            **steps, NUM_HEADS=s.num_q_heads, GROUP=s.group, TILE_ROWS=spec.tile_rows, BLOCK_Q=spec.block_q,
             BLOCK_KV=spec.block_kv, HEAD_DIM=s.head_dim, WIDTH=self._width, WIDE=self._is_wide(strides),
             DESCRIPTORS=described, PRECISION=self._precision,
             SOFT_CAP=self.options.logits_soft_cap is not None, **constants,
@@ -194,7 +200,7 @@ class Program:
         return self.binding.launch(
             Launch(
                 kernel, spec.num_slots * s.batch * heads, (*arrays, *read, *(() if lengths is None else (lengths,))),
-                (*strides, spec.num_slots, spec.num_walks, *scalars), outputs, constants, config.num_warps,
+                (*heads_at, spec.num_slots, spec.num_walks, *scalars), outputs, constants, config.num_warps,
                 config.num_stages,
             )
         )  # fmt: skip
@@ -217,31 +223,37 @@ class Program:
         results = len(parts[0]) - with_lse
         lses = [part[-1] for part in parts] if with_lse else []
         output = Output(b.shape(s.batch, heads, length, s.head_dim), s.dtype)
+        strides, steps = addresses({"out": b.strides(output)})
         outputs = (output,) * results + ((Output((s.batch, heads, length), "float32"),) if with_lse else ())
         return b.launch(
             Launch(
                 generate.combine(len(passes), results, with_lse), blocks * s.batch * heads,
                 (slots, *lses, *(x for part in parts for x in part[:results])),
-                (*(spec.num_slots * spec.block_q for spec, _ in passes), length, blocks, *b.strides(output) * results),
-                outputs, dict(NUM_HEADS=heads, BLOCK=MERGE_ROWS, HEAD_DIM=s.head_dim, WIDTH=self._width),
+                (*(spec.num_slots * spec.block_q for spec, _ in passes), length, blocks, *strides),
+                outputs, dict(**steps, NUM_HEADS=heads, BLOCK=MERGE_ROWS, HEAD_DIM=s.head_dim, WIDTH=self._width),
                 num_warps=4, num_stages=1,
             )
         )  # fmt: skip
 
     # -- facts ---------------------------------------------------------------------------------------------------------
 
-    def _strides(self, *arrays: Any) -> tuple[int, ...]:
-        return tuple(stride for array in arrays for stride in self.binding.strides(array))
+    def _strides(self, **arrays: Any) -> Strides:
+        return {name: self.binding.strides(array) for name, array in arrays.items()}
 
-    def _is_wide(self, strides: Sequence[int]) -> bool:
+    def _saved_strides(self, saved: Sequence[Any]) -> Strides:
+        query, key, value, d_out, *_ = saved
+        return self._strides(q=query, k=key, v=value, do=d_out)
+
+    def _is_wide(self, strides: Strides) -> bool:
         """Whether offsets within a block may pass 2^31 elements."""
         s = self.sizes
-        return max(strides[2::3]) * max(s.q_len, s.kv_len) >= 1 << 31
+        return max(step for _, _, step in strides.values()) * max(s.q_len, s.kv_len) >= 1 << 31
 
-    def _describable(self, strides: Sequence[int]) -> bool:
-        """Whether tensor memory descriptors can describe the arrays: 16-byte rows."""
+    def _describable(self, strides: Strides) -> bool:
+        """Whether tensor memory descriptors can describe the arrays: all addresses multiples of 16 bytes."""
         size = {"float32": 4}.get(self.sizes.dtype, 2)
-        return all(stride * size % 16 == 0 for stride in (*strides, self.sizes.head_dim))
+        every = [self.sizes.head_dim, *(stride for triple in strides.values() for stride in triple)]
+        return all(stride * size % 16 == 0 for stride in every)
 
     @property
     def _width(self) -> int:
@@ -258,6 +270,17 @@ class Program:
 
     def _soft_cap(self) -> float:
         return self.options.logits_soft_cap or 1.0
+
+
+def addresses(strides: Strides) -> tuple[tuple[int, ...], dict[str, int]]:
+    """(batch and head strides in units, in the order of the kernels' parameters; the constants that go with them).
+
+    Compilers must know what addresses are multiples of, or they copy element by element; and not every binding tells
+    them of scalars. So positions' strides are constants, and the others, which depend on lengths, come in units.
+    """
+    unit = math.gcd(16, *(stride for b, h, _ in strides.values() for stride in (b, h)))
+    scalars = tuple(stride // unit for b, h, _ in strides.values() for stride in (b, h))
+    return scalars, {f"{name.upper()}_T": step for name, (_, _, step) in strides.items()} | {"UNIT": unit}
 
 
 def passes_of(plan: Plan, which: str) -> Passes:

@@ -10,8 +10,8 @@ import numpy as np
 from splat.codegen.base import Options
 from splat.codegen.triton.launch import Launch, Output
 from splat.codegen.triton.program import Binding, Program, Sizes, needs_guard, passes_of
-from splat.planning import Plan, find
-from splat.planning.kernels import KernelConfig
+from splat.pattern import parse
+from splat.planning import TARGETS, Plan, Problem, find, make_plan
 
 #: Name of a kernel on the command line -> what it is called in profiles.
 NAMES = {
@@ -35,23 +35,16 @@ def launches(
     *,
     lengths: bool = False,
     descriptors: bool = True,
-    config: KernelConfig | None = None,
 ) -> list[Launch]:
     """Every launch of the forward, then of the backward, of a static plan. Arrays are stand-ins: `Output` values.
 
     Args:
       lengths: with run-time key lengths.
       descriptors: False: kernels read through pointers even where the configuration prefers descriptors.
-      config: compiler options instead of the table's (its tile sizes are not used).
     """
     made: list[Launch] = []
 
     def launch(one: Launch) -> tuple[Output, ...]:
-        if config is not None and "SOFT_CAP" in one.constants:
-            one = dataclasses.replace(
-                one, num_warps=config.num_warps, num_stages=config.num_stages,
-                constants={**one.constants, "DESCRIPTORS": config.descriptors},
-            )  # fmt: skip
         made.append(one)
         return one.outputs
 
@@ -74,3 +67,27 @@ def strides(array: Any) -> tuple[int, int, int]:
     """(batch, head, position) strides of a contiguous [B, T, N, H] array."""
     _, positions, heads, width = array.shape
     return positions * heads * width, width, heads * width
+
+
+def sample(
+    *, kernel: str = "forward", arch: str = "sm_90", head_dim: int = 128, dtype: str = "bfloat16",
+    block_q: int | None = None, block_kv: int | None = None, num_warps: int | None = None,
+    num_stages: int | None = None, descriptors: bool | None = None, pattern: str = "causal() & window(1024, 0)",
+    q_len: int = 8192, num_q_heads: int = 16, num_kv_heads: int | None = None, lengths: bool = False,
+) -> Launch:  # fmt: skip
+    """The first launch of a kernel, as a real call makes it; what is given replaces the table's choice.
+
+    For surveys of configurations: `benchmarks/sweep.py`. `kernel` is a key of `NAMES`.
+    """
+    target = next(name for name, one in TARGETS.items() if one.arch == arch)
+    problem = Problem(
+        parse(pattern), q_len, q_len, head_dim, num_q_heads, num_kv_heads or num_q_heads, 1, dtype
+    )  # fmt: skip
+    plan = make_plan(problem, implementation="triton", target=target, block_q=block_q, block_kv=block_kv)
+    made = launches(plan, Options(head_dim**-0.5), lengths=lengths)
+    one = next(launch for launch in made if launch.kernel.name == NAMES[kernel])
+    changed: dict[str, Any] = {}
+    if descriptors is not None:
+        changed["constants"] = {**one.constants, "DESCRIPTORS": descriptors}
+    given = {"num_warps": num_warps, "num_stages": num_stages}
+    return dataclasses.replace(one, **changed, **{name: value for name, value in given.items() if value is not None})

@@ -41,6 +41,17 @@ def d_query(acc, q, d_out, lse2, delta, K, V, begin, end, stop, bounds, scale, s
 
 
 @triton.jit
+def zeros(scale, ROWS: tl.constexpr, WIDTH: tl.constexpr):
+    """float32 [ROWS, WIDTH] zeros of which the compiler does not know that they are: for several loops in a row.
+
+    Accumulators that start as a constant are set anew where the first loop is passed over, while wgmma may still be
+    writing them as far as ptxas can see; it then waits after every wgmma (C7515).
+    """
+    n = tl.arange(0, ROWS)[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :]
+    return n.to(tl.float32) * (scale * 0.0)
+
+
+@triton.jit
 def d_key_value(d_k, d_v, k, v, Q, DO, LSE, DELTA, begin, end, stop, residue, bounds, scale, soft_cap, q_t, do_t,
                 stride, KEEP: tl.constexpr, SOFT_CAP: tl.constexpr, GUARD: tl.constexpr, BLOCK_KV: tl.constexpr,
                 HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr, WIDE: tl.constexpr, DESCRIPTORS: tl.constexpr,
@@ -78,16 +89,16 @@ def d_key_value(d_k, d_v, k, v, Q, DO, LSE, DELTA, begin, end, stop, residue, bo
 
 
 @triton.jit
-def splat_delta(OUT, DO, DLSE, o_b, o_h, o_t, do_b, do_h, do_t, num_rows, num_blocks, DELTA,
-                NUM_HEADS: tl.constexpr, HAS_DLSE: tl.constexpr, BLOCK: tl.constexpr, HEAD_DIM: tl.constexpr,
-                WIDTH: tl.constexpr):  # fmt: skip
+def splat_delta(OUT, DO, DLSE, out_b, out_h, do_b, do_h, num_rows, num_blocks, DELTA,
+                OUT_T: tl.constexpr, DO_T: tl.constexpr, UNIT: tl.constexpr, NUM_HEADS: tl.constexpr,
+                HAS_DLSE: tl.constexpr, BLOCK: tl.constexpr, HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr):  # fmt: skip
     """delta = rowsum(dO * O) - d log-sum-exp, float32 [B, N, num_rows]: what every score's gradient subtracts."""
     program = tl.program_id(0)
     pair = program // num_blocks
     batch, head = pair // NUM_HEADS, pair % NUM_HEADS
     rows = program % num_blocks * BLOCK + tl.arange(0, BLOCK)
-    o = load_rows(head_of(OUT, batch, head, o_b, o_h), rows, num_rows, o_t, HEAD_DIM, WIDTH)
-    d_out = load_rows(head_of(DO, batch, head, do_b, do_h), rows, num_rows, do_t, HEAD_DIM, WIDTH)
+    o = load_rows(head_of(OUT, batch, head, out_b, out_h, UNIT), rows, num_rows, OUT_T, HEAD_DIM, WIDTH)
+    d_out = load_rows(head_of(DO, batch, head, do_b, do_h, UNIT), rows, num_rows, DO_T, HEAD_DIM, WIDTH)
     delta = tl.sum(o.to(tl.float32) * d_out.to(tl.float32), 1)
     at = pair.to(tl.int64) * num_rows + rows
     if HAS_DLSE:

@@ -35,9 +35,9 @@ def locate(num_slots, NUM_HEADS: tl.constexpr):
 
 
 @triton.jit
-def head_of(X, batch, head, stride_b, stride_h):
-    """The first element of one head of an array."""
-    return X + batch.to(tl.int64) * stride_b + head.to(tl.int64) * stride_h
+def head_of(X, batch, head, stride_b, stride_h, UNIT: tl.constexpr):
+    """The first element of one head of an array; strides are in UNIT elements, so that its alignment is known."""
+    return X + (batch.to(tl.int64) * stride_b + head.to(tl.int64) * stride_h) * UNIT
 
 
 @triton.jit
