@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from splat import __version__
 from splat.codegen.base import Options, Request
-from splat.codegen.devices import device_target
+from splat.codegen.devices import device_target, nearest_target
 from splat.codegen.triton import bind_jax, interpret, record
 from splat.codegen.triton.lower import PassSpec, Tables, lower
 from splat.codegen.triton.program import Binding, Passes, Program, Sizes, needs_guard, passes_of
@@ -43,16 +43,24 @@ class TritonImplementation:
                 f"the triton implementation serves head dims up to {MAX_HEAD_DIM}, not {request.head_dim}. Use "
                 "implementation='xla'."
             )
-        if request.platform not in ("gpu", "cuda", "rocm"):
-            if request.platform == "cpu" and request.named and not bind_jax.missing() and interpret.is_interpreted():
-                return None  # for tests: asked for by name, with TRITON_INTERPRET=1
+        if request.elsewhere:
+            return None
+        if request.platform not in ("gpu", "cuda", "rocm") and not self._without_a_gpu(request):
             return (
                 f"the triton implementation needs a GPU, but JAX's default device is a {request.platform}. Use "
                 "implementation='xla', or None for the best that can serve."
             )
-        return None if request.elsewhere else bind_jax.missing()
+        return bind_jax.missing()
+
+    @staticmethod
+    def _without_a_gpu(request: Request) -> bool:
+        """Asked for by name: interpreted kernels run on the CPU (TRITON_INTERPRET=1), others are only lowered."""
+        here = bind_jax.lowering_capability() is not None or (not bind_jax.missing() and interpret.is_interpreted())
+        return request.platform == "cpu" and request.named and here
 
     def target(self) -> str:
+        if (capability := bind_jax.lowering_capability()) is not None:
+            return nearest_target(f"{capability // 10}.{capability % 10}")
         return INTERPRETER if interpret.is_interpreted() else device_target()
 
     def attention(self, plan: Plan, options: Options, query: Any, key: Any, value: Any, kv_lengths: Any) -> Any:
