@@ -23,19 +23,29 @@ def command(
     num_kv_heads: options.NumKVHeads = None,
     batch: options.Batch = 1,
     dtype: options.DType = "float32",
-    target: Annotated[str, typer.Option(help="Generator: xla (StableHLO), cpp or triton.")] = "xla",
+    target: Annotated[
+        str, typer.Option(help="xla (StableHLO), triton (kernels' source) or ptx (a compiled kernel).")
+    ] = "xla",
+    arch: Annotated[
+        str | None, typer.Option(help="GPU kernels are for: sm_80, sm_90, sm_100 or gfx942; sm_90 where not given.")
+    ] = None,
+    kernel: Annotated[
+        str | None,
+        typer.Option(help="One kernel: fwd, dq, dkdv, delta, merge or sum; all where not given, for ptx fwd."),
+    ] = None,
     block_q: options.BlockQ = None,
     block_kv: options.BlockKV = None,
     scale: Annotated[float | None, typer.Option(help="Of the scores; 1/sqrt(head dim) where not given.")] = None,
     logits_soft_cap: Annotated[float | None, typer.Option(help="Scores become cap * tanh(score / cap).")] = None,
     out: Annotated[Path | None, typer.Option(help="Write the text there instead of printing it.")] = None,
 ) -> None:
-    """Print the program that a pattern becomes: its forward, for one generator."""
+    """Print the program that a pattern becomes, for one generator. Needs no GPU."""
     check_out(out)
     import splat
 
     text = splat.emit(
-        pattern, q_len, kv_len, target=target, scale=scale, logits_soft_cap=logits_soft_cap, head_dim=head_dim,
+        pattern, q_len, kv_len, target=target, arch=arch, kernel=kernel, scale=scale,
+        logits_soft_cap=logits_soft_cap, head_dim=head_dim,
         num_q_heads=num_q_heads, num_kv_heads=num_kv_heads, batch=batch, dtype=dtype, query_offset=query_offset,
         block_q=block_q, block_kv=block_kv,
     )  # fmt: skip

@@ -54,3 +54,7 @@ class Implementation(Protocol):
     def emit(self, plan: Plan, options: Options, kernel: str | None = None) -> str:
         """The generated program's text: one kernel of it where `kernel` names one."""
         ...
+
+    def assembly(self, plan: Plan, options: Options, kernel: str | None = None) -> str:
+        """What a device's own compiler made of it, as text."""
+        ...

@@ -8,7 +8,7 @@ from typing import Any
 from splat.codegen import NAMES, Options, Request, choose, load, refusals
 from splat.errors import ArgumentError
 from splat.pattern import Pattern, parse
-from splat.planning import Candidate, Plan, Problem, cost_model, find, make_plan, predict_ms, schedule
+from splat.planning import TARGETS, Candidate, Plan, Problem, cost_model, find, make_plan, predict_ms, schedule
 
 
 def plan(
@@ -69,20 +69,48 @@ def plan(
 
 
 def emit(
-    pattern: Pattern | str, q_len: int, kv_len: int | None = None, *, target: str = "xla", device: str = "cpu",
-    scale: float | None = None, logits_soft_cap: float | None = None, **kwargs: Any,
+    pattern: Pattern | str, q_len: int, kv_len: int | None = None, *, target: str = "xla", device: str | None = None,
+    arch: str | None = None, kernel: str | None = None, scale: float | None = None,
+    logits_soft_cap: float | None = None, **kwargs: Any,
 ) -> str:  # fmt: skip
-    """The generated program's text for `pattern`.
+    """The generated program's text for `pattern`. No device is touched.
 
-    `target` is a generator: "xla" gives StableHLO. `device` is what it is planned for (`plan`'s `target`), and other
-    arguments are those of `plan`.
+    Args:
+      target: "xla" gives StableHLO, "triton" the kernels' source, "ptx" a compiled kernel with its registers, spills,
+        shared memory and tensor-core instructions (AMDGCN for AMD devices).
+      device: what it is planned for (`plan`'s `target`); "cpu" for xla and "h100" for GPU kernels where not given.
+      arch: the same by architecture: "sm_80", "sm_90", "sm_100" or "gfx942".
+      kernel: one kernel of it: "forward", "d_query", "d_key_value", "delta", "merge" or "sum"; all where not given, for
+        "ptx" the forward.
+
+    Other arguments are those of `plan`.
     """
-    if target not in NAMES:
-        raise ArgumentError(f"target must be one of {', '.join(map(repr, NAMES))}, but {target!r} was given")
-    implementation = load(target)
-    made = plan(pattern, q_len, kv_len, implementation=target, target=device, **kwargs)
+    if target not in (*NAMES, PTX):
+        raise ArgumentError(f"target must be one of {', '.join(map(repr, (*NAMES, PTX)))}, but {target!r} was given")
+    name = "triton" if target == PTX else target
+    implementation = load(name)
+    made = plan(pattern, q_len, kv_len, implementation=name, target=_device(name, device, arch), **kwargs)
     default = made.problem.head_dim**-0.5
-    return implementation.emit(made, Options(default if scale is None else scale, logits_soft_cap))
+    options = Options(default if scale is None else scale, logits_soft_cap)
+    return (
+        implementation.assembly(made, options, kernel) if target == PTX else implementation.emit(made, options, kernel)
+    )
+
+
+#: The target that is no generator's name.
+PTX = "ptx"
+
+
+def _device(implementation: str, device: str | None, arch: str | None) -> str:
+    """The planning target that `device` or `arch` names."""
+    if arch is None:
+        return device or ("h100" if implementation == "triton" else "cpu")
+    if device is not None:
+        raise ArgumentError(f"device and arch name the same thing, but {device!r} and {arch!r} were given. Give one.")
+    named = {one.arch: name for name, one in reversed(TARGETS.items())}
+    if arch not in named:
+        raise ArgumentError(f"arch must be one of {', '.join(map(repr, sorted(named)))}, but {arch!r} was given")
+    return named[arch]
 
 
 def _dtype_name(dtype: Any) -> str:

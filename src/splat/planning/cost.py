@@ -82,9 +82,7 @@ class CostModel:
         return sorted(set(self.block_kv) | narrow | {min(max(f, 32), 1024) for f in fitted})
 
 
-def cost_model(
-    implementation: str, target: Target, head_dim: int, dtype: str, kernel: str = "forward"
-) -> CostModel:
+def cost_model(implementation: str, target: Target, head_dim: int, dtype: str, kernel: str = "forward") -> CostModel:
     """The model of `implementation` ("xla", "cpp", "triton") on `target`. Raises ArgumentError for another.
 
     `kernel` is "forward", "d_query" or "d_key_value": they differ in the tile sizes that there are.

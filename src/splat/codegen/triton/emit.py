@@ -14,6 +14,8 @@ from splat.codegen.base import Options, Request
 from splat.codegen.devices import device_target, nearest_target
 from splat.codegen.triton import bind_jax, interpret, record
 from splat.codegen.triton.lower import PassSpec, Tables, lower
+from splat.codegen.triton.offline import Failure, Job, compile_all
+from splat.codegen.triton.offline_model import ARCHITECTURES
 from splat.codegen.triton.program import Binding, Passes, Program, Sizes, needs_guard, passes_of
 from splat.errors import ArgumentError, SplatError, UnsupportedError
 from splat.planning import Plan, find
@@ -73,20 +75,42 @@ class TritonImplementation:
 
     def emit(self, plan: Plan, options: Options, kernel: str | None = None) -> str:
         """The generated kernels' source, in the order of their launches: all, or one of `record.NAMES`."""
-        if kernel is not None and kernel not in record.NAMES:
-            raise ArgumentError(f"kernel must be one of {', '.join(record.NAMES)}, but {kernel!r} was given")
-        wanted = None if kernel is None else record.NAMES[kernel]
-        found = [one for one in record.launches(plan, options) if wanted in (None, one.kernel.name)]
-        if not found:
-            raise ArgumentError(f"this plan launches no kernel {kernel!r}. Leave kernel out to see all of them.")
+        found = record.select(record.launches(plan, options), kernel)
         lines = [f"# splat {__version__}: Triton kernels", *(f"# {line}" for line in str(plan).splitlines())]
         texts: dict[str, str] = {}
         for one in found:
             used = [f"{name}={value}" for name, value in one.constants.items()]
             facts = f"# {one.programs} programs, {one.num_warps} warps, {one.num_stages} stages: {', '.join(used)}"
-            texts.setdefault(one.kernel.source, "")
-            texts[one.kernel.source] += facts + "\n"
+            texts[one.kernel.source] = texts.get(one.kernel.source, "") + facts + "\n"
         return "\n\n".join(["\n".join(lines), *(facts + source for source, facts in texts.items())])
+
+    def assembly(self, plan: Plan, options: Options, kernel: str | None = None) -> str:
+        """PTX (AMDGCN for AMD targets) of one kernel, the forward where none is named, with what it needs to run.
+
+        Compiled in a process of its own, without a GPU. Raises UnsupportedError with the compiler's message.
+        """
+        arch = find(plan.target).arch
+        if arch not in ARCHITECTURES:
+            raise ArgumentError(
+                f"PTX is made for GPUs ({', '.join(ARCHITECTURES)}), but the plan is for {plan.target!r}."
+            )
+        arguments = {
+            "plan": plan.to_json(), "kernel": kernel or "forward", "scale": options.scale,
+            "logits_soft_cap": options.logits_soft_cap, "descriptors": True,
+        }  # fmt: skip
+        record.planned(**arguments)  # a wrong name is said here
+        (made,) = compile_all([Job("splat.codegen.triton.record:planned", arguments, arch)])
+        if isinstance(made, Failure):
+            raise UnsupportedError(f"{made.name} does not compile for {arch}: {made.message}")
+        counts = [f"{count} {name}" for name, count in (made.tensor_core | made.copies).items() if count]
+        facts = [
+            f"{made.name} for {arch}: {made.registers} registers, {made.spilled_bytes} bytes spilled, "
+            f"{made.shared_bytes:,} bytes of shared memory, {made.num_warps} warps, {', '.join(counts)}",
+            *made.problems(),
+        ]
+        mark = ";" if arch.startswith("gfx") else "//"
+        lines = [f"{mark} splat {__version__}", *(f"{mark} {line}" for line in [*facts, *str(plan).splitlines()])]
+        return "\n".join([*lines, "", made.assembly])
 
 
 IMPLEMENTATION = TritonImplementation()

@@ -10,6 +10,7 @@ import numpy as np
 from splat.codegen.base import Options
 from splat.codegen.triton.launch import Launch, Output
 from splat.codegen.triton.program import Binding, Program, Sizes, needs_guard, passes_of
+from splat.errors import ArgumentError
 from splat.pattern import parse
 from splat.planning import TARGETS, Plan, Problem, find, make_plan
 
@@ -22,6 +23,22 @@ NAMES = {
     "merge": "splat_merge",
     "sum": "splat_sum",
 }
+
+#: What the same kernels are also called.
+SHORT = {"fwd": "forward", "dq": "d_query", "dkdv": "d_key_value"}
+
+
+def select(made: list[Launch], kernel: str | None) -> list[Launch]:
+    """The launches of one kernel (a key of `NAMES` or `SHORT`), or all of them."""
+    if kernel is None:
+        return made
+    name = SHORT.get(kernel, kernel)
+    if name not in NAMES:
+        raise ArgumentError(f"kernel must be one of {', '.join([*NAMES, *SHORT])}, but {kernel!r} was given")
+    found = [launch for launch in made if launch.kernel.name == NAMES[name]]
+    if not found:
+        raise ArgumentError(f"this plan launches no kernel {kernel!r}. Leave kernel out to see what it launches.")
+    return found
 
 
 def sizes_of(plan: Plan) -> Sizes:
@@ -63,6 +80,12 @@ def launches(
     return made
 
 
+def planned(*, plan: str, kernel: str, scale: float, logits_soft_cap: float | None, descriptors: bool) -> Launch:
+    """The first launch of a kernel by a plan written as JSON: for compiling it in another process."""
+    options = Options(scale, logits_soft_cap)
+    return select(launches(Plan.from_json(plan), options, descriptors=descriptors), kernel)[0]
+
+
 def strides(array: Any) -> tuple[int, int, int]:
     """(batch, head, position) strides of a contiguous [B, T, N, H] array."""
     _, positions, heads, width = array.shape
@@ -85,7 +108,7 @@ def sample(
     )  # fmt: skip
     plan = make_plan(problem, implementation="triton", target=target, block_q=block_q, block_kv=block_kv)
     made = launches(plan, Options(head_dim**-0.5), lengths=lengths)
-    one = next(launch for launch in made if launch.kernel.name == NAMES[kernel])
+    one = select(made, kernel)[0]
     changed: dict[str, Any] = {}
     if descriptors is not None:
         changed["constants"] = {**one.constants, "DESCRIPTORS": descriptors}

@@ -79,6 +79,9 @@ class XlaImplementation:
         run = partial(self.attention, plan, options, kv_lengths=None)
         return jax.jit(run).lower(q, k, k).as_text()
 
+    def assembly(self, plan: Plan, options: Options, kernel: str | None = None) -> str:
+        raise UnsupportedError("the xla implementation's programs are compiled when they run. Look at target='xla'.")
+
 
 IMPLEMENTATION = XlaImplementation()
 
