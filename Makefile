@@ -5,6 +5,11 @@ PYTHON ?= python3
 VENV ?= .venv
 JOBS ?= 2
 ARGS ?=
+# What `make torch` installs. PyPI's own wheel for Linux brings gigabytes of CUDA; this one is for processors.
+TORCH ?= torch --index-url https://download.pytorch.org/whl/cpu
+# A second Python, with the newer JAX and jax-triton that only it gets, for the tests that lower for GPUs. May be empty.
+PYTHON312 ?= $(shell for python in python3.12 "$${PYENV_ROOT:-$$HOME/.pyenv}"/versions/3.12*/bin/python3.12; do \
+	"$$python" -c "" 2> /dev/null && command -v "$$python" && break; done)
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install -qq --no-input --disable-pip-version-check
@@ -14,23 +19,31 @@ SOURCES := src tests examples benchmarks
 # the end of its first installation: one that still has it was interrupted, and is made anew.
 FOR_RUN := $(VENV)/.splat-run
 FOR_DEV := $(VENV)/.splat-dev
+FOR_TORCH := $(VENV)/.splat-torch
+FOR_312 := $(VENV)/python3.12/.splat-lowering
 UNFINISHED := $(VENV)/.splat-unfinished
 
 export PYRIGHT_PYTHON_IGNORE_WARNINGS := 1
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo test lint types bench clean
+.PHONY: help demo test torch test-torch lint types bench clean
 
 help:  ## list the targets
 	@echo "make TARGET [PYTHON=$(PYTHON)] [VENV=$(VENV)] [JOBS=$(JOBS)] [ARGS='...']"
-	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  \1\t\2/p' $(firstword $(MAKEFILE_LIST))
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  \1\t\2/p' $(firstword $(MAKEFILE_LIST))
 
 demo: $(FOR_RUN)  ## show what SPLAT does, on this machine (ARGS: to `splat demo`)
 	@$(BIN)/splat demo $(ARGS)
 
-test: lint types  ## lint, types, then the tests in JOBS processes (ARGS: to pytest)
-	@$(BIN)/python -m pytest -n $(JOBS) --dist worksteal $(ARGS)
+test: lint types $(if $(PYTHON312),$(FOR_312))  ## lint, types, then the tests in JOBS processes (ARGS: to pytest)
+	@$(if $(PYTHON312),SPLAT_TEST_PYTHON312=$(VENV)/python3.12/bin/python) \
+		$(BIN)/python -m pytest -n $(JOBS) --dist worksteal $(ARGS)
+
+torch: $(FOR_TORCH)  ## install PyTorch, so that `make test` tests its front end too (TORCH: what to install)
+
+test-torch: $(FOR_DEV) $(FOR_TORCH)  ## install PyTorch and test its front end (ARGS: to pytest)
+	@$(BIN)/python -m pytest -n $(JOBS) tests/torch $(ARGS)
 
 lint: $(FOR_DEV)  ## ruff: rules and formatting
 	@$(BIN)/ruff check
@@ -57,7 +70,27 @@ $(FOR_DEV): pyproject.toml
 	@$(create_venv)
 	@echo "splat: installing SPLAT, what it needs and the tools that check it into $(VENV) (once, about a minute)"
 	@$(PIP) -e '.[dev]'
+	@$(call lowering_plugin,$(BIN))
 	@rm -f $(UNFINISHED) && touch $(FOR_RUN) $@
+
+$(FOR_TORCH): $(FOR_DEV)
+	@echo "splat: installing PyTorch into $(VENV) (once; about 200 MB)"
+	@$(PIP) $(TORCH)
+	@touch $@
+
+$(FOR_312): pyproject.toml
+	@echo "splat: installing JAX and Triton for $$($(PYTHON312) -V) into $(VENV)/python3.12 (once, about a minute)"
+	@rm -rf $(VENV)/python3.12 && $(PYTHON312) -m venv $(VENV)/python3.12
+	@$(VENV)/python3.12/bin/python -m pip install -qq --no-input --disable-pip-version-check -e '.[kernels]' flatbuffers
+	@$(call lowering_plugin,$(VENV)/python3.12/bin)
+	@touch $@
+
+# JAX lowers for CUDA on any Linux machine with this plugin alone: 7.5 MB, without the 400 MB that it asks for.
+define lowering_plugin
+case "$$(uname -s)" in Linux) version=$$($(1)/python -c 'import jaxlib; print(jaxlib.__version__)'); \
+$(1)/python -m pip install -qq --no-input --disable-pip-version-check --no-deps "jax-cuda13-plugin==$$version" || \
+	echo "splat: no CUDA plugin for jaxlib $$version; tests that lower for GPUs will be skipped" >&2;; esac
+endef
 
 # Leaves a complete virtual environment alone, whoever made it. bin/ goes first, so that an interrupted removal shows.
 define create_venv

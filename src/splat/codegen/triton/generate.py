@@ -22,7 +22,7 @@ from splat.tiling import Test
 #: Where the texts' functions come from; a text imports those it calls.
 _LIBRARY = {
     "backward": ("d_key_value", "d_query", "zeros"),
-    "combine": ("merged_lse", "partial_lse", "partial_rows", "share", "slots_of"),
+    "combine": ("merged_lse", "partial_lse", "partial_rows", "resume", "share", "slots_of"),
     "forward": ("attend", "finish", "start"),
     "tiles": (
         "LOG2E", "bound", "cut", "head_of", "lattice", "load_rows", "locate", "rows_by_map", "rows_in_steps", "skip",
@@ -40,11 +40,13 @@ class Variant:
 
     Attributes:
       partial: results go to slots (to be merged), not to their rows.
+      earlier: so many passes' results are merged into this one's.
       lengths: there are run-time key lengths.
       grouped: several query heads share a key head.
     """
 
     partial: bool = False
+    earlier: int = 0
     lengths: bool = False
     grouped: bool = False
 
@@ -95,8 +97,8 @@ def _steps(*names: str) -> str:
     return ", ".join(f"{name}_T: tl.constexpr" for name in (name.upper() for name in names)) + ", UNIT: tl.constexpr"
 
 
-def tables_of(facts: PassFacts, variant: Variant) -> list[str]:
-    """The tables that a kernel reads, in the order of its parameters."""
+def tables_of(facts: PassFacts, variant: Variant, results: Sequence[str]) -> list[str]:
+    """The tables and earlier results that a kernel reads, in the order of its parameters."""
     wanted = {
         "TILES": True,
         "ROWS": facts.step is None,
@@ -104,7 +106,9 @@ def tables_of(facts: PassFacts, variant: Variant) -> list[str]:
         "WALKS": facts.looped is not None,
         "LENGTHS": variant.lengths,
     }
-    return [name for name, here in wanted.items() if here]
+    tables = [name for name, here in wanted.items() if here]
+    tables += ["SLOTS"] if variant.earlier else []
+    return tables + [f"{result}{n}" for n in range(variant.earlier) for result in results]
 
 
 def _signature(
@@ -115,6 +119,15 @@ def _signature(
     lines += [f"{indent}{line}," for line in (_strides(*addressed), scalars, outputs, _steps(*addressed))]
     lines += [indent + line for line in _CONSTANTS]
     return [*lines, f"{indent}{constants}):"]
+
+
+def _counts(variant: Variant) -> str:
+    """Parameters: how many slots each earlier pass has."""
+    return "".join(f"count{n}, " for n in range(variant.earlier))
+
+
+def _slots(variant: Variant) -> list[str]:
+    return [f"    slots{n} = slots_of(SLOTS, {n}, rows, num_rows)" for n in range(variant.earlier)]
 
 
 def _prologue(facts: PassFacts, variant: Variant, heads: str) -> list[str]:
@@ -138,8 +151,8 @@ def _target(variant: Variant) -> list[str]:
 
 def _forward_text(facts: PassFacts, variant: Variant) -> Iterator[str]:
     yield from _signature(
-        "splat_forward", ["Q", "K", "V", *tables_of(facts, variant)],
-        ["q", "k", "v", "out"], "num_slots, num_walks, num_rows, scale, soft_cap", "OUT, LSE",
+        "splat_forward", ["Q", "K", "V", *tables_of(facts, variant, ["LSE", "X"])],
+        ["q", "k", "v", "out"], f"num_slots, num_walks, num_rows, {_counts(variant)}scale, soft_cap", "OUT, LSE",
         "SOFT_CAP: tl.constexpr, SIGN: tl.constexpr",
     )  # fmt: skip
     yield from _prologue(facts, variant, "NUM_HEADS")
@@ -158,17 +171,21 @@ def _forward_text(facts: PassFacts, variant: Variant) -> Iterator[str]:
 
     sources = {"keys": ("keys_of", "K_T"), "values": ("values_of", "V_T")}
     yield from _walks(facts, sources, call, limited=variant.lengths)
+    yield "    pair = batch * NUM_HEADS + head"
+    yield from _slots(variant)
+    for n in range(variant.earlier):
+        which = f"LSE{n}, X{n}, pair, slots{n}, count{n}"
+        yield f"    top, total, acc = resume(top, total, acc, {which}, HEAD_DIM, WIDTH)"
     yield "    out, lse = finish(top, total, acc)"
     yield from _target(variant)
     yield "    store_rows(head_of(OUT, batch, head, out_b, out_h, UNIT), out, at, count, OUT_T, HEAD_DIM, WIDTH)"
-    yield "    pair = batch * NUM_HEADS + head"
     yield "    tl.store(LSE + pair.to(tl.int64) * count + at, lse, mask=at < count)"
 
 
 def _d_query_text(facts: PassFacts, variant: Variant) -> Iterator[str]:
     yield from _signature(
-        "splat_d_query", ["Q", "K", "V", "DO", "LSE", "DELTA", *tables_of(facts, variant)],
-        ["q", "k", "v", "do", "dq"], "num_slots, num_walks, num_rows, scale, soft_cap", "DQ",
+        "splat_d_query", ["Q", "K", "V", "DO", "LSE", "DELTA", *tables_of(facts, variant, ["X"])],
+        ["q", "k", "v", "do", "dq"], f"num_slots, num_walks, num_rows, {_counts(variant)}scale, soft_cap", "DQ",
         "SOFT_CAP: tl.constexpr",
     )  # fmt: skip
     yield from _prologue(facts, variant, "NUM_HEADS")
@@ -189,14 +206,20 @@ def _d_query_text(facts: PassFacts, variant: Variant) -> Iterator[str]:
 
     sources = {"keys": ("keys_of", "K_T"), "values": ("values_of", "V_T")}
     yield from _walks(facts, sources, call, limited=variant.lengths)
+    yield "    acc = acc * scale"
+    yield from _slots(variant)
+    for n in range(variant.earlier):
+        yield f"    acc += partial_rows(X{n}, pair, slots{n}, count{n}, HEAD_DIM, WIDTH)"
     yield from _target(variant)
-    yield "    store_rows(head_of(DQ, batch, head, dq_b, dq_h, UNIT), acc * scale, at, count, DQ_T, HEAD_DIM, WIDTH)"
+    yield "    store_rows(head_of(DQ, batch, head, dq_b, dq_h, UNIT), acc, at, count, DQ_T, HEAD_DIM, WIDTH)"
 
 
 def _d_key_value_text(facts: PassFacts, variant: Variant) -> Iterator[str]:
     yield from _signature(
-        "splat_d_key_value", ["Q", "K", "V", "DO", "LSE", "DELTA", *tables_of(facts, variant)],
-        ["q", "k", "v", "do", "dk", "dv"], "num_slots, num_walks, num_rows, num_queries, scale, soft_cap",
+        "splat_d_key_value",
+        ["Q", "K", "V", "DO", "LSE", "DELTA", *tables_of(facts, variant, ["XK", "XV"])],
+        ["q", "k", "v", "do", "dk", "dv"],
+        f"num_slots, num_walks, num_rows, {_counts(variant)}num_queries, scale, soft_cap",
         "DK, DV", "SOFT_CAP: tl.constexpr, GUARD: tl.constexpr",
     )  # fmt: skip
     yield from _prologue(facts, variant, "NUM_HEADS // GROUP")
@@ -230,11 +253,19 @@ def _d_key_value_text(facts: PassFacts, variant: Variant) -> Iterator[str]:
         yield "    for member in range(GROUP):"
         body = ["    " + line for line in body]
     yield from body
+    yield "    d_k = d_k * scale"
     if variant.lengths:
         yield "    d_k = tl.where((rows < length)[:, None], d_k, 0.0)"
         yield "    d_v = tl.where((rows < length)[:, None], d_v, 0.0)"
+    if variant.earlier:
+        yield "    pair = batch * (NUM_HEADS // GROUP) + head"
+    yield from _slots(variant)
+    for n in range(variant.earlier):
+        for result in ("k", "v"):
+            where = f"X{result.upper()}{n}, pair, slots{n}, count{n}"
+            yield f"    d_{result} += partial_rows({where}, HEAD_DIM, WIDTH)"
     yield from _target(variant)
-    yield "    store_rows(head_of(DK, batch, head, dk_b, dk_h, UNIT), d_k * scale, at, count, DK_T, HEAD_DIM, WIDTH)"
+    yield "    store_rows(head_of(DK, batch, head, dk_b, dk_h, UNIT), d_k, at, count, DK_T, HEAD_DIM, WIDTH)"
     yield "    store_rows(head_of(DV, batch, head, dv_b, dv_h, UNIT), d_v, at, count, DV_T, HEAD_DIM, WIDTH)"
 
 

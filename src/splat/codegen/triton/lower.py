@@ -7,7 +7,6 @@ arrays for static plans and traced arrays for run-time ones; see `kernels.tiles`
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -21,6 +20,10 @@ SMALLEST_BLOCK = 16
 
 #: Up to so many walks are written out one after the other; more are a loop over a table.
 UNROLLED_WALKS = 3
+
+#: A program makes two tensor memory descriptors for each walk, which takes about as long as a tile; fewer tiles a walk
+#: are read through pointers. (By reasoning, not by measurement.)
+LONG = 4
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,6 +64,7 @@ class PassSpec:
     Attributes:
       tile_rows, block_q, block_kv: rows of the plan's tiles, and the kernel's block sizes.
       num_slots, num_walks: row tiles that are run, and walks.
+      is_long: whether a walk has `LONG` tiles on average (or how many is not known yet).
     """
 
     facts: PassFacts
@@ -69,25 +73,25 @@ class PassSpec:
     block_kv: int
     num_slots: int
     num_walks: int
+    is_long: bool
 
 
-#: Tables by name, int32: those of `kernels.tiles` that the pass's kernels read, and, where passes are merged, SLOTS
-#: [num_rows]: the slot row of every row (slot * block_q + row of the tile), -1 where it is in no tile.
+#: Tables by name, int32: those of `kernels.tiles` that the pass's kernels read, and, where its results are merged into
+#: another pass's, SLOTS [num_rows]: the slot row of every row (slot * block_q + row of the tile), -1: it is in no tile.
 Tables = dict[str, Any]
 
 
 def lower(schedule: Schedule) -> tuple[tuple[PassSpec, ...], list[Tables]]:
-    """Static facts and tables of every pass that has something to do."""
-    lowered = [_lower_pass(schedule, one) for one in schedule.passes if one.order.shape[0] and one.walks]
-    if needs_merging([spec for spec, _ in lowered]):
-        for spec, tables in lowered:
-            tables["SLOTS"] = _slots(spec, tables, schedule.acsr.shape[0])
+    """Static facts and tables of every pass that has something to do.
+
+    The last one has every row in a tile, if any has: it merges the others' results into its own.
+    """
+    passes = [one for one in schedule.passes if one.order.shape[0] and one.walks]
+    passes.sort(key=lambda one: one.tiles.row_map is None)  # stable
+    lowered = [_lower_pass(schedule, one) for one in passes]
+    for spec, tables in lowered[: -1 if lowered and lowered[-1][0].facts.covers_rows else None]:
+        tables["SLOTS"] = _slots(spec, tables, schedule.acsr.shape[0])
     return tuple(spec for spec, _ in lowered), [tables for _, tables in lowered]
-
-
-def needs_merging(specs: Sequence[PassSpec]) -> bool:
-    """Whether results of passes are merged by row, rather than written in place by the only pass."""
-    return len(specs) > 1 or any(not spec.facts.covers_rows for spec in specs)
 
 
 def _lower_pass(schedule: Schedule, one: Pass) -> tuple[PassSpec, Tables]:
@@ -113,7 +117,8 @@ def _lower_pass(schedule: Schedule, one: Pass) -> tuple[PassSpec, Tables]:
         tables["BOUNDS"] = _bounds(schedule, tested)
     if looped:
         tables["WALKS"] = _walk_table(walks, tests)
-    spec = PassSpec(facts, tile_rows, block_q, one.decision.block_kv, int(order.shape[0]), len(one.walks))
+    is_long = not one.is_static or one.num_tiles >= LONG * order.shape[0] * len(one.walks)
+    spec = PassSpec(facts, tile_rows, block_q, one.decision.block_kv, int(order.shape[0]), len(one.walks), is_long)
     return spec, tables
 
 

@@ -9,20 +9,21 @@ import dataclasses
 import math
 from collections.abc import Callable, Sequence
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 from splat.codegen.base import Options
 from splat.codegen.triton import generate
 from splat.codegen.triton.generate import Variant
 from splat.codegen.triton.kernels import SPLAT_DELTA
 from splat.codegen.triton.launch import Kernel, Launch, Launcher, Output
-from splat.codegen.triton.lower import PassSpec, Tables, lower, needs_merging
+from splat.codegen.triton.lower import PassSpec, Tables, lower
 from splat.pattern.core import array_namespace, ceil_div
 from splat.planning import Plan
 from splat.planning.kernels import find_config
 
-#: Static facts and tables of every pass.
-Passes = Sequence[tuple[PassSpec, Tables]]
+#: Static facts and tables of a pass, and of every pass.
+OnePass = tuple[PassSpec, Tables]
+Passes = Sequence[OnePass]
 
 #: Array's name in a kernel -> elements from one batch entry, head and position to the next.
 Strides = dict[str, tuple[int, int, int]]
@@ -74,6 +75,14 @@ class Sizes:
         return self.num_q_heads // self.num_kv_heads
 
 
+class Earlier(NamedTuple):
+    """What a pass merges into its results: SLOTS [passes, rows], each pass's results and its number of slot rows."""
+
+    slots: Any
+    arrays: tuple[Any, ...]
+    counts: tuple[int, ...]
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class Program:
     """Attention calls of one size: static options, bound to a framework.
@@ -95,25 +104,21 @@ class Program:
         if not passes:
             out = self.binding.full(self.binding.shape(s.batch, s.num_q_heads, s.q_len, s.head_dim), s.dtype, 0.0)
             return out, self.binding.full((s.batch, s.num_q_heads, s.q_len), "float32", float("-inf"))
-        partial = needs_merging([spec for spec, _ in passes])
-        parts = [self._forward(one, partial, query, key, value, lengths) for one in passes]
-        if not partial:
-            return parts[0]
-        out, lse = self._merged(passes, parts, s.num_q_heads, s.q_len, with_lse=True)
-        return out, lse
 
-    def _forward(self, one: tuple[PassSpec, Tables], partial: bool, query, key, value, lengths) -> tuple[Any, Any]:
-        s, (spec, _) = self.sizes, one
-        variant = Variant(partial, lengths is not None)
-        out, strides = self._result(spec, partial, s.num_q_heads, s.q_len)
-        count = spec.num_slots * spec.block_q if partial else s.q_len
-        lse = Output((s.batch, s.num_q_heads, count), "float32")
-        scale, sign = self._scale()
-        return self._launch(
-            "forward", generate.forward(spec.facts, variant), one, s.num_q_heads, (query, key, value), lengths,
-            self._strides(q=query, k=key, v=value) | {"out": strides}, (s.q_len, scale, self._soft_cap()), (out, lse),
-            SIGN=sign,
-        )  # fmt: skip
+        def run(one: OnePass, partial: bool, earlier: Earlier) -> Any:
+            spec, _ = one
+            out, strides = self._result(spec, partial, s.num_q_heads, s.q_len)
+            lse = Output((s.batch, s.num_q_heads, spec.num_slots * spec.block_q if partial else s.q_len), "float32")
+            scale, sign = self._scale()
+            variant = Variant(partial, len(earlier.counts), lengths is not None)
+            return self._launch(
+                "forward", generate.forward(spec.facts, variant), one, s.num_q_heads, (query, key, value), earlier,
+                lengths, self._strides(q=query, k=key, v=value) | {"out": strides}, (s.q_len,),
+                (scale, self._soft_cap()), (out, lse), SIGN=sign,
+            )  # fmt: skip
+
+        out, lse = self._each(passes, run, s.num_q_heads, s.q_len, with_lse=True)
+        return out, lse
 
     # -- backward ------------------------------------------------------------------------------------------------------
 
@@ -149,47 +154,68 @@ class Program:
         s = self.sizes
         if not passes:
             return self.binding.full(self.binding.shape(s.batch, s.num_q_heads, s.q_len, s.head_dim), s.dtype, 0.0)
-        partial, parts = needs_merging([spec for spec, _ in passes]), []
-        for one in passes:
+
+        def run(one: OnePass, partial: bool, earlier: Earlier) -> Any:
             result, strides = self._result(one[0], partial, s.num_q_heads, s.q_len)
-            kernel = generate.d_query(one[0].facts, Variant(partial, lengths is not None))
-            strides = self._saved_strides(saved) | {"dq": strides}
-            scalars = (s.q_len, self.options.scale, self._soft_cap())
-            parts.append(
-                self._launch("d_query", kernel, one, s.num_q_heads, saved, lengths, strides, scalars, (result,))
-            )
-        return self._merged(passes, parts, s.num_q_heads, s.q_len)[0] if partial else parts[0][0]
+            kernel = generate.d_query(one[0].facts, Variant(partial, len(earlier.counts), lengths is not None))
+            return self._launch(
+                "d_query", kernel, one, s.num_q_heads, saved, earlier, lengths,
+                self._saved_strides(saved) | {"dq": strides}, (s.q_len,), (self.options.scale, self._soft_cap()),
+                (result,),
+            )  # fmt: skip
+
+        return self._each(passes, run, s.num_q_heads, s.q_len)[0]
 
     def _d_key_value(self, passes: Passes, guard: bool, saved: Sequence[Any], lengths: Any) -> tuple[Any, Any]:
         s = self.sizes
         if not passes:
             shape = self.binding.shape(s.batch, s.num_kv_heads, s.kv_len, s.head_dim)
             return self.binding.full(shape, s.dtype, 0.0), self.binding.full(shape, s.dtype, 0.0)
-        partial, parts = needs_merging([spec for spec, _ in passes]), []
-        guard = guard or lengths is not None
-        for one in passes:
+
+        def run(one: OnePass, partial: bool, earlier: Earlier) -> Any:
             result, strides = self._result(one[0], partial, s.num_kv_heads, s.kv_len)
-            kernel = generate.d_key_value(one[0].facts, Variant(partial, lengths is not None, s.group > 1))
-            scalars = (s.kv_len, s.q_len, self.options.scale, self._soft_cap())
-            parts.append(
-                self._launch(
-                    "d_key_value", kernel, one, s.num_kv_heads, saved, lengths,
-                    self._saved_strides(saved) | {"dk": strides, "dv": strides}, scalars, (result, result), GUARD=guard,
-                )
+            variant = Variant(partial, len(earlier.counts), lengths is not None, s.group > 1)
+            return self._launch(
+                "d_key_value", generate.d_key_value(one[0].facts, variant), one, s.num_kv_heads, saved, earlier,
+                lengths, self._saved_strides(saved) | {"dk": strides, "dv": strides}, (s.kv_len,),
+                (s.q_len, self.options.scale, self._soft_cap()), (result, result),
+                GUARD=guard or lengths is not None,
             )  # fmt: skip
-        d_key, d_value = self._merged(passes, parts, s.num_kv_heads, s.kv_len) if partial else parts[0]
+
+        d_key, d_value = self._each(passes, run, s.num_kv_heads, s.kv_len)
         return d_key, d_value
+
+    # -- passes --------------------------------------------------------------------------------------------------------
+
+    def _each(self, passes: Passes, run: Callable[..., Any], heads: int, length: int, *, with_lse: bool = False) -> Any:
+        """Runs all passes. The last merges the others' results into its own if it has every row; else a kernel does."""
+        *first, last = passes
+        nothing = Earlier(None, (), ())
+        parts = [run(one, True, nothing) for one in first]
+        if not last[0].facts.covers_rows:
+            return self._merged(passes, [*parts, run(last, True, nothing)], heads, length, with_lse=with_lse)
+        return run(last, False, self._earlier(first, parts, with_lse) if first else nothing)
+
+    def _earlier(self, passes: Passes, parts: Sequence[Sequence[Any]], with_lse: bool) -> Earlier:
+        every = [tables["SLOTS"] for _, tables in passes]
+        slots = self.binding.table(array_namespace(*every).stack(every))
+        # Log-sum-exp is the last result, but the kernels want it first.
+        arrays = [x for part in parts for x in ((part[-1], *part[:-1]) if with_lse else part)]
+        return Earlier(slots, tuple(arrays), tuple(spec.num_slots * spec.block_q for spec, _ in passes))
 
     # -- one launch ----------------------------------------------------------------------------------------------------
 
     def _launch(
-        self, which: str, kernel: Kernel, one: tuple[PassSpec, Tables], heads: int, arrays, lengths, strides: Strides,
-        scalars, outputs, **constants: Any,
+        self, which: str, kernel: Kernel, one: OnePass, heads: int, arrays: Sequence[Any], earlier: Earlier,
+        lengths: Any, strides: Strides, length: tuple[int], scalars: Sequence[int | float], outputs: tuple[Output, ...],
+        **constants: Any,
     ) -> Any:  # fmt: skip
         s, (spec, tables) = self.sizes, one
         read = [self.binding.table(tables[name]) for name in TABLES if name in tables]
+        read += [] if lengths is None else [lengths]
+        read += [] if earlier.slots is None else [earlier.slots, *earlier.arrays]
         config = find_config(self.arch, which, s.head_dim, s.dtype, spec.block_q, spec.block_kv)
-        described = config.descriptors and self.binding.descriptors and self._describable(strides)
+        described = config.descriptors and spec.is_long and self.binding.descriptors and self._describable(strides)
         heads_at, steps = addresses(strides)
         constants = dict(
             **steps, NUM_HEADS=s.num_q_heads, GROUP=s.group, TILE_ROWS=spec.tile_rows, BLOCK_Q=spec.block_q,
@@ -199,9 +225,9 @@ class Program:
         )  # fmt: skip
         return self.binding.launch(
             Launch(
-                kernel, spec.num_slots * s.batch * heads, (*arrays, *read, *(() if lengths is None else (lengths,))),
-                (*heads_at, spec.num_slots, spec.num_walks, *scalars), outputs, constants, config.num_warps,
-                config.num_stages,
+                kernel, spec.num_slots * s.batch * heads, (*arrays, *read),
+                (*heads_at, spec.num_slots, spec.num_walks, *length, *earlier.counts, *scalars), outputs, constants,
+                config.num_warps, config.num_stages,
             )
         )  # fmt: skip
 
@@ -215,11 +241,10 @@ class Program:
         output = Output(self.binding.shape(s.batch, heads, length, s.head_dim), s.dtype)
         return output, self.binding.strides(output)
 
-    def _merged(self, passes, parts, heads: int, length: int, *, with_lse: bool = False) -> Sequence[Any]:
+    def _merged(self, passes: Passes, parts: Any, heads: int, length: int, *, with_lse: bool = False) -> Sequence[Any]:
         """Results by row from results by slot: summed, or weighted by their log-sum-exp (which is then the last)."""
         s, b, blocks = self.sizes, self.binding, ceil_div(length, MERGE_ROWS)
-        every = [tables["SLOTS"] for _, tables in passes]
-        slots = b.table(array_namespace(*every).stack(every))
+        slots = self._earlier(passes, parts, with_lse).slots
         results = len(parts[0]) - with_lse
         lses = [part[-1] for part in parts] if with_lse else []
         output = Output(b.shape(s.batch, heads, length, s.head_dim), s.dtype)

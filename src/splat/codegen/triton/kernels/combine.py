@@ -1,9 +1,9 @@
-"""Merging passes: a row's partial results lie in one slot of each pass that works on it."""
+"""Merging passes: a row's partial results lie in one slot of each earlier pass that works on it."""
 
 import triton
 import triton.language as tl
 
-from splat.codegen.triton.kernels.tiles import LN2, LOG2E
+from splat.codegen.triton.kernels.tiles import LEAST, LN2, LOG2E
 
 
 @triton.jit
@@ -36,3 +36,16 @@ def share(lse, top):
 def merged_lse(top, total):
     """Log-sum-exp of all passes; -inf where no pass has anything."""
     return tl.where(total > 0.0, top + tl.log2(tl.where(total > 0.0, total, 1.0)) * LN2, -float("inf"))
+
+
+@triton.jit
+def resume(top, total, acc, LSE, X, pair, slots, num_slots, HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr):
+    """The online softmax's state after an earlier pass's pairs too: as if they were one more tile."""
+    lse = partial_lse(LSE, pair, slots, num_slots)
+    some = lse > -float("inf")
+    last = tl.where(some, lse * LOG2E, LEAST)
+    new_top = tl.maximum(top, last)
+    decay = tl.exp2(top - new_top)
+    weight = tl.where(some, tl.exp2(last - new_top), 0.0)
+    partial = partial_rows(X, pair, slots, num_slots, HEAD_DIM, WIDTH)
+    return new_top, total * decay + weight, acc * decay[:, None] + partial * weight[:, None]
