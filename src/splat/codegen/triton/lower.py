@@ -84,11 +84,12 @@ Tables = dict[str, Any]
 def lower(schedule: Schedule) -> tuple[tuple[PassSpec, ...], list[Tables]]:
     """Static facts and tables of every pass that has something to do.
 
-    The last one has every row in a tile, if any has: it merges the others' results into its own.
+    The last one has every row in a tile, if any has: it merges the others' results into its own. Among those it is the
+    one with most slots, because the others' results are written by slot.
     """
     passes = [one for one in schedule.passes if one.order.shape[0] and one.walks]
-    passes.sort(key=lambda one: one.tiles.row_map is None)  # stable
     lowered = [_lower_pass(schedule, one) for one in passes]
+    lowered.sort(key=lambda pair: (pair[0].facts.covers_rows, pair[0].num_slots * pair[0].block_q))
     for spec, tables in lowered[: -1 if lowered and lowered[-1][0].facts.covers_rows else None]:
         tables["SLOTS"] = _slots(spec, tables, schedule.acsr.shape[0])
     return tuple(spec for spec, _ in lowered), [tables for _, tables in lowered]
