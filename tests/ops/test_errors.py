@@ -156,9 +156,9 @@ REFUSED: list[Any] = [
         "implementation must be None or one of 'triton', 'cpp', 'xla', but 'cuda' was given. None picks the best",
     ),
     (
-        call(implementation="triton"),
+        call(implementation="cpp"),
         UnsupportedError,
-        "implementation='triton' is not part of this version of splat-attention. Use implementation='xla', which",
+        "implementation='cpp' is not part of this version of splat-attention. Use implementation='xla', which",
     ),
     (call(implementation="cpp"), UnsupportedError, "implementation='cpp' is not part of this version"),
 ]
@@ -222,7 +222,9 @@ def test_an_implementation_says_why_not() -> None:
     reasons = refusals(Request("cpu", "float32", 64))
     assert set(reasons) == {"triton", "cpp", "xla"}
     assert reasons["xla"] is None
-    assert reasons["triton"] == reasons["cpp"] == "not part of this version of splat-attention"
+    assert reasons["cpp"] == "not part of this version of splat-attention"
+    assert reasons["triton"] is not None
+    assert "needs a GPU, and this is for a cpu. Use implementation='xla', or None" in reasons["triton"]
     assert choose(Request("cpu", "float32", 64)).name == "xla"
     assert choose(Request("cpu", "float32", 64), "xla").name == "xla"
 
@@ -256,13 +258,31 @@ def test_emit_is_text_of_the_program() -> None:
 
 
 @pytest.mark.parametrize(
-    ("target", "error", "message"),
+    ("arguments", "error", "message"),
     [
-        ("cuda", ArgumentError, "target must be one of 'triton', 'cpp', 'xla', but 'cuda' was given"),
-        ("triton", UnsupportedError, "implementation='triton' is not part of this version of splat-attention"),
+        (dict(target="cuda"), ArgumentError, "target must be one of 'triton', 'cpp', 'xla', 'ptx', but 'cuda' was"),
+        (dict(target="cpp"), UnsupportedError, "implementation='cpp' is not part of this version of splat-attention"),
+        (dict(target="triton", device="cpu"), UnsupportedError, "needs a GPU, and this is for a cpu"),
+        (dict(target="triton", kernel="bwd"), ArgumentError, "kernel must be one of forward, d_query, d_key_value,"),
+        (dict(target="triton", kernel="merge"), ArgumentError, "this plan launches no kernel 'merge'"),
+        (dict(target="triton", head_dim=512), UnsupportedError, "serves head dims up to 256, not 512"),
+        (dict(target="ptx", arch="sm_75"), ArgumentError, "arch must be one of 'gfx942', 'sm_100', 'sm_80', 'sm_90',"),
+        (dict(target="ptx", arch="sm_90", device="a100"), ArgumentError, "device and arch name the same thing"),
+        (dict(target="xla", kernel="dq"), ArgumentError, "kernel must be 'forward' for target 'xla'"),
     ],
 )
-def test_emit_refuses(target: str, error: type[SplatError], message: str) -> None:
+def test_emit_refuses(arguments: dict[str, Any], error: type[SplatError], message: str) -> None:
     with pytest.raises(error) as caught:
-        splat.emit("causal()", 32, target=target)
+        splat.emit("causal()", 32, **arguments)
     assert message in str(caught.value)
+
+
+@pytest.mark.parametrize(("arch", "instruction"), [("sm_90", "wgmma"), ("gfx942", "mfma")])
+def test_emit_compiles_without_a_gpu(arch: str, instruction: str) -> None:
+    pytest.importorskip("triton", reason="triton is not installed: nothing to compile with")
+    text = splat.emit("causal() & window(99)", 1024, target="ptx", arch=arch, head_dim=64, dtype="bfloat16")
+    facts = text.splitlines()[1]
+    assert f"splat_forward for {arch}: " in facts
+    for word in ("registers", "0 bytes spilled", "bytes of shared memory", instruction):
+        assert word in facts
+    assert text.count(instruction) > 4, "and the assembly itself"

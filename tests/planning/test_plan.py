@@ -92,7 +92,8 @@ def test_text_holds_the_facts() -> None:
     candidates = lines[4 + len(passes) :]
     assert [line.split(":")[0].strip() for line in candidates] == ["triton", "cpp", "* xla"]
     assert candidates[2] == f"  * xla: {made.predicted_ms:.3g} ms predicted"
-    assert "cannot serve: not part of this version" in candidates[0]
+    assert "cannot serve: the triton implementation needs a GPU" in candidates[0]
+    assert "cannot serve: not part of this version" in candidates[1]
 
 
 def test_text_of_a_long_pattern_is_cut() -> None:
@@ -201,7 +202,8 @@ def test_arguments_in_all_forms() -> None:
             ArgumentError,
             "implementation must be None or one of 'triton', 'cpp', 'xla', but",
         ),
-        (dict(implementation="triton"), UnsupportedError, "implementation='triton' is not part of this version"),
+        (dict(implementation="cpp"), UnsupportedError, "implementation='cpp' is not part of this version"),
+        (dict(implementation="triton"), UnsupportedError, "needs a GPU, and this is for a cpu"),
         (dict(dtype="float8_e4m3fn"), UnsupportedError, "not float8_e4m3fn. Convert the inputs."),
         (dict(pattern=splat.segments([0, 0])), PatternError, "ids name 2 positions, but the pattern is used up to"),
     ],

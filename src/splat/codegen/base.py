@@ -16,7 +16,7 @@ class Request:
       platform: where arrays live or the target's kind: "cpu", "gpu", "tpu".
       dtype, head_dim: of query, key and value.
       named: whether the implementation was asked for by name.
-      elsewhere: whether the question is about another machine, where what is installed here does not matter.
+      elsewhere: whether nothing is to be run here, so that what is installed does not matter.
     """
 
     platform: str

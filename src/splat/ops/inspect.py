@@ -53,7 +53,7 @@ def plan(
     name = _dtype_name(dtype)
     problem = Problem(pattern, q_len, kv_len, head_dim, num_q_heads, heads, batch, name)
     device = find(target)
-    request = Request(device.kind, name, head_dim, elsewhere=device.kind != "cpu")
+    request = Request(device.kind, name, head_dim, elsewhere=True)
     chosen = choose(request, implementation).name
     made = make_plan(
         problem, implementation=chosen, target=target, query_offset=query_offset, block_q=block_q, block_kv=block_kv

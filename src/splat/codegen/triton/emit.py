@@ -45,18 +45,18 @@ class TritonImplementation:
                 f"the triton implementation serves head dims up to {MAX_HEAD_DIM}, not {request.head_dim}. Use "
                 "implementation='xla'."
             )
-        if request.elsewhere:
-            return None
         if request.platform not in ("gpu", "cuda", "rocm") and not self._without_a_gpu(request):
             return (
-                f"the triton implementation needs a GPU, but JAX's default device is a {request.platform}. Use "
-                "implementation='xla', or None for the best that can serve."
+                f"the triton implementation needs a GPU, and this is for a {request.platform}. Use implementation='xla', "
+                "or None for the best that can serve."
             )
-        return bind_jax.missing()
+        return None if request.elsewhere else bind_jax.missing()
 
     @staticmethod
     def _without_a_gpu(request: Request) -> bool:
         """Asked for by name: interpreted kernels run on the CPU (TRITON_INTERPRET=1), others are only lowered."""
+        if request.elsewhere:
+            return False
         here = bind_jax.lowering_capability() is not None or (not bind_jax.missing() and interpret.is_interpreted())
         return request.platform == "cpu" and request.named and here
 

@@ -332,13 +332,17 @@ def _keep_lines(tests: Sequence[Test], name: str) -> list[str]:
     for test in tests:
         one = []
         if test.lower:
-            one.append(f"(x[None, :] >= bounds[{at}][:, None])")
+            one.append(f"x[None, :] >= bounds[{at}][:, None]")
             at += 1
         if test.upper:
-            one.append(f"(x[None, :] < bounds[{at}][:, None])")
+            one.append(f"x[None, :] < bounds[{at}][:, None]")
             at += 1
-        terms.append(" & ".join(one) if len(tests) == 1 else f"({' & '.join(one)})")
-    return ["@triton.jit", f"def {name}(x, bounds):", f"    return {' | '.join(terms)}", "", ""]
+        terms.append(_joined(one, " & "))
+    return ["@triton.jit", f"def {name}(x, bounds):", f"    return {_joined(terms, ' | ')}", "", ""]
+
+
+def _joined(terms: Sequence[str], operator: str) -> str:
+    return terms[0] if len(terms) == 1 else operator.join(f"({term})" for term in terms)
 
 
 def _keeps(facts: PassFacts) -> Iterator[str]:
@@ -425,5 +429,5 @@ def _wrap(line: str) -> str:
     if len(line) <= _LINE:
         return line
     hanging = " " * (len(line) - len(line.lstrip()) + 4)
-    kept = line.replace(": ", ":\0")  # a parameter and its annotation stay together
+    kept = line.replace(": ", ":\0").replace(", None]", ",\0None]")  # annotations and indices stay together
     return "\n".join(textwrap.wrap(kept, _LINE, subsequent_indent=hanging, break_long_words=False)).replace("\0", " ")

@@ -1,0 +1,131 @@
+"""The registered operations `splat::attention` and `splat::attention_backward`, and what tracing needs to know of them.
+
+Everything static about a call travels as text and numbers: the pattern is its expression, `repr(pattern)`. So a traced
+graph can be printed, written and read by another process, and holds no table: the real implementation looks up plan,
+kernels and tables, which it remembers. `query_offset` may be a symbolic integer in a traced graph, and shapes too.
+
+PyTorch's cache of compiled graphs on the disk goes by the forward's arguments only: whoever changes the backward's
+schema has to change the forward's too, or old caches call the new backward in the old way.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from splat.errors import UnsupportedError
+
+_SCHEMA = (
+    "(Tensor query, Tensor key, Tensor value, Tensor? kv_lengths, str pattern, float? scale, float? logits_soft_cap, "
+    "SymInt query_offset) -> (Tensor, Tensor)"
+)
+_BACKWARD_SCHEMA = (
+    "(Tensor query, Tensor key, Tensor value, Tensor? kv_lengths, Tensor out, Tensor lse, Tensor? d_out, Tensor? d_lse,"
+    " str pattern, float? scale, float? logits_soft_cap, SymInt query_offset, bool of_query, bool of_key_value)"
+    " -> (Tensor, Tensor, Tensor)"
+)
+
+
+@torch.library.custom_op("splat::attention", mutates_args=(), schema=_SCHEMA)
+def attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    kv_lengths: Tensor | None,
+    pattern: str,
+    scale: float | None,
+    logits_soft_cap: float | None,
+    query_offset: int,
+) -> tuple[Tensor, Tensor]:
+    """(output [B, N, T, H] lying in memory as [B, T, N, H], log-sum-exp float32 [B, N, T]); see `attention`."""
+    if query.numel() == 0:
+        out, lse = _like(query, query, kv_lengths)
+        return out.zero_(), lse.zero_()
+    from splat.torch.programs import forward
+
+    return forward(query, key, value, kv_lengths, (pattern, scale, logits_soft_cap, query_offset))
+
+
+@torch.library.custom_op("splat::attention_backward", mutates_args=(), schema=_BACKWARD_SCHEMA)
+def attend_backward(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    kv_lengths: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    d_out: Tensor | None,
+    d_lse: Tensor | None,
+    pattern: str,
+    scale: float | None,
+    logits_soft_cap: float | None,
+    query_offset: int,
+    of_query: bool,
+    of_key_value: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients of query, key and value, laid out in memory as the output is; [0] where one is not wanted."""
+    if query.numel() == 0 or (d_out is None and d_lse is None):
+        made = _gradients_like(query, key, value, of_query, of_key_value)
+        return made[0].zero_(), made[1].zero_(), made[2].zero_()
+    from splat.torch.programs import backward
+
+    static, wanted = (pattern, scale, logits_soft_cap, query_offset), (of_query, of_key_value)
+    found = backward(query, key, value, kv_lengths, out, lse, d_out, d_lse, static, wanted)
+    if of_query and of_key_value:
+        return found[0], found[1], found[2]
+    if of_query:
+        return found[0], key.new_empty(0), value.new_empty(0)
+    return query.new_empty(0), found[0], found[1]
+
+
+# -- for tracing: shapes, dtypes and layouts ---------------------------------------------------------------------------
+
+
+def _heads_inside(x: Tensor) -> Tensor:
+    """An empty [B, N, T, H] that lies in memory as [B, T, N, H]."""
+    batch, heads, length, width = x.shape
+    return x.new_empty(batch, length, heads, width).transpose(1, 2)
+
+
+@attend.register_fake
+def _like(query: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    return _heads_inside(query), query.new_empty(query.shape[:-1], dtype=torch.float32)
+
+
+@attend_backward.register_fake
+def _gradients_like(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+    *_, of_query, of_key_value = rest
+    d_query = _heads_inside(query) if of_query else query.new_empty(0)
+    if of_key_value:
+        return d_query, _heads_inside(key), _heads_inside(value)
+    return d_query, key.new_empty(0), value.new_empty(0)
+
+
+# -- derivatives -------------------------------------------------------------------------------------------------------
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    query, key, value, kv_lengths, *ctx.static = inputs
+    ctx.save_for_backward(query, key, value, kv_lengths, *output)
+    ctx.set_materialize_grads(False)
+
+
+def _differentiate(ctx: Any, d_out: Tensor | None, d_lse: Tensor | None) -> tuple[Any, ...]:
+    needed = ctx.needs_input_grad[:3]
+    of_key_value = needed[1] or needed[2]  # one kernel makes both
+    gradients = attend_backward(*ctx.saved_tensors, d_out, d_lse, *ctx.static, needed[0], of_key_value)
+    return *(x if here else None for x, here in zip(gradients, needed, strict=True)), *(None,) * 5
+
+
+def _refuse(ctx: Any, *_: Any) -> tuple[Any, ...]:
+    raise UnsupportedError(
+        "splat.torch.attention has first derivatives only: a gradient of its gradient was asked for. Use "
+        "splat.attention (JAX, implementation='xla') for Hessian-vector products, or torch's own attention with "
+        "attn_mask=torch.from_numpy(pattern.to_dense(...))."
+    )
+
+
+attend.register_autograd(_differentiate, setup_context=_save)
+attend_backward.register_autograd(_refuse)

@@ -1,0 +1,215 @@
+"""Checks of the arguments of `splat.torch`, before anything is planned or compiled.
+
+Every message names the argument, what is expected, what was given and what to do. `torch.compile` traces these
+functions, so they look at shapes, dtypes and devices, never at values.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple, TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from splat.codegen.triton import interpret
+from splat.errors import ArgumentError, UnsupportedError
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+MAX_HEAD_DIM = 256
+
+#: The oldest NVIDIA generation that the kernels are made for: Ampere, the first with bfloat16.
+OLDEST_CAPABILITY = (8, 0)
+
+
+_Function = TypeVar("_Function", bound=Callable[..., Any])
+
+
+def known_when_traced(function: _Function) -> _Function:
+    """`torch.compiler.assume_constant_result`: torch.compile runs the function when it traces a call, and not again.
+
+    The mark is set by hand, because the decorator imports the whole compiler: 1.5 s for who may never compile.
+    """
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
+
+
+class Sizes(NamedTuple):
+    """batch, q_len, kv_len, num_q_heads, num_kv_heads, head_dim."""
+
+    batch: int
+    q_len: int
+    kv_len: int
+    num_q_heads: int
+    num_kv_heads: int
+    head_dim: int
+
+
+def check_arrays(query: Any, key: Any, value: Any) -> Sizes:
+    """The sizes of query [B, N, T, H], key and value [B, K, S, H], after checking them."""
+    for name, array, letters in (("query", query, "[B, N, T, H]"), ("key", key, "[B, K, S, H]"),
+                                 ("value", value, "[B, K, S, H]")):  # fmt: skip
+        if not isinstance(array, Tensor):
+            raise ArgumentError(
+                f"{name} must be a torch.Tensor, but {type(array).__name__} was given. JAX and NumPy arrays are for "
+                "splat.attention."
+            )
+        if array.ndim != 4:
+            raise ArgumentError(
+                f"{name} must have shape {letters}, but shape {list(array.shape)} was given. A missing batch axis "
+                "needs [None]."
+            )
+        if array.dtype not in DTYPES:
+            raise UnsupportedError(
+                f"{name} must be one of {', '.join(map(name_of, DTYPES))}, but {name_of(array.dtype)} was given. "
+                f"Convert it first, for example with {name}.bfloat16()."
+            )
+    if query.dtype != key.dtype or key.dtype != value.dtype:
+        raise ArgumentError(
+            f"query, key and value must have one dtype, but {name_of(query.dtype)}, {name_of(key.dtype)} and "
+            f"{name_of(value.dtype)} were given"
+        )
+    if query.device != key.device or key.device != value.device:
+        raise ArgumentError(
+            f"query, key and value must be on one device, but {query.device}, {key.device} and {value.device} were "
+            "given. Move them with .to(query.device)."
+        )
+    _check_device(query.device)
+    batch, num_q_heads, q_len, head_dim = query.shape
+    if key.shape != value.shape:
+        raise ArgumentError(
+            f"key and value must have one shape, but {list(key.shape)} and {list(value.shape)} were given"
+        )
+    if key.shape[0] != batch or key.shape[3] != head_dim:
+        raise ArgumentError(
+            f"query {list(query.shape)} and key {list(key.shape)} must agree in batch (axis 0) and head dim (axis 3)"
+        )
+    num_kv_heads, kv_len = key.shape[1], key.shape[2]
+    if kv_len == 0:
+        raise ArgumentError("key and value must have at least one position, but kv_len is 0. Skip the call instead.")
+    if num_kv_heads == 0 or head_dim == 0 or num_q_heads == 0:
+        raise ArgumentError(
+            f"heads and head dim must not be 0, but query {list(query.shape)}, key {list(key.shape)} were given"
+        )
+    if num_q_heads % num_kv_heads:
+        raise ArgumentError(
+            f"the number of query heads must be a multiple of the key/value heads, but {num_q_heads} and "
+            f"{num_kv_heads} were given (grouped-query attention shares one key head among equally many query heads). "
+            "In PyTorch's layout heads are axis 1: [B, T, N, H] needs transpose(1, 2)."
+        )
+    if head_dim > MAX_HEAD_DIM:
+        raise UnsupportedError(
+            f"head dims up to {MAX_HEAD_DIM} are supported, but {head_dim} was given. Use "
+            "torch.nn.functional.scaled_dot_product_attention for it."
+        )
+    return Sizes(batch, q_len, kv_len, num_q_heads, num_kv_heads, head_dim)
+
+
+def name_of(dtype: torch.dtype) -> str:
+    """float32 for torch.float32."""
+    return str(dtype).removeprefix("torch.")
+
+
+def _check_device(device: torch.device) -> None:
+    refusal = _device_refusal(device.type, device.index)
+    if refusal is not None:
+        raise UnsupportedError(refusal)
+
+
+@known_when_traced
+def _device_refusal(kind: str, index: int | None) -> str | None:
+    """Why kernels cannot run there, as a sentence with the remedy; None if they can."""
+    if importlib.util.find_spec("triton") is None:
+        return "splat.torch needs Triton, which is not installed: `pip install splat-attention[torch]`."
+    if kind not in ("cuda", "cpu"):
+        return (
+            f"splat.torch serves CUDA and ROCm GPUs, but the tensors are on {kind!r}. Use "
+            "torch.nn.functional.scaled_dot_product_attention there."
+        )
+    if kind == "cpu":
+        if interpret.is_interpreted():
+            return None
+        return (
+            "splat.torch needs a GPU: move the tensors with .cuda(), or use splat.attention (JAX) on the CPU. For "
+            "tests, TRITON_INTERPRET=1 set before Python starts runs the kernels in Triton's interpreter, slowly."
+        )
+    if torch.version.hip is not None:
+        return None
+    capability = torch.cuda.get_device_capability(index)
+    if capability < OLDEST_CAPABILITY:
+        return (
+            "splat.torch needs compute capability 8.0 (A100, RTX 30) or later, but "
+            f"{torch.cuda.get_device_name(index)} has {capability[0]}.{capability[1]}. Use "
+            "torch.nn.functional.scaled_dot_product_attention there."
+        )
+    return None
+
+
+def check_scale(scale: Any) -> float | None:
+    """`scale` as a float, or None."""
+    return None if scale is None else _number("scale", scale)
+
+
+def check_soft_cap(cap: Any) -> float | None:
+    """`logits_soft_cap` as a positive float, or None."""
+    if cap is None:
+        return None
+    number = _number("logits_soft_cap", cap)
+    if not number > 0:
+        raise ArgumentError(f"logits_soft_cap must be positive or None, but {number} was given")
+    return number
+
+
+def _number(name: str, value: Any) -> float:
+    if isinstance(value, Tensor):
+        raise ArgumentError(
+            f"{name} must be a Python number, because kernels take it as one, but a tensor was given. Multiply query "
+            "by a run-time scale instead."
+        )
+    if isinstance(value, str) or not hasattr(value, "__float__"):
+        raise ArgumentError(f"{name} must be a number or None, but {type(value).__name__} was given")
+    number = float(value)
+    if not math.isfinite(number):
+        raise ArgumentError(f"{name} must be finite, but {number} was given")
+    return number
+
+
+def check_offset(query_offset: Any) -> int:
+    """`query_offset` as an int."""
+    if isinstance(query_offset, bool) or not isinstance(query_offset, (int, np.integer)):
+        raise ArgumentError(
+            f"query_offset must be an int, but {type(query_offset).__name__} was given. Positions are planned on the "
+            "host: pass int(query_offset), and run-time lengths as kv_lengths."
+        )
+    offset = query_offset if isinstance(query_offset, int) else int(query_offset)  # symbolic ones stay symbolic
+    if not 0 <= offset <= 2**30:
+        raise ArgumentError(f"query_offset must be in [0, 2**30], but {offset} was given")
+    return offset
+
+
+def check_lengths(lengths: Any, batch: int, device: torch.device) -> Tensor | None:
+    """`kv_lengths` as int32 [B] on the device, or None. One length serves every sequence."""
+    if lengths is None:
+        return None
+    if not isinstance(lengths, Tensor):
+        raise ArgumentError(
+            f"kv_lengths must be an integer tensor of shape [{batch}] or [] on {device}, but {type(lengths).__name__} "
+            "was given. Make it once, with torch.tensor(lengths, device=query.device)."
+        )
+    if lengths.dtype not in _INTEGERS or tuple(lengths.shape) not in ((), (batch,)):
+        raise ArgumentError(
+            f"kv_lengths must be integers of shape [{batch}] or [], but {name_of(lengths.dtype)}{list(lengths.shape)} "
+            "was given"
+        )
+    if lengths.device != device:
+        raise ArgumentError(
+            f"kv_lengths must be on query's device {device}, but it is on {lengths.device}. Move it once, with "
+            ".to(query.device), outside the model's inner loop."
+        )
+    return lengths.to(torch.int32).expand(batch).contiguous()
+
+
+_INTEGERS = (torch.int32, torch.int64, torch.int16, torch.int8, torch.uint8)
