@@ -47,8 +47,8 @@ class TritonImplementation:
             )
         if request.platform not in ("gpu", "cuda", "rocm") and not self._without_a_gpu(request):
             return (
-                f"the triton implementation needs a GPU, and this is for a {request.platform}. Use implementation='xla', "
-                "or None for the best that can serve."
+                f"the triton implementation needs a GPU, and this is for a {request.platform}. Use "
+                "implementation='xla', or None for the best that can serve."
             )
         return None if request.elsewhere else bind_jax.missing()
 

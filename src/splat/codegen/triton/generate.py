@@ -7,31 +7,14 @@ what a masked phase compares. Sizes are compile-time parameters. Equal facts giv
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-import linecache
-import re
-import textwrap
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from typing import Any
 
 from splat.codegen.triton.launch import Kernel
 from splat.codegen.triton.lower import PassFacts, WalkFacts
+from splat.codegen.triton.source import load
 from splat.tiling import Test
-
-#: Where the texts' functions come from; a text imports those it calls.
-_LIBRARY = {
-    "backward": ("d_key_value", "d_query", "zeros"),
-    "combine": ("merged_lse", "partial_lse", "partial_rows", "resume", "share", "slots_of"),
-    "forward": ("attend", "finish", "start"),
-    "tiles": (
-        "LOG2E", "bound", "cut", "head_of", "lattice", "load_rows", "locate", "rows_by_map", "rows_in_steps", "skip",
-        "span", "store_rows",
-    ),
-}  # fmt: skip
-
-#: Lines of a text are broken there.
-_LINE = 116
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,7 +56,7 @@ def d_key_value(facts: PassFacts, variant: Variant) -> Kernel:
 def combine(passes: int, results: int, with_lse: bool) -> Kernel:
     """Arrays SLOTS, then each pass's results (and log-sum-exp first, where merged through it); outputs the sums."""
     name = "splat_merge" if with_lse else "splat_sum"
-    return _load(name, "\n".join(_combine_lines(name, passes, results, with_lse)) + "\n")
+    return load(name, "\n".join(_combine_lines(name, passes, results, with_lse)) + "\n")
 
 
 # -- text --------------------------------------------------------------------------------------------------------------
@@ -397,37 +380,5 @@ def _combine_lines(name: str, passes: int, results: int, with_lse: bool) -> Iter
         yield "    tl.store(LSE + pair.to(tl.int64) * num_rows + rows, lse, mask=rows < num_rows)"
 
 
-# -- from text to a function -------------------------------------------------------------------------------------------
-
-
 def _kernel(name: str, lines: Iterator[str], facts: PassFacts) -> Kernel:
-    return _load(name, "\n".join([*_keeps(facts), *lines]) + "\n")
-
-
-def _load(name: str, body: str) -> Kernel:
-    """The function that a text defines. Triton reads its source again, so it is known to `linecache` under a name."""
-    body = "\n".join(_wrap(line) for line in body.split("\n"))
-    source = f"{_imports(body)}\n\n\n{body}"
-    file = f"<splat {name} {hashlib.sha256(source.encode()).hexdigest()[:12]}>"
-    linecache.cache[file] = (len(source), None, source.splitlines(True), file)
-    namespace: dict[str, Any] = {"__name__": f"splat.codegen.triton.generated.{name}"}
-    exec(compile(source, file, "exec"), namespace)
-    return Kernel(name, source, namespace[name])
-
-
-def _imports(body: str) -> str:
-    words = set(re.findall(r"\w+", body))
-    lines = ["import triton", "import triton.language as tl", ""]
-    for module, names in _LIBRARY.items():
-        if used := [name for name in names if name in words]:
-            lines.append(f"from splat.codegen.triton.kernels.{module} import {', '.join(used)}")
-    return "\n".join(lines)
-
-
-def _wrap(line: str) -> str:
-    """A long line in several: it is a call or a signature, so that any blank is a place to break."""
-    if len(line) <= _LINE:
-        return line
-    hanging = " " * (len(line) - len(line.lstrip()) + 4)
-    kept = line.replace(": ", ":\0").replace(", None]", ",\0None]")  # annotations and indices stay together
-    return "\n".join(textwrap.wrap(kept, _LINE, subsequent_indent=hanging, break_long_words=False)).replace("\0", " ")
+    return load(name, "\n".join([*_keeps(facts), *lines]) + "\n")
