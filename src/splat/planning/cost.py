@@ -28,7 +28,8 @@ class CostModel:
       pass_row_s: seconds per output row for writing and merging one more pass.
       parallel: how many heads run at once, where the seconds above are those of one.
       predicts: whether the numbers were measured for this implementation; else they only rank schedules.
-      shapes: (block_q, block_kv) pairs that kernels exist for, the usual one first; empty: any pair of the above.
+      shapes: (block_q, block_kv, seconds per score) of the kernels that there are, the usual one first; empty: any pair
+        of the above at `element_s`.
     """
 
     implementation: str
@@ -42,7 +43,7 @@ class CostModel:
     pass_row_s: float
     parallel: float = 1.0
     predicts: bool = True
-    shapes: tuple[tuple[int, int], ...] = ()
+    shapes: tuple[tuple[int, int, float], ...] = ()
 
     @property
     def tiles(self) -> tuple[Any, ...]:
@@ -51,11 +52,12 @@ class CostModel:
 
     def kernel_block_q(self, block_q: int) -> int:
         """The rows that a kernel for tiles of `block_q` rows works on."""
-        return min((b for b, _ in self.shapes if b >= block_q), default=block_q)
+        return min((b for b, _, _ in self.shapes if b >= block_q), default=block_q)
 
     def tiles_s(self, tiles: float, block_q: int, block_kv: int) -> float:
         """Seconds of `tiles` tiles."""
-        tile = block_q * block_kv * self.element_s + block_q * self.row_s + block_kv * self.col_s + self.tile_s
+        element_s = next((s for *size, s in self.shapes if size == [block_q, block_kv]), self.element_s)
+        tile = block_q * block_kv * element_s + block_q * self.row_s + block_kv * self.col_s + self.tile_s
         return float(tiles) * tile
 
     def best_block_kv(self, spans: list[Spans], block_q: int, given: int | None) -> tuple[float, int]:
@@ -72,7 +74,7 @@ class CostModel:
     def _widths(self, widths: list[np.ndarray], block_q: int) -> list[int]:
         if self.shapes:
             rows = self.kernel_block_q(block_q)
-            return [width for b, width in self.shapes if b == rows] or [width for _, width in self.shapes]
+            return [width for b, width, _ in self.shapes if b == rows] or [width for _, width, _ in self.shapes]
         if self.implementation != "xla":
             return list(self.block_kv)
         # Any width serves the portable implementation: also try the usual span, whole or in halves.
@@ -99,16 +101,18 @@ def cost_model(implementation: str, target: Target, head_dim: int, dtype: str, k
             implementation, target, block_q=(32, 64, 128, 256), block_kv=(32, 64, 128, 256, 512), element_s=element,
             row_s=edge, col_s=edge, tile_s=4e-6, pass_row_s=3e-9 * head_dim, predicts=implementation == "xla",
         )  # fmt: skip
-    # A multiprocessor's cycles per score: matrix products, then exponentials at 16 a cycle, hardly overlapped.
+    # A multiprocessor's cycles per score: matrix products, then exponentials at 16 a cycle, hardly overlapped; for the
+    # kernels there are, what their compiled loops say.
     cycle_s = 1 / (target.clock_hz * target.units)
     products = {"forward": 4, "d_query": 6, "d_key_value": 8}[kernel] * head_dim / (matmul * cycle_s)
+    reach = target.efficiency.get(head_dim, 0.61)
+    element_s = (products + 1 / 16) * cycle_s / reach
     load = 2 * head_dim * 2 / (target.bandwidth_bytes * 3)  # tiles come mostly from L2, about 3x main memory
     configs = kernel_configs(target.arch, kernel, head_dim, dtype) if implementation == "triton" else ()
-    shapes = tuple((c.block_q, c.block_kv) for c in configs)
+    shapes = tuple((c.block_q, c.block_kv, c.cycles * cycle_s / reach or element_s) for c in configs)
     return CostModel(
-        implementation, target, block_q=tuple(sorted({b for b, _ in shapes})) or (64, 128),
-        block_kv=tuple(sorted({b for _, b in shapes})) or (64, 128),
-        element_s=(products + 1 / 16) * cycle_s / target.efficiency.get(head_dim, 0.61), row_s=0.0, col_s=load,
+        implementation, target, block_q=tuple(sorted({b for b, _, _ in shapes})) or (64, 128),
+        block_kv=tuple(sorted({b for _, b, _ in shapes})) or (64, 128), element_s=element_s, row_s=0.0, col_s=load,
         tile_s=200 / target.clock_hz / target.units, pass_row_s=8 * head_dim / target.bandwidth_bytes,
         predicts=implementation == "triton" and bool(target.efficiency), shapes=shapes,
     )  # fmt: skip

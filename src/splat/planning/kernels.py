@@ -19,6 +19,8 @@ class KernelConfig:
       block_q: rows that a program accumulates for; key positions in "d_key_value".
       block_kv: lattice columns a step of its loops.
       num_warps, num_stages: Triton's.
+      cycles: of one multiprocessor for one score in a full tile, modelled from the compiled loop's instructions
+        (`splat.codegen.triton.offline_model`); it ranks configurations. 0: not modelled.
       descriptors: whether lattices are read through tensor memory descriptors where the binding can.
       spilled_bytes: of registers to memory, per thread, as the compiler reports it; what a test allows.
     """
@@ -27,6 +29,7 @@ class KernelConfig:
     block_kv: int
     num_warps: int
     num_stages: int
+    cycles: float = 0.0
     descriptors: bool = False
     spilled_bytes: int = 0
 
@@ -39,41 +42,164 @@ _C = KernelConfig
 #: (architecture, kernel, bytes of an element) -> largest head dim (padded to a power of two) -> configurations.
 _TABLE: dict[tuple[str, str, int], dict[int, tuple[KernelConfig, ...]]] = {
     ("sm_80", "forward", 2): {
-        64: (_C(64, 64, 4, 2),),
-        128: (_C(64, 64, 4, 2),),
-        256: (_C(64, 32, 4, 2),),
+        64: (
+            _C(128, 64, 8, 2, 0.206),
+            _C(64, 64, 4, 2, 0.209),
+        ),
+        128: (
+            _C(128, 64, 8, 3, 0.378),
+            _C(64, 64, 4, 2, 0.419, spilled_bytes=16),
+        ),
+        256: (
+            _C(64, 64, 8, 1, 0.815),
+            _C(32, 64, 4, 2, 0.768),
+        ),
     },
-    ("sm_80", "d_query", 2): {64: (_C(64, 64, 4, 2),), 128: (_C(64, 64, 4, 2),), 256: (_C(64, 32, 8, 1),)},
-    ("sm_80", "d_key_value", 2): {64: (_C(64, 64, 4, 2),), 128: (_C(64, 32, 4, 2),), 256: (_C(32, 32, 8, 1),)},
+    ("sm_80", "d_query", 2): {
+        64: (
+            _C(128, 64, 8, 2, 0.269),
+            _C(64, 64, 4, 2, 0.273),
+        ),
+        128: (
+            _C(128, 32, 8, 2, 0.507),
+            _C(64, 32, 4, 2, 0.529),
+        ),
+        256: (
+            _C(64, 32, 8, 1, 1.192, spilled_bytes=16),
+            _C(32, 32, 4, 1, 1.064),
+        ),
+    },
+    ("sm_80", "d_key_value", 2): {
+        64: (
+            _C(128, 64, 8, 2, 0.358),
+            _C(64, 64, 4, 2, 0.361),
+        ),
+        128: (
+            _C(64, 64, 8, 2, 0.699),
+            _C(64, 32, 4, 1, 0.695),
+        ),
+        256: (
+            _C(32, 64, 8, 1, 1.401),
+            _C(32, 32, 8, 2, 1.668),
+        ),
+    },
     ("sm_90", "forward", 2): {
-        64: (_C(128, 128, 8, 2, True), _C(64, 128, 4, 2, True)),
-        128: (_C(128, 128, 8, 2, True), _C(128, 64, 8, 3, True), _C(64, 64, 4, 2, True)),
-        256: (_C(64, 64, 8, 2, True), _C(128, 32, 8, 2, True)),
+        64: (
+            _C(128, 128, 8, 2, 0.127, True),
+            _C(64, 128, 4, 2, 0.127, True),
+        ),
+        128: (
+            _C(128, 128, 8, 2, 0.19, True),
+            _C(128, 64, 8, 3, 0.206, True),
+            _C(64, 64, 4, 2, 0.206, True),
+        ),
+        256: (
+            _C(64, 64, 8, 2, 0.47, True),
+            _C(128, 32, 8, 2, 0.43, True),
+        ),
     },
     ("sm_90", "d_query", 2): {
-        64: (_C(128, 64, 8, 2, True), _C(64, 64, 4, 2, True)),
-        128: (_C(128, 64, 8, 2, True),),
-        256: (_C(64, 32, 8, 2, True),),
+        64: (
+            _C(128, 64, 8, 2, 0.158, True),
+            _C(64, 64, 4, 2, 0.156, True),
+        ),
+        128: (
+            _C(128, 64, 8, 2, 0.258, True),
+            _C(64, 64, 4, 2, 0.259, True),
+        ),
+        256: (_C(64, 32, 8, 2, 0.847, True),),
     },
     ("sm_90", "d_key_value", 2): {
-        64: (_C(128, 64, 8, 2, True), _C(128, 32, 8, 2, True)),
-        128: (_C(128, 32, 8, 3, True), _C(64, 64, 8, 2, True)),
-        256: (_C(64, 32, 8, 1),),
+        64: (
+            _C(128, 64, 8, 2, 0.205, True),
+            _C(128, 32, 8, 2, 0.231, True),
+        ),
+        128: (
+            _C(128, 32, 8, 3, 0.379, True),
+            _C(64, 64, 8, 2, 0.466, True),
+        ),
+        256: (
+            _C(64, 32, 8, 2, 1.031, True, spilled_bytes=176),
+            _C(64, 16, 8, 2, 1.399, True, spilled_bytes=64),
+        ),
     },
     ("sm_100", "forward", 2): {
-        64: (_C(128, 128, 8, 2, True),),
-        128: (_C(128, 128, 8, 2, True),),
-        256: (_C(64, 64, 8, 2, True),),
+        64: (
+            _C(128, 64, 4, 2, 0.095, True),
+            _C(64, 64, 4, 2, 0.108, True),
+        ),
+        128: (
+            _C(128, 64, 8, 2, 0.15, True),
+            _C(64, 64, 4, 2, 0.149, True),
+        ),
+        256: (
+            _C(64, 64, 4, 2, 0.233, True, spilled_bytes=16),
+            _C(128, 32, 8, 2, 0.31, True),
+        ),
     },
-    ("sm_100", "d_query", 2): {64: (_C(128, 64, 8, 2, True),), 128: (_C(128, 64, 8, 2, True),),
-                               256: (_C(64, 32, 8, 2, True),)},
-    ("sm_100", "d_key_value", 2): {64: (_C(128, 64, 8, 2, True),), 128: (_C(128, 64, 8, 2, True),),
-                                   256: (_C(64, 32, 8, 1),)},
-    ("gfx942", "forward", 2): {64: (_C(128, 64, 4, 1), _C(64, 64, 4, 1)), 128: (_C(128, 64, 4, 1), _C(64, 64, 4, 1)),
-                               256: (_C(64, 32, 4, 1),)},
-    ("gfx942", "d_query", 2): {64: (_C(64, 64, 4, 1),), 128: (_C(64, 32, 4, 1),), 256: (_C(64, 32, 8, 1),)},
-    ("gfx942", "d_key_value", 2): {64: (_C(64, 32, 4, 1),), 128: (_C(64, 32, 4, 1),), 256: (_C(32, 32, 4, 1),)},
-}  # fmt: skip
+    ("sm_100", "d_query", 2): {
+        64: (
+            _C(128, 64, 4, 2, 0.109, True),
+            _C(64, 64, 4, 2, 0.115, True),
+        ),
+        128: (
+            _C(128, 64, 4, 2, 0.156, True),
+            _C(64, 64, 4, 2, 0.168, True),
+        ),
+        256: (_C(64, 32, 4, 2, 0.379, True),),
+    },
+    ("sm_100", "d_key_value", 2): {
+        64: (
+            _C(128, 64, 4, 2, 0.129, True, spilled_bytes=16),
+            _C(64, 64, 4, 2, 0.153, True),
+        ),
+        128: (
+            _C(64, 64, 4, 2, 0.223, True),
+            _C(128, 32, 8, 2, 0.268, True),
+        ),
+        256: (_C(64, 32, 4, 2, 0.475, True, spilled_bytes=16),),
+    },
+    ("gfx942", "forward", 2): {
+        64: (
+            _C(128, 64, 4, 1, 0.334),
+            _C(128, 128, 4, 1, 0.322),
+            _C(64, 64, 4, 1, 0.598),
+        ),
+        128: (
+            _C(128, 64, 4, 1, 0.498),
+            _C(64, 64, 4, 1, 0.798),
+        ),
+        256: (
+            _C(128, 32, 4, 1, 0.904),
+            _C(64, 64, 4, 1, 1.21),
+        ),
+    },
+    ("gfx942", "d_query", 2): {
+        64: (
+            _C(128, 64, 4, 1, 0.396),
+            _C(64, 64, 4, 1, 0.68),
+        ),
+        128: (
+            _C(128, 32, 4, 1, 0.642),
+            _C(64, 64, 4, 1, 0.968),
+        ),
+        256: (
+            _C(128, 32, 4, 1, 1.168),
+            _C(64, 32, 4, 1, 1.625),
+        ),
+    },
+    ("gfx942", "d_key_value", 2): {
+        64: (
+            _C(128, 32, 4, 1, 0.77),
+            _C(64, 32, 4, 1, 1.221),
+        ),
+        128: (_C(64, 32, 4, 1, 1.531),),
+        256: (
+            _C(64, 32, 4, 1, 2.485, spilled_bytes=144),
+            _C(32, 32, 4, 1, 4.082, spilled_bytes=112),
+        ),
+    },
+}
 
 #: float32: products at full precision have no tensor cores; tiles are small so that nothing spills.
 _SINGLE: dict[str, dict[int, tuple[KernelConfig, ...]]] = {

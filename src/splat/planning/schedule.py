@@ -297,7 +297,7 @@ def _choose_unseen(acsr: ACSR, model: CostModel, block_q, block_kv) -> tuple[Pas
         groups.setdefault(min(step, acsr.shape[0]), []).append(n)
     out = []
     for step, members in groups.items():
-        usual_q, usual_kv = (*model.shapes, (min(128, max(model.block_q)), min(128, max(model.block_kv))))[0]
+        usual_q, usual_kv, _ = (*model.shapes, (min(128, max(model.block_q)), min(128, max(model.block_kv)), 0.0))[0]
         tiles = align_by_step(acsr.shape[0], step, block_q or usual_q)
         rows = tiles.block_q if block_q else model.kernel_block_q(tiles.block_q)
         out.append(PassDecision(tuple(members), step, rows, block_kv or usual_kv))
