@@ -34,6 +34,13 @@ class KernelConfig:
     spilled_bytes: int = 0
 
 
+#: What there are kernels for.
+DTYPES = ("float32", "bfloat16", "float16")
+MAX_HEAD_DIM = 256
+
+#: The planning target, and architecture, of interpreted kernels.
+INTERPRETER = "interpreter"
+
 KERNELS = ("forward", "d_query", "d_key_value")
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "gfx942")
 
@@ -211,7 +218,7 @@ _SINGLE: dict[str, dict[int, tuple[KernelConfig, ...]]] = {
 
 def kernel_configs(arch: str, kernel: str, head_dim: int, dtype: str) -> tuple[KernelConfig, ...]:
     """The configurations to choose from; empty for an architecture without any (a CPU)."""
-    if arch == "interpreter":
+    if arch == INTERPRETER:
         return (_C(16, 16, 4, 1), _C(32, 16, 4, 1, descriptors=True))
     known = _SINGLE[kernel] if dtype in ("float32", "float64") else _TABLE.get((arch, kernel, 2), {})
     if not arch:

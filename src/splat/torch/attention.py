@@ -78,7 +78,7 @@ def run(
     return_lse: bool = False,
 ) -> Any:
     """`attention` by patterns as text."""
-    query, key, value = _autocast(query), _autocast(key), _autocast(value)
+    query, key, value = autocast(query), autocast(key), autocast(value)
     sizes = validate.check_arrays(query, key, value)
     num_heads, patterns = groups
     if num_heads is not None and num_heads != sizes.num_q_heads:
@@ -104,7 +104,7 @@ def run(
     return (out, _put(lses, order, axis=1)) if return_lse else out
 
 
-def _autocast(x: Any) -> Any:
+def autocast(x: Any) -> Any:
     """The tensor as `torch.autocast` wants it for attention, where that is on."""
     if not isinstance(x, Tensor) or x.device.type not in ("cuda", "cpu") or x.dtype not in validate.DTYPES:
         return x

@@ -17,6 +17,7 @@ from splat.codegen.triton import interpret
 from splat.codegen.triton.program import Binding, Program, Sizes, needs_guard, passes_of
 from splat.pattern import Pattern, parse
 from splat.planning import TARGETS, Plan, Problem, find, make_plan
+from splat.planning.kernels import INTERPRETER
 from splat.torch.recording import Recording, Remembered, Tape
 
 #: pattern, scale, logits_soft_cap, query_offset: as the operations have them.
@@ -160,7 +161,7 @@ def _plan(call: Call) -> Plan:
 def target_of(device: torch.device) -> str:
     """The planning target that is closest to a device: by name, else by what its kernels are compiled for."""
     if interpret.is_interpreted():
-        return "interpreter"
+        return INTERPRETER
     name = torch.cuda.get_device_name(device).lower()
     known = next((one for one in TARGETS if one in name), None)
     if known is not None:

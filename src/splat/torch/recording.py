@@ -199,7 +199,8 @@ def _for_all_sizes(function: Any, scalars: tuple[str, ...]) -> Any:
 
     Otherwise training on sequences of many lengths compiles each kernel up to eight times.
     """
-    return triton.jit(function.fn, do_not_specialize=list(scalars))
+    jit: Any = triton.jit  # its overloads want a function's type, which text has not
+    return jit(function.fn, do_not_specialize=list(scalars))
 
 
 _UPLOADED: weakref.WeakValueDictionary[tuple[int, torch.device], Table] = weakref.WeakValueDictionary()

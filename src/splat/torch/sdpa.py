@@ -12,7 +12,7 @@ from torch import Tensor
 from splat.errors import ArgumentError, UnsupportedError
 from splat.pattern import Pattern, PerHead, from_mask, full
 from splat.torch import validate
-from splat.torch.attention import groups_of, run
+from splat.torch.attention import autocast, groups_of, run
 
 _FULL = full()
 
@@ -61,6 +61,7 @@ def scaled_dot_product_attention(
     single = isinstance(query, Tensor) and query.ndim == 3
     if single:
         query, key, value = (x[None] if isinstance(x, Tensor) else x for x in (query, key, value))
+    query, key, value = autocast(query), autocast(key), autocast(value)
     sizes = validate.check_arrays(query, key, value)
     if sizes.num_q_heads != sizes.num_kv_heads and not enable_gqa:
         raise ArgumentError(

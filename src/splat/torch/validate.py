@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib.util
 import math
 from collections.abc import Callable
+from functools import lru_cache
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
@@ -17,9 +18,9 @@ from torch import Tensor
 
 from splat.codegen.triton import interpret
 from splat.errors import ArgumentError, UnsupportedError
+from splat.planning import kernels
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-MAX_HEAD_DIM = 256
+DTYPES = tuple(getattr(torch, name) for name in kernels.DTYPES)
 
 #: The oldest NVIDIA generation that the kernels are made for: Ampere, the first with bfloat16.
 OLDEST_CAPABILITY = (8, 0)
@@ -100,9 +101,9 @@ def check_arrays(query: Any, key: Any, value: Any) -> Sizes:
             f"{num_kv_heads} were given (grouped-query attention shares one key head among equally many query heads). "
             "In PyTorch's layout heads are axis 1: [B, T, N, H] needs transpose(1, 2)."
         )
-    if head_dim > MAX_HEAD_DIM:
+    if head_dim > kernels.MAX_HEAD_DIM:
         raise UnsupportedError(
-            f"head dims up to {MAX_HEAD_DIM} are supported, but {head_dim} was given. Use "
+            f"head dims up to {kernels.MAX_HEAD_DIM} are supported, but {head_dim} was given. Use "
             "torch.nn.functional.scaled_dot_product_attention for it."
         )
     return Sizes(batch, q_len, kv_len, num_q_heads, num_kv_heads, head_dim)
@@ -136,6 +137,11 @@ def _device_refusal(kind: str, index: int | None) -> str | None:
             "splat.torch needs a GPU: move the tensors with .cuda(), or use splat.attention (JAX) on the CPU. For "
             "tests, TRITON_INTERPRET=1 set before Python starts runs the kernels in Triton's interpreter, slowly."
         )
+    return _gpu_refusal(index)
+
+
+@lru_cache(maxsize=64)
+def _gpu_refusal(index: int | None) -> str | None:
     if torch.version.hip is not None:
         return None
     capability = torch.cuda.get_device_capability(index)

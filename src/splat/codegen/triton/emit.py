@@ -19,14 +19,9 @@ from splat.codegen.triton.offline_model import ARCHITECTURES
 from splat.codegen.triton.program import Binding, Passes, Program, Sizes, needs_guard, passes_of
 from splat.errors import ArgumentError, SplatError, UnsupportedError
 from splat.planning import Plan, find
+from splat.planning.kernels import DTYPES, INTERPRETER, MAX_HEAD_DIM
 
 Array = Any
-
-DTYPES = ("float32", "bfloat16", "float16")
-MAX_HEAD_DIM = 256
-
-#: The planning target when kernels are interpreted.
-INTERPRETER = "interpreter"
 
 
 class TritonImplementation:
@@ -228,4 +223,4 @@ def _program(call: _Call, query: Array, key: Array) -> Program:
     return Program(call.options, sizes, call.arch, binding)
 
 
-__all__ = ["DTYPES", "IMPLEMENTATION", "INTERPRETER", "MAX_HEAD_DIM", "TritonImplementation"]
+__all__ = ["IMPLEMENTATION", "TritonImplementation"]
