@@ -80,6 +80,20 @@ def mask_formula(text: str, q_len: int, as_array: Callable[[np.ndarray], Any] = 
     return read(ast.parse(text, mode="eval").body)
 
 
+def block_counts(
+    formula: Formula, q_len: int, block: int, as_array: Callable[[np.ndarray], Any] = np.asarray
+) -> list[Any]:
+    """Non-zeros of every square block, one row of blocks a list entry. Holds `block` rows of the mask at a time."""
+    columns = -(-q_len // block)
+    k = as_array(np.minimum(np.arange(columns * block), q_len - 1)[None, :])
+    inside = as_array((np.arange(columns * block) < q_len)[None, :])
+    rows = []
+    for at in range(0, q_len, block):
+        q = as_array(np.arange(at, min(at + block, q_len))[:, None])
+        rows.append((formula(q, k) & inside).sum(0).reshape(columns, block).sum(1))
+    return rows
+
+
 def has_flex() -> bool:
     return importlib.util.find_spec("torch") is not None
 

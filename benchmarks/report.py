@@ -8,6 +8,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ import rich.box
 import rich.table
 from rich.markup import escape
 
-PACKAGES = ("splat-attention", "jax", "jaxlib", "numpy", "torch")
+PACKAGES = ("splat-attention", "jax", "jaxlib", "jax-triton", "numpy", "torch", "triton")
 
 
 @dataclasses.dataclass
@@ -90,6 +91,7 @@ def machine() -> dict[str, Any]:
             versions[package] = None
     return {
         "cpu": _cpu_name(),
+        "gpu": _gpu_facts(),
         "threads": os.cpu_count(),
         "system": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),
@@ -106,6 +108,35 @@ def _cpu_name() -> str:
     except OSError:
         pass
     return platform.processor() or platform.machine()
+
+
+#: What nvidia-smi is asked: name in the facts -> its field.
+_GPU_FIELDS = {
+    "name": "name",
+    "driver": "driver_version",
+    "memory_mib": "memory.total",
+    "sm_clock_mhz": "clocks.sm",
+    "max_sm_clock_mhz": "clocks.max.sm",
+    "memory_clock_mhz": "clocks.mem",
+    "power_limit_w": "power.limit",
+}
+
+
+def _gpu_facts() -> dict[str, str] | None:
+    """Of the first NVIDIA GPU, as its driver tells them; None where there is none."""
+    answer = ask_gpu(*_GPU_FIELDS.values())
+    return None if answer is None else dict(zip(_GPU_FIELDS, answer, strict=True))
+
+
+def ask_gpu(*fields: str) -> list[str] | None:
+    """What nvidia-smi answers for the first GPU; None where there is neither."""
+    command = ["nvidia-smi", f"--query-gpu={','.join(fields)}", "--format=csv,noheader,nounits"]
+    try:
+        done = subprocess.run(command, check=True, capture_output=True, text=True, timeout=20)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    answer = [value.strip() for value in (done.stdout.splitlines() or [""])[0].split(",")]
+    return answer if len(answer) == len(fields) else None
 
 
 def write_json(path: Path, data: Any) -> None:

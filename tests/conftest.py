@@ -11,6 +11,8 @@ from __future__ import annotations
 
 import os
 import secrets
+from collections.abc import Callable
+from pathlib import Path
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")  # before anything imports jax
 os.environ.setdefault("TRITON_INTERPRET", "1")  # before anything imports triton; what compiles does so in a subprocess
@@ -31,3 +33,22 @@ def rng() -> np.random.Generator:
     seed = int(chosen) if chosen else secrets.randbits(32)
     print(f"rng: repeat with SPLAT_TEST_SEED={seed}")
     return np.random.default_rng(seed)
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--update-golden", action="store_true", help="write the files of tests/golden anew")
+
+
+@pytest.fixture
+def golden(request: pytest.FixtureRequest) -> Callable[[Path, str], None]:
+    """(file, text): fails where the file holds another text. With --update-golden, writes it."""
+
+    def check(file: Path, text: str) -> None:
+        if request.config.getoption("--update-golden"):
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_text(text, encoding="utf-8")
+        remedy = f"the text is not that of {file.name}; if it is meant to change, run pytest with --update-golden"
+        assert file.exists(), remedy
+        assert text == file.read_text(encoding="utf-8"), remedy
+
+    return check
