@@ -41,15 +41,15 @@ def attention(
         re-planning, no recompilation.
       kv_lengths: int [B], keys at or past it attend to nothing, whatever they hold. A run-time value.
       return_lse: also return the log-sum-exp of each row's scores.
-      implementation: "xla", ..., or None for the best that can serve. An explicit choice is never replaced.
+      implementation: "triton" (GPUs), "xla", or None for the best that can serve. An explicit choice is never replaced.
 
     Returns:
       output [B, T, N, H] in the inputs' dtype; with `return_lse` also log-sum-exp [B, T, N] in float32 (float64 for
       float64). A row that attends to nothing has output 0, log-sum-exp -inf and gradient 0.
 
-    Scores and softmax accumulate in float32 (float64 for float64 inputs). Reverse mode, and forward over reverse
-    (Hessian-vector products), never form the score matrix either; forward mode alone and reverse over reverse are
-    refused by JAX.
+    Scores and softmax accumulate in float32 (float64 for float64 inputs). Reverse mode never forms the score matrix
+    either, nor does forward over reverse (Hessian-vector products; "xla" only). Forward mode alone and reverse over
+    reverse are refused.
 
     Raises:
       ArgumentError, PatternError: a bad argument, said before anything is compiled.

@@ -78,8 +78,8 @@ _TABLE: dict[tuple[str, str, int], dict[int, tuple[KernelConfig, ...]]] = {
     },
     ("sm_80", "d_key_value", 2): {
         64: (
-            _C(128, 64, 8, 2, 0.358),
-            _C(64, 64, 4, 2, 0.361),
+            _C(128, 32, 8, 2, 0.367),
+            _C(64, 32, 4, 2, 0.372),
         ),
         128: (
             _C(64, 64, 8, 2, 0.699),
@@ -162,7 +162,7 @@ _TABLE: dict[tuple[str, str, int], dict[int, tuple[KernelConfig, ...]]] = {
         ),
         128: (
             _C(64, 64, 4, 2, 0.223, True),
-            _C(128, 32, 8, 2, 0.268, True),
+            _C(128, 32, 8, 2, 0.268, True, spilled_bytes=16),
         ),
         256: (_C(64, 32, 4, 2, 0.475, True, spilled_bytes=16),),
     },
@@ -201,19 +201,20 @@ _TABLE: dict[tuple[str, str, int], dict[int, tuple[KernelConfig, ...]]] = {
             _C(64, 32, 4, 1, 1.221),
         ),
         128: (_C(64, 32, 4, 1, 1.531),),
-        256: (
-            _C(64, 32, 4, 1, 2.485, spilled_bytes=144),
-            _C(32, 32, 4, 1, 4.082, spilled_bytes=112),
-        ),
+        256: (_C(64, 16, 4, 1, 1.871),),
     },
 }
 
-#: float32, on every architecture: products at full precision are made without tensor cores, and tiles are small, so that
-#: little spills (the most of any architecture is given).
+#: float32, on every architecture: products at full precision are made without tensor cores (but AMD's), and tiles are
+#: small, so that little spills (the most of any architecture is given).
 _SINGLE: dict[str, dict[int, tuple[KernelConfig, ...]]] = {
     "forward": {64: (_C(64, 16, 4, 1),), 128: (_C(32, 16, 8, 1, spilled_bytes=16),), 256: (_C(16, 16, 8, 1),)},
-    "d_query": {64: (_C(32, 16, 4, 2),), 128: (_C(32, 16, 8, 2),), 256: (_C(16, 16, 8, 2, spilled_bytes=32),)},
-    "d_key_value": {64: (_C(64, 16, 8, 2),), 128: (_C(32, 16, 8, 1),), 256: (_C(16, 16, 8, 1, spilled_bytes=176),)},
+    "d_query": {
+        64: (_C(32, 16, 4, 2, spilled_bytes=32),),
+        128: (_C(32, 16, 8, 2),),
+        256: (_C(16, 16, 8, 2, spilled_bytes=32),),
+    },
+    "d_key_value": {64: (_C(64, 16, 8, 2),), 128: (_C(32, 16, 8, 1),), 256: (_C(16, 16, 8, 1, spilled_bytes=512),)},
 }
 
 
