@@ -262,6 +262,7 @@ def _walks(facts: PassFacts, sources: dict[str, tuple[str, str]], call: Any, *, 
         yield f"        walk_of = WALKS + walk * {1 + tests}"
         if stride is None:
             yield "        stride = tl.load(walk_of)"
+        yield from (f"        test{n} = 2 * tl.load(walk_of + {1 + n})" for n in range(tests))
         how = "stride" if stride is None else str(stride)
         for line in _walk(generic, "walk", "num_walks", how, sources, call, limited, live, "loop"):
             yield "    " + line
@@ -303,7 +304,7 @@ def _sides(tests: Sequence[Test]) -> list[tuple[int, int]]:
 def _bounds(tests: Sequence[Test], name: str) -> str:
     def which(n: int, side: int) -> str:
         if name == "loop":
-            return f"2 * tl.load(walk_of + {1 + n})" + (" + 1" if side else "")
+            return f"test{n}" + (" + 1" if side else "")
         return str(2 * n + side)
 
     return " ".join(f"bound(BOUNDS, {which(n, side)}, rows, num_rows)," for n, side in _sides(tests))
@@ -321,7 +322,10 @@ def _keep_lines(tests: Sequence[Test], name: str) -> list[str]:
             one.append(f"x[None, :] < bounds[{at}][:, None]")
             at += 1
         terms.append(_joined(one, " & "))
-    return ["@triton.jit", f"def {name}(x, bounds):", f"    return {_joined(terms, ' | ')}", "", ""]
+    body = [f"    return {terms[0]}"]
+    if len(terms) > 1:
+        body = ["    return (", *(f"        {'| ' if n else ''}({term})" for n, term in enumerate(terms)), "    )"]
+    return ["@triton.jit", f"def {name}(x, bounds):", *body, "", ""]
 
 
 def _joined(terms: Sequence[str], operator: str) -> str:

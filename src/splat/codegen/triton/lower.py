@@ -85,11 +85,11 @@ def lower(schedule: Schedule) -> tuple[tuple[PassSpec, ...], list[Tables]]:
     """Static facts and tables of every pass that has something to do.
 
     The last one has every row in a tile, if any has: it merges the others' results into its own. Among those it is the
-    one with most slots, because the others' results are written by slot.
+    one with the largest step: the others' results are written by slot, and it would have most slots without a row.
     """
     passes = [one for one in schedule.passes if one.order.shape[0] and one.walks]
     lowered = [_lower_pass(schedule, one) for one in passes]
-    lowered.sort(key=lambda pair: (pair[0].facts.covers_rows, pair[0].num_slots * pair[0].block_q))
+    lowered.sort(key=lambda pair: pair[0].facts.step or 0)  # 0: some rows are in no tile
     for spec, tables in lowered[: -1 if lowered and lowered[-1][0].facts.covers_rows else None]:
         tables["SLOTS"] = _slots(spec, tables, schedule.acsr.shape[0])
     return tuple(spec for spec, _ in lowered), [tables for _, tables in lowered]

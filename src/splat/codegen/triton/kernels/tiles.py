@@ -113,7 +113,7 @@ def lattice(X, residue, stop, stride_row, stride, BLOCK: tl.constexpr, HEAD_DIM:
     base = X + residue.to(tl.int64) * stride_row
     if DESCRIPTORS:  # what lies outside [0, stop) is read as zero
         shape = [tl.maximum(stop, 1), HEAD_DIM]
-        return tl.make_tensor_descriptor(base, shape, [stride_row * stride, 1], [BLOCK, WIDTH])
+        return tl.make_tensor_descriptor(base, shape, [tl.cast(stride, tl.int64) * stride_row, 1], [BLOCK, WIDTH])
     else:
         return base
 
@@ -127,10 +127,12 @@ def load_lattice(X, x, stop, stride_row, stride, BLOCK: tl.constexpr, HEAD_DIM: 
     else:
         n = tl.arange(0, BLOCK)
         d = tl.arange(0, WIDTH)
-        step = stride * stride_row
-        offset = n * step
         if WIDE:
+            step = tl.cast(stride, tl.int64) * stride_row
             offset = n.to(tl.int64) * step
+        else:
+            step = stride * stride_row
+            offset = n * step
         at = X + tl.cast(x, tl.int64) * step + offset[:, None] + d[None, :]
         if EDGE and WIDTH != HEAD_DIM:
             return tl.load(at, mask=(x + n < stop)[:, None] & (d < HEAD_DIM)[None, :], other=0.0)
