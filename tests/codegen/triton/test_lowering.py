@@ -23,15 +23,21 @@ def _here(module: str) -> bool:
     return importlib.util.find_spec(module) is not None
 
 
-@pytest.fixture(scope="module", params=["this", "python3.12"])
-def report(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Report:
-    python = sys.executable
-    if request.param == "python3.12":
+def interpreter(name: str) -> str:
+    """The Python of "this" or of "python3.12"; skips where it is missing or lacks what lowering needs."""
+    if name == "python3.12":
         python = os.environ.get("SPLAT_TEST_PYTHON312", "")
         if not python:
             pytest.skip("SPLAT_TEST_PYTHON312 names no Python 3.12 with the `jax-cuda` extra")
-    elif not _here("jax_triton") or not (_here("jax_cuda13_plugin") or _here("jax_cuda12_plugin")):
+        return python
+    if not _here("jax_triton") or not (_here("jax_cuda13_plugin") or _here("jax_cuda12_plugin")):
         pytest.skip("jax-triton or JAX's CUDA plugin is not installed")
+    return sys.executable
+
+
+@pytest.fixture(scope="module", params=["this", "python3.12"])
+def report(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Report:
+    python = interpreter(request.param)
     return lowering.report(python, TRITON_CACHE_DIR=str(tmp_path_factory.mktemp("cache")))
 
 
