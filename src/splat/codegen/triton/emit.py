@@ -30,6 +30,11 @@ class TritonImplementation:
     name = "triton"
 
     def refusal(self, request: Request) -> str | None:
+        if request.platform not in ("gpu", "cuda", "rocm") and not self._without_a_gpu(request):
+            return (
+                f"the triton implementation needs a GPU, and this is for a {request.platform}. Use "
+                "implementation='xla', or None for the best that can serve."
+            )
         if request.dtype not in DTYPES:
             return (
                 f"the triton implementation serves {', '.join(DTYPES)}, not {request.dtype}. Convert the inputs, or "
@@ -39,11 +44,6 @@ class TritonImplementation:
             return (
                 f"the triton implementation serves head dims up to {MAX_HEAD_DIM}, not {request.head_dim}. Use "
                 "implementation='xla'."
-            )
-        if request.platform not in ("gpu", "cuda", "rocm") and not self._without_a_gpu(request):
-            return (
-                f"the triton implementation needs a GPU, and this is for a {request.platform}. Use "
-                "implementation='xla', or None for the best that can serve."
             )
         return None if request.elsewhere else bind_jax.missing()
 

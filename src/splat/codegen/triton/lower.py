@@ -1,7 +1,7 @@
 """A schedule in the form the kernels want: static facts, which the generated text depends on, and tables.
 
-The facts leave out every length and count, so that one kernel serves all lengths of a pattern. The tables are NumPy
-arrays for static plans and traced arrays for run-time ones; see `kernels.tiles` for what they hold.
+The facts leave out every length and count, so that one kernel serves all lengths of a pattern that have its phases.
+The tables are NumPy arrays for static plans, traced arrays for run-time ones; `kernels.tiles` says what they hold.
 """
 
 from __future__ import annotations
