@@ -21,6 +21,9 @@ import numpy as np
 import pytest
 from hypothesis import settings
 
+# Failing assertions of the shared suite show their values, as those of test files do.
+pytest.register_assert_rewrite("tests.attention_suite")
+
 settings.register_profile("ci", max_examples=25, deadline=None, derandomize=False, print_blob=True)
 settings.register_profile("dev", max_examples=200, deadline=None, derandomize=False, print_blob=True)
 settings.load_profile(os.environ.get("SPLAT_TEST_PROFILE", "ci"))
