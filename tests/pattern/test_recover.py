@@ -76,7 +76,7 @@ def neighborhood(height: int, width: int, kernel: int) -> Array:
 
 def stretches(mask: Array) -> int:
     """The most stretches of neighbouring columns in one row."""
-    return (mask & ~np.pad(mask, ((0, 0), (1, 0)))[:, :-1]).sum(axis=1).max()
+    return int((mask & ~np.pad(mask, ((0, 0), (1, 0)))[:, :-1]).sum(axis=1).max())
 
 
 @functools.cache
