@@ -267,6 +267,16 @@ class AttentionSuite:
             found = run(inputs, {"kv_lengths": jnp.asarray(lengths, jnp.int32)})
             compare(found, truth(inputs, pattern.to_dense(24, 30), kv_lengths=np.array(lengths)), "float32")
 
+    def test_lengths_beyond_int32(self, rng: np.random.Generator) -> None:
+        """As sentinels for "no limit": all keys, not none."""
+        inputs = draw_inputs(rng, 24, 30, batch=3)
+        for text in ("causal()", "strided(4)"):
+            lengths = np.array([2**31 - 1, 2**31 + 5, 2**63 - 1])
+            found = self.attention(*inputs[:3], splat.parse(text), kv_lengths=lengths)
+            np.testing.assert_array_equal(found, self.attention(*inputs[:3], splat.parse(text), kv_lengths=30))
+        small = self.attention(*inputs[:3], splat.causal(), kv_lengths=np.array([7, 127, 7], np.int8))
+        np.testing.assert_array_equal(small, self.attention(*inputs[:3], splat.causal(), kv_lengths=[7, 30, 7]))
+
     def test_one_length_for_all(self, rng: np.random.Generator) -> None:
         inputs = draw_inputs(rng, 24, 30, batch=2)
         found = self.attention(*inputs[:3], splat.causal(), kv_lengths=7)
@@ -385,6 +395,20 @@ class AttentionSuite:
                 key=jnp.where(unseen, poison, inputs.key), value=jnp.where(unseen, poison, inputs.value)
             )
             compare(run(bad, {}), expected, "float32")
+
+    @pytest.mark.parametrize(
+        "text", ["full()", "window(20)", "causal() & segments([" + "0, " * 12 + "-1, " * 9 + "1, " * 19 + "])"]
+    )
+    def test_holes_are_not_read(self, text: str, rng: np.random.Generator) -> None:
+        """Keys, queries and cotangents of positions in no pair, between others in the same tile."""
+        pattern = splat.parse(text) & splat.segments([0] * 12 + [-1] * 9 + [1] * 19)
+        inputs = draw_inputs(rng, 40, 40)
+        hole = ((np.arange(40) >= 12) & (np.arange(40) < 21))[None, :, None, None]
+        expected = truth(inputs, pattern.to_dense(40))
+        run = self.compiled(pattern, inputs)
+        for poison in (np.nan, np.inf):
+            spoilt = (jnp.where(hole, poison, x) for x in inputs[:4])
+            compare(run(Inputs(*spoilt, inputs.d_lse), {}), expected, "float32")
 
     def test_a_bad_query_spoils_its_own_row_only(self, rng: np.random.Generator) -> None:
         """In the forward; its keys' gradients are spoilt as in dense attention."""

@@ -26,7 +26,7 @@ from benchmarks.gpu.worker import Bench
 from splat.codegen.base import Options
 from splat.codegen.triton import interpret, record
 from splat.codegen.triton.launch import Launch, Output
-from splat.codegen.triton.program import Binding, Passes, Program, needs_guard, passes_of
+from splat.codegen.triton.program import UNKNOWN, Binding, Passes, Program, guards_of, passes_of
 from splat.planning import Problem, find, make_plan
 from splat.planning.kernels import kernel_configs
 from splat.torch.programs import target_of
@@ -127,7 +127,7 @@ class TuneBench(Bench):
             lambda shape, dtype, value: torch.full(shape, value, dtype=getattr(torch, dtype), device=device),
             descriptors=True,
         )  # fmt: skip
-        return Program(Options(1 / math.sqrt(sizes.head_dim)), kinds, find(self.target).arch, binding)
+        return Program(Options(1 / math.sqrt(sizes.head_dim)), kinds, find(self.target).arch, UNKNOWN, binding)
 
     def _prepare_one(self, config: Config) -> None:
         """Compiles, and compares with the first configuration that worked."""
@@ -155,12 +155,13 @@ class TuneBench(Bench):
     def _run(self, program: Program, config: Config) -> list[Tensor]:
         """What the kernel makes, with every kernel that it takes."""
         s, plan = self._saved, self._plan(config[0], config[1])
+        program = dataclasses.replace(program, guards=guards_of(plan))
         if self.job.kernel == "forward":
             return list(program.forward(passes_of(plan, "forward"), s["query"], s["key"], s["value"]))
         passes: dict[str, Passes] = {which: passes_of(s["plan"], which) for which in ("d_query", "d_key_value")}
         passes[self.job.kernel] = passes_of(plan, self.job.kernel)
         made = program.backward(
-            passes["d_query"], passes["d_key_value"], needs_guard(plan), s["query"], s["key"], s["value"], None,
+            passes["d_query"], passes["d_key_value"], s["query"], s["key"], s["value"], None,
             s["out"], s["lse"], s["d_out"],
         )  # fmt: skip
         return [made[0]] if self.job.kernel == "d_query" else list(made[1:])

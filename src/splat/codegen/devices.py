@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 from functools import lru_cache
+from typing import Any
 
 from splat.planning import TARGETS
 
@@ -20,6 +22,29 @@ def device_target() -> str:
         if name in kind:
             return name
     return nearest_target(str(getattr(device, "compute_capability", "")))
+
+
+def platform_of(array: Any) -> str:
+    """Where a call with this array runs: "cpu", "gpu", "tpu". Traced arrays follow JAX's default device."""
+    import jax
+    from jax.core import Tracer
+
+    if not isinstance(array, Tracer):
+        return next(iter(array.devices())).platform
+    chosen = jax.config.jax_default_device  # pyright: ignore[reportAttributeAccessIssue]
+    if chosen is None:
+        return jax.default_backend()
+    return chosen if isinstance(chosen, str) else chosen.platform
+
+
+@lru_cache(maxsize=1)
+def compute_capability() -> str | None:
+    """Of the first GPU, such as "9.0" or "gfx942"; None where JAX sees none or does not say."""
+    import jax
+
+    with contextlib.suppress(RuntimeError):
+        return str(getattr(jax.devices("gpu")[0], "compute_capability", "")) or None
+    return None
 
 
 def nearest_target(compute_capability: str) -> str:

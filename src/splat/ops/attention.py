@@ -10,6 +10,7 @@ import numpy as np
 from jax.core import Tracer
 
 from splat.codegen import Options, Request, choose
+from splat.codegen.devices import platform_of
 from splat.errors import ArgumentError, UnsupportedError
 from splat.ops import validate
 from splat.pattern import Pattern, PerHead, causal, from_mask, full, window
@@ -65,8 +66,8 @@ def attention(
     pattern = validate.check_pattern(pattern, sizes.num_q_heads)
     options = Options(validate.check_scale(scale, sizes.head_dim), validate.check_soft_cap(logits_soft_cap))
     offset = validate.check_offset(query_offset)
-    lengths = validate.check_lengths("kv_lengths", kv_lengths, sizes.batch)
-    request = Request(jax.default_backend(), str(query.dtype), sizes.head_dim)
+    lengths = validate.check_lengths("kv_lengths", kv_lengths, sizes.batch, sizes.kv_len)
+    request = Request(platform_of(query), str(query.dtype), sizes.head_dim)
     chosen = choose(request, implementation)
 
     def run(query: Any, key: Any, value: Any, pattern: Pattern) -> tuple[Any, Any]:
@@ -88,7 +89,8 @@ def attention(
                 raise
             raise UnsupportedError(
                 "splat.attention does not support forward mode (jax.jvp, jax.jacfwd) alone. Reverse mode works, and so "
-                "does forward over reverse: jax.jvp(jax.grad(f), ...), jax.hessian. For a plain jvp use "
+                "does forward over reverse with implementation='xla': jax.jvp(jax.grad(f), ...), jax.hessian. For a "
+                "plain jvp use "
                 "jax.nn.dot_product_attention with mask=pattern.to_dense(...)."
             ) from error
 
@@ -167,8 +169,8 @@ def dot_product_attention(
         pattern = pattern & window(*sides)
     if mask is not None:
         pattern = pattern & _pattern_of_mask(mask, sizes)
-    query_lengths = validate.check_lengths("query_seq_lengths", query_seq_lengths, sizes.batch)
-    key_lengths = validate.check_lengths("key_value_seq_lengths", key_value_seq_lengths, sizes.batch)
+    query_lengths = validate.check_lengths("query_seq_lengths", query_seq_lengths, sizes.batch, sizes.q_len)
+    key_lengths = validate.check_lengths("key_value_seq_lengths", key_value_seq_lengths, sizes.batch, sizes.kv_len)
     past = None
     if query_lengths is not None:
         past = (jnp.arange(sizes.q_len)[None, :] >= query_lengths[:, None])[:, :, None]

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
@@ -109,21 +110,26 @@ def _static_float(name: str, value: Any) -> float:
             "by a run-time scale instead."
         )
     try:
-        return float(value)
+        number = float("nan") if isinstance(value, (bool, str)) else float(value)
     except (TypeError, ValueError):
         raise ArgumentError(f"{name} must be a number or None, but {type(value).__name__} was given") from None
+    if not np.isfinite(number):
+        raise ArgumentError(f"{name} must be a finite number or None, but {value!r} was given")
+    return number
 
 
-def check_lengths(name: str, lengths: Any, batch: int) -> Any:
-    """Per-sequence lengths as int32 [B], or None. A scalar serves every sequence."""
+def check_lengths(name: str, lengths: Any, batch: int, limit: int) -> Any:
+    """Per-sequence lengths as int32 [B] in [0, limit], or None. A scalar serves every sequence."""
     if lengths is None:
         return None
-    array = jnp.asarray(lengths)
+    # Before any conversion to int32: a length past 2^31 means all positions, not none.
+    array = lengths if isinstance(lengths, jax.Array) else np.asarray(lengths)
     if not jnp.issubdtype(array.dtype, jnp.integer) or array.shape not in ((), (batch,)):
         raise ArgumentError(
             f"{name} must be integers of shape [{batch}] or [], but {array.dtype}{list(array.shape)} was given"
         )
-    return jnp.broadcast_to(array.astype(jnp.int32), (batch,))
+    wide = array if array.dtype.itemsize >= 4 else array.astype(np.int32)
+    return jnp.broadcast_to(jnp.asarray(wide.clip(0, limit), jnp.int32), (batch,))
 
 
 def check_offset(query_offset: Any) -> Any:

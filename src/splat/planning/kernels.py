@@ -38,6 +38,9 @@ class KernelConfig:
 DTYPES = ("float32", "bfloat16", "float16")
 MAX_HEAD_DIM = 256
 
+#: The oldest NVIDIA generation that kernels are made for: Ampere, the first with bfloat16.
+OLDEST_CAPABILITY = 8.0
+
 #: The planning target, and architecture, of interpreted kernels.
 INTERPRETER = "interpreter"
 

@@ -78,11 +78,15 @@ class Plan:
         return schedule(self.acsr, model, block_q=self.blocks[0], block_kv=self.blocks[1])
 
     @cached_property
+    def transposed(self) -> ACSR:
+        """The matrix with keys as rows; made on first use."""
+        p = self.problem
+        return build_transposed(p.pattern, p.q_len, p.kv_len, self.query_offset)
+
+    @cached_property
     def d_key_value(self) -> Schedule:
         """The schedule of dK and dV (rows are key positions); made on first use."""
-        p = self.problem
-        acsr = build_transposed(p.pattern, p.q_len, p.kv_len, self.query_offset)
-        return schedule(acsr, self._model("d_key_value"), block_q=self.blocks[0], block_kv=self.blocks[1])
+        return schedule(self.transposed, self._model("d_key_value"), block_q=self.blocks[0], block_kv=self.blocks[1])
 
     def _model(self, kernel: str) -> CostModel:
         return cost_model(self.implementation, find(self.target), self.problem.head_dim, self.problem.dtype, kernel)

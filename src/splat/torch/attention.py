@@ -87,7 +87,7 @@ def run(
         )
     scale, cap = validate.check_scale(scale), validate.check_soft_cap(logits_soft_cap)
     offset = validate.check_offset(query_offset)
-    lengths = validate.check_lengths(kv_lengths, sizes.batch, query.device)
+    lengths = validate.check_lengths(kv_lengths, sizes.batch, sizes.kv_len, query.device)
 
     if len(patterns) == 1:
         out, lse = attend(query, key, value, lengths, patterns[0][0], scale, cap, offset)

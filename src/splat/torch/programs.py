@@ -14,7 +14,7 @@ from torch import Tensor
 from splat.codegen.base import Options
 from splat.codegen.devices import nearest_target
 from splat.codegen.triton import interpret
-from splat.codegen.triton.program import Binding, Program, Sizes, needs_guard, passes_of
+from splat.codegen.triton.program import Binding, Program, Sizes, guards_of, passes_of
 from splat.pattern import Pattern, parse
 from splat.planning import TARGETS, Plan, Problem, find, make_plan
 from splat.planning.kernels import INTERPRETER
@@ -117,7 +117,7 @@ def _record_backward(call: Call) -> Recording:
     plan = _plan(call)
     passes, transposed = passes_of(plan, "d_query"), passes_of(plan, "d_key_value")
     d_query, d_key, d_value = _program(call, plan, tape).backward(
-        passes, transposed, needs_guard(plan), query, key, value, lengths, out, lse, d_out, d_lse
+        passes, transposed, query, key, value, lengths, out, lse, d_out, d_lse
     )
     of_query, of_key_value = call.wanted
     return tape.ending([*([d_query] if of_query else []), *([d_key, d_value] if of_key_value else [])])
@@ -134,7 +134,7 @@ def _program(call: Call, plan: Plan, tape: Tape) -> Program:
         tape.launch, tape.strides, lambda b, n, t, h: (b, t, n, h), tape.table, tape.full,
         allow_tf32=call.allow_tf32, descriptors=call.aligned and _has_descriptors(call.strides),
     )  # fmt: skip
-    return Program(Options(scale, cap), call.sizes, find(plan.target).arch, binding)
+    return Program(Options(scale, cap), call.sizes, find(plan.target).arch, guards_of(plan), binding)
 
 
 def _has_descriptors(strides: Sequence[tuple[int, int, int]]) -> bool:

@@ -196,8 +196,8 @@ def check_offset(query_offset: Any) -> int:
     return offset
 
 
-def check_lengths(lengths: Any, batch: int, device: torch.device) -> Tensor | None:
-    """`kv_lengths` as int32 [B] on the device, or None. One length serves every sequence."""
+def check_lengths(lengths: Any, batch: int, kv_len: int, device: torch.device) -> Tensor | None:
+    """`kv_lengths` as int32 [B] in [0, kv_len] on the device, or None. One length serves every sequence."""
     if lengths is None:
         return None
     if not isinstance(lengths, Tensor):
@@ -215,7 +215,8 @@ def check_lengths(lengths: Any, batch: int, device: torch.device) -> Tensor | No
             f"kv_lengths must be on query's device {device}, but it is on {lengths.device}. Move it once, with "
             ".to(query.device), outside the model's inner loop."
         )
-    return lengths.to(torch.int32).expand(batch).contiguous()
+    # Before the conversion: a length past 2^31 means all keys, not none.
+    return lengths.to(torch.int64).clamp(0, kv_len).to(torch.int32).expand(batch).contiguous()
 
 
 _INTEGERS = (torch.int32, torch.int64, torch.int16, torch.int8, torch.uint8)

@@ -12,7 +12,7 @@ import splat
 from splat.codegen.base import Options
 from splat.codegen.triton import interpret
 from splat.codegen.triton.launch import Launch
-from splat.codegen.triton.program import Binding, Program, Sizes, needs_guard, passes_of
+from splat.codegen.triton.program import Binding, Program, Sizes, guards_of, passes_of
 from splat.pattern import Pattern
 from splat.planning import Plan, Problem, make_plan
 from tests.attention_suite import Inputs, Results, compare, truth
@@ -101,13 +101,13 @@ def attend(
     binding = Binding(changed, layout.strides, layout.shape, np.asarray, full, descriptors=descriptors)
     sizes = Sizes(batch, q_len, kv_len, heads, kv_heads, head_dim, str(inputs.query.dtype))
     options = Options(head_dim**-0.5 if scale is None else scale, logits_soft_cap)
-    program = Program(options, sizes, plan.target, binding)
+    program = Program(options, sizes, plan.target, guards_of(plan), binding)
     q, k, v, d_out = (layout.put(x) for x in inputs[:4])
     d_lse = np.swapaxes(np.asarray(inputs.d_lse), 1, 2)
     kept = None if lengths is None else np.asarray(lengths, np.int32)
     out, lse = program.forward(passes_of(plan, "forward"), q, k, v, kept)
     passes, transposed = passes_of(plan, "d_query"), passes_of(plan, "d_key_value")
-    gradients = program.backward(passes, transposed, needs_guard(plan), q, k, v, kept, out, lse, d_out, d_lse)
+    gradients = program.backward(passes, transposed, q, k, v, kept, out, lse, d_out, d_lse)
     return Results(layout.take(out), np.swapaxes(lse, 1, 2), *map(layout.take, gradients))
 
 

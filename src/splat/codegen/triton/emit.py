@@ -11,15 +11,15 @@ import jax.numpy as jnp
 
 from splat import __version__
 from splat.codegen.base import Options, Request
-from splat.codegen.devices import device_target, nearest_target
+from splat.codegen.devices import compute_capability, device_target, nearest_target
 from splat.codegen.triton import bind_jax, interpret, record
 from splat.codegen.triton.lower import PassSpec, Tables, lower
 from splat.codegen.triton.offline import Failure, Job, compile_all
 from splat.codegen.triton.offline_model import ARCHITECTURES
-from splat.codegen.triton.program import Binding, Passes, Program, Sizes, needs_guard, passes_of
+from splat.codegen.triton.program import UNKNOWN, Binding, Passes, Program, Sizes, guards_of, passes_of
 from splat.errors import ArgumentError, SplatError, UnsupportedError
 from splat.planning import Plan, find
-from splat.planning.kernels import DTYPES, INTERPRETER, MAX_HEAD_DIM
+from splat.planning.kernels import DTYPES, INTERPRETER, MAX_HEAD_DIM, OLDEST_CAPABILITY
 
 Array = Any
 
@@ -45,7 +45,15 @@ class TritonImplementation:
                 f"the triton implementation serves head dims up to {MAX_HEAD_DIM}, not {request.head_dim}. Use "
                 "implementation='xla'."
             )
-        return None if request.elsewhere else bind_jax.missing()
+        if request.elsewhere:
+            return None
+        found = compute_capability() if request.platform != "cpu" else None
+        if found and not found.startswith("gfx") and float(found) < OLDEST_CAPABILITY:
+            return (
+                f"the triton implementation needs compute capability {OLDEST_CAPABILITY:.1f} (A100, RTX 30) or later, "
+                f"but this GPU has {found}. Use implementation='xla'."
+            )
+        return bind_jax.missing()
 
     @staticmethod
     def _without_a_gpu(request: Request) -> bool:
@@ -208,8 +216,7 @@ def _forward(call: _Call, batched: Any, tables: Any) -> Any:
 def _backward(call: _Call, batched: Any, tables: Any) -> Any:
     query, key, value, lengths, *rest = batched
     passes, transposed = (_passes(call, tables, which) for which in _SCHEDULES[1:])
-    guard = call.plan is None or needs_guard(call.plan)
-    return _program(call, query, key).backward(passes, transposed, guard, query, key, value, lengths, *rest)
+    return _program(call, query, key).backward(passes, transposed, query, key, value, lengths, *rest)
 
 
 def _program(call: _Call, query: Array, key: Array) -> Program:
@@ -220,7 +227,8 @@ def _program(call: _Call, query: Array, key: Array) -> Program:
         lambda shape, dtype, value: bind_jax.vary_like(jnp.full(shape, value, dtype), query),
         allow_tf32=call.allow_tf32, descriptors=bind_jax.supports_descriptors(),
     )  # fmt: skip
-    return Program(call.options, sizes, call.arch, binding)
+    guards = UNKNOWN if call.plan is None else guards_of(call.plan)
+    return Program(call.options, sizes, call.arch, guards, binding)
 
 
 __all__ = ["IMPLEMENTATION", "TritonImplementation"]

@@ -136,7 +136,7 @@ def _forward_text(facts: PassFacts, variant: Variant) -> Iterator[str]:
     yield from _signature(
         "splat_forward", ["Q", "K", "V", *tables_of(facts, variant, ["LSE", "X"])],
         ["q", "k", "v", "out"], f"num_slots, num_walks, num_rows, {_counts(variant)}scale, soft_cap", "OUT, LSE",
-        "SOFT_CAP: tl.constexpr, SIGN: tl.constexpr",
+        "SOFT_CAP: tl.constexpr, GUARD: tl.constexpr, SIGN: tl.constexpr",
     )  # fmt: skip
     yield from _prologue(facts, variant, "NUM_HEADS")
     yield "    q = load_rows(head_of(Q, batch, head, q_b, q_h, UNIT), rows, num_rows, Q_T, HEAD_DIM, WIDTH)"
@@ -149,7 +149,7 @@ def _forward_text(facts: PassFacts, variant: Variant) -> Iterator[str]:
     def call(begin: str, end: str, bounds: str, stride: str, keep: str, limited: bool) -> str:
         return (
             f"top, total, acc = attend(top, total, acc, q, keys, values, {begin}, {end}, stop, {bounds}, scale, "
-            f"soft_cap, K_T, V_T, {stride}, {keep}, {limited}, SOFT_CAP, {_SHAPE})"
+            f"soft_cap, K_T, V_T, {stride}, {keep}, {limited}, SOFT_CAP, GUARD, {_SHAPE})"
         )
 
     sources = {"keys": ("keys_of", "K_T"), "values": ("values_of", "V_T")}
@@ -169,7 +169,7 @@ def _d_query_text(facts: PassFacts, variant: Variant) -> Iterator[str]:
     yield from _signature(
         "splat_d_query", ["Q", "K", "V", "DO", "LSE", "DELTA", *tables_of(facts, variant, ["X"])],
         ["q", "k", "v", "do", "dq"], f"num_slots, num_walks, num_rows, {_counts(variant)}scale, soft_cap", "DQ",
-        "SOFT_CAP: tl.constexpr",
+        "SOFT_CAP: tl.constexpr, GUARD: tl.constexpr",
     )  # fmt: skip
     yield from _prologue(facts, variant, "NUM_HEADS")
     yield "    q = load_rows(head_of(Q, batch, head, q_b, q_h, UNIT), rows, num_rows, Q_T, HEAD_DIM, WIDTH)"
@@ -184,7 +184,7 @@ def _d_query_text(facts: PassFacts, variant: Variant) -> Iterator[str]:
     def call(begin: str, end: str, bounds: str, stride: str, keep: str, limited: bool) -> str:
         return (
             f"acc = d_query(acc, q, d_out, lse2, delta, keys, values, {begin}, {end}, stop, {bounds}, scale, "
-            f"soft_cap, K_T, V_T, {stride}, {keep}, {limited}, SOFT_CAP, {_SHAPE})"
+            f"soft_cap, K_T, V_T, {stride}, {keep}, {limited}, SOFT_CAP, GUARD, {_SHAPE})"
         )
 
     sources = {"keys": ("keys_of", "K_T"), "values": ("values_of", "V_T")}

@@ -11,12 +11,15 @@ from collections.abc import Callable, Sequence
 from functools import lru_cache
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from splat.codegen.base import Options
 from splat.codegen.triton import generate
 from splat.codegen.triton.generate import Variant
 from splat.codegen.triton.kernels import SPLAT_DELTA
 from splat.codegen.triton.launch import Kernel, Launch, Launcher, Output
 from splat.codegen.triton.lower import PassSpec, Tables, lower
+from splat.errors import SplatError
 from splat.pattern.core import array_namespace, ceil_div
 from splat.planning import Plan
 from splat.planning.kernels import find_config
@@ -83,17 +86,31 @@ class Earlier(NamedTuple):
     counts: tuple[int, ...]
 
 
+class Guards(NamedTuple):
+    """Positions that are in no pair, and yet in tiles: NaN and infinity there must reach no result.
+
+    Attributes:
+      holes: some key between the first and the last that are attended to is not; forward and dQ zero it.
+      unused: some query or key is in no pair at all; dK and dV zero it.
+    """
+
+    holes: bool
+    unused: bool
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class Program:
     """Attention calls of one size: static options, bound to a framework.
 
     Attributes:
       arch: what the kernels are for; it chooses their configurations.
+      guards: what must be zeroed, whatever it holds.
     """
 
     options: Options
     sizes: Sizes
     arch: str
+    guards: Guards
     binding: Binding
 
     # -- forward -------------------------------------------------------------------------------------------------------
@@ -114,7 +131,7 @@ class Program:
             return self._launch(
                 "forward", generate.forward(spec.facts, variant), one, s.num_q_heads, (query, key, value), earlier,
                 lengths, self._strides(q=query, k=key, v=value) | {"out": strides}, (s.q_len,),
-                (scale, self._soft_cap()), (out, lse), SIGN=sign,
+                (scale, self._soft_cap()), (out, lse), GUARD=self.guards.holes, SIGN=sign,
             )  # fmt: skip
 
         out, lse = self._each(passes, run, s.num_q_heads, s.q_len, with_lse=True)
@@ -123,16 +140,16 @@ class Program:
     # -- backward ------------------------------------------------------------------------------------------------------
 
     def backward(
-        self, passes: Passes, transposed: Passes, guard: bool, query, key, value, lengths, out, lse, d_out, d_lse=None
+        self, passes: Passes, transposed: Passes, query, key, value, lengths, out, lse, d_out, d_lse=None
     ) -> tuple[Any, Any, Any]:
         """(d_query, d_key, d_value) in the inputs' dtype; `lse` and `d_lse` are float32 [B, N, T].
 
-        `passes` are the plan's for dQ, `transposed` those for dK and dV; `guard` is what `needs_guard` says of it.
+        `passes` are the plan's for dQ, `transposed` those for dK and dV.
         """
         delta = self._delta(out, d_out, lse, d_lse)
         saved = (query, key, value, d_out, lse, delta)
         d_query = self._d_query(passes, saved, lengths)
-        return (d_query, *self._d_key_value(transposed, guard, saved, lengths))
+        return (d_query, *self._d_key_value(transposed, saved, lengths))
 
     def _delta(self, out: Any, d_out: Any, lse: Any, d_lse: Any) -> Any:
         s, blocks = self.sizes, ceil_div(self.sizes.q_len, MERGE_ROWS)
@@ -161,12 +178,12 @@ class Program:
             return self._launch(
                 "d_query", kernel, one, s.num_q_heads, saved, earlier, lengths,
                 self._saved_strides(saved) | {"dq": strides}, (s.q_len,), (self.options.scale, self._soft_cap()),
-                (result,),
+                (result,), GUARD=self.guards.holes,
             )  # fmt: skip
 
         return self._each(passes, run, s.num_q_heads, s.q_len)[0]
 
-    def _d_key_value(self, passes: Passes, guard: bool, saved: Sequence[Any], lengths: Any) -> tuple[Any, Any]:
+    def _d_key_value(self, passes: Passes, saved: Sequence[Any], lengths: Any) -> tuple[Any, Any]:
         s = self.sizes
         if not passes:
             shape = self.binding.shape(s.batch, s.num_kv_heads, s.kv_len, s.head_dim)
@@ -179,7 +196,7 @@ class Program:
                 "d_key_value", generate.d_key_value(one[0].facts, variant), one, s.num_kv_heads, saved, earlier,
                 lengths, self._saved_strides(saved) | {"dk": strides, "dv": strides}, (s.kv_len,),
                 (s.q_len, self.options.scale, self._soft_cap()), (result, result),
-                GUARD=guard or lengths is not None,
+                GUARD=self.guards.unused or lengths is not None,
             )  # fmt: skip
 
         d_key, d_value = self._each(passes, run, s.num_kv_heads, s.kv_len)
@@ -313,10 +330,19 @@ def passes_of(plan: Plan, which: str) -> Passes:
     return _passes_of(plan, which)
 
 
+#: Of plans whose numbers are not known yet.
+UNKNOWN = Guards(True, True)
+
+
 @lru_cache(maxsize=128)
-def needs_guard(plan: Plan) -> bool:
-    """Whether a static plan has queries or keys in no pair at all: whatever they hold must reach no result."""
-    return plan.empty_rows > 0 or bool((plan.d_key_value.acsr.row_nnz == 0).any())
+def guards_of(plan: Plan) -> Guards:
+    """What a static plan's kernels must guard against."""
+    try:
+        seen = np.flatnonzero(plan.transposed.row_nnz)
+    except SplatError:  # its columns are not regular: it has a forward only
+        return UNKNOWN
+    holes = seen.size > 0 and int(seen[-1] - seen[0]) + 1 > seen.size
+    return Guards(holes, plan.empty_rows > 0 or seen.size < plan.problem.kv_len)
 
 
 @lru_cache(maxsize=128)

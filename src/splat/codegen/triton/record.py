@@ -9,7 +9,7 @@ import numpy as np
 
 from splat.codegen.base import Options
 from splat.codegen.triton.launch import Launch, Output
-from splat.codegen.triton.program import Binding, Program, Sizes, needs_guard, passes_of
+from splat.codegen.triton.program import Binding, Program, Sizes, guards_of, passes_of
 from splat.errors import ArgumentError
 from splat.pattern import parse
 from splat.planning import TARGETS, Plan, Problem, find, make_plan
@@ -70,13 +70,13 @@ def launches(
         lambda shape, dtype, value: Output(shape, dtype), descriptors=descriptors,
     )  # fmt: skip
     s = sizes_of(plan)
-    program = Program(options, s, find(plan.target).arch, binding)
+    program = Program(options, s, find(plan.target).arch, guards_of(plan), binding)
     q = Output((s.batch, s.q_len, s.num_q_heads, s.head_dim), s.dtype)
     k = Output((s.batch, s.kv_len, s.num_kv_heads, s.head_dim), s.dtype)
     length = Output((s.batch,), "int32") if lengths else None
     out, lse = program.forward(passes_of(plan, "forward"), q, k, k, length)
     passes, transposed = passes_of(plan, "d_query"), passes_of(plan, "d_key_value")
-    program.backward(passes, transposed, needs_guard(plan), q, k, k, length, out, lse, q, lse)
+    program.backward(passes, transposed, q, k, k, length, out, lse, q, lse)
     return made
 
 

@@ -18,9 +18,9 @@ def weights(s, lse2, scale, soft_cap, SOFT_CAP: tl.constexpr):
 
 @triton.jit
 def d_query(acc, q, d_out, lse2, delta, K, V, begin, end, stop, bounds, scale, soft_cap, k_t, v_t, stride,
-            KEEP: tl.constexpr, LIMITED: tl.constexpr, SOFT_CAP: tl.constexpr, BLOCK_KV: tl.constexpr,
-            HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr, WIDE: tl.constexpr, DESCRIPTORS: tl.constexpr,
-            PRECISION: tl.constexpr):  # fmt: skip
+            KEEP: tl.constexpr, LIMITED: tl.constexpr, SOFT_CAP: tl.constexpr, GUARD: tl.constexpr,
+            BLOCK_KV: tl.constexpr, HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr, WIDE: tl.constexpr,
+            DESCRIPTORS: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
     """Adds dQ / scale of lattice columns [begin, end) to `acc`; arguments as `forward.attend`."""
     EDGE: tl.constexpr = LIMITED or KEEP is not None
     for x in tl.range(begin, end, BLOCK_KV):
@@ -33,9 +33,12 @@ def d_query(acc, q, d_out, lse2, delta, K, V, begin, end, stop, bounds, scale, s
         if EDGE:
             at = x + tl.arange(0, BLOCK_KV)
             if KEEP is not None:
-                d_s = tl.where(KEEP(at, bounds), d_s, 0.0)
+                keep = KEEP(at, bounds)
+                d_s = tl.where(keep, d_s, 0.0)
             if LIMITED:
                 d_s = tl.where((at < stop)[None, :], d_s, 0.0)
+        if GUARD and KEEP is not None:
+            k = tl.where((tl.max(keep.to(tl.int32), 0) > 0)[:, None], k, 0.0).to(k.dtype)
         acc = tl.dot(d_s.to(k.dtype), k, acc, input_precision=PRECISION)
     return acc
 
@@ -73,7 +76,9 @@ def d_key_value(d_k, d_v, k, v, Q, DO, LSE, DELTA, begin, end, stop, residue, bo
             lse = tl.load(LSE + row)
             delta = tl.load(DELTA + row)
         if EDGE and GUARD:
-            q = tl.where((lse > -float("inf"))[:, None], q, 0.0).to(k.dtype)
+            some = (lse > -float("inf"))[:, None]
+            q = tl.where(some, q, 0.0).to(k.dtype)
+            d_out = tl.where(some, d_out, 0.0).to(k.dtype)
         s = tl.dot(k, tl.trans(q), input_precision=PRECISION)  # [BLOCK_Q key rows, BLOCK_KV queries]
         p, slope = weights(s, (lse * LOG2E)[None, :], scale, soft_cap, SOFT_CAP)
         if EDGE:

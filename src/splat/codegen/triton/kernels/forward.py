@@ -15,12 +15,13 @@ def start(BLOCK_Q: tl.constexpr, WIDTH: tl.constexpr):
 
 @triton.jit
 def attend(top, total, acc, q, K, V, begin, end, stop, bounds, scale, soft_cap, k_t, v_t, stride,
-           KEEP: tl.constexpr, LIMITED: tl.constexpr, SOFT_CAP: tl.constexpr, BLOCK_KV: tl.constexpr,
-           HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr, WIDE: tl.constexpr, DESCRIPTORS: tl.constexpr,
-           PRECISION: tl.constexpr):  # fmt: skip
+           KEEP: tl.constexpr, LIMITED: tl.constexpr, SOFT_CAP: tl.constexpr, GUARD: tl.constexpr,
+           BLOCK_KV: tl.constexpr, HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr, WIDE: tl.constexpr,
+           DESCRIPTORS: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
     """Attends to lattice columns [begin, end), a block at a time.
 
     KEEP(x, bounds) says which pairs the pattern has; None: all. LIMITED: `stop` comes from key lengths and is compared.
+    GUARD: some key may be in no pair and hold anything; it must not reach a result.
     """
     EDGE: tl.constexpr = LIMITED or KEEP is not None
     for x in tl.range(begin, end, BLOCK_KV):
@@ -34,7 +35,8 @@ def attend(top, total, acc, q, K, V, begin, end, stop, bounds, scale, soft_cap, 
         if EDGE:
             at = x + tl.arange(0, BLOCK_KV)
             if KEEP is not None:
-                s = tl.where(KEEP(at, bounds), s, -float("inf"))
+                keep = KEEP(at, bounds)
+                s = tl.where(keep, s, -float("inf"))
             if LIMITED:
                 s = tl.where((at < stop)[None, :], s, -float("inf"))
         new_top = tl.maximum(top, tl.max(s, 1) * unit)
@@ -43,6 +45,8 @@ def attend(top, total, acc, q, K, V, begin, end, stop, bounds, scale, soft_cap, 
         total = total * decay + tl.sum(p, 1)
         acc = acc * decay[:, None]
         v = load_lattice(V, x, stop, v_t, stride, BLOCK_KV, HEAD_DIM, WIDTH, EDGE, WIDE, DESCRIPTORS)
+        if GUARD and KEEP is not None:
+            v = tl.where((tl.max(keep.to(tl.int32), 0) > 0)[:, None], v, 0.0).to(v.dtype)
         acc = tl.dot(p.to(v.dtype), v, acc, input_precision=PRECISION)
         top = new_top
     return top, total, acc
