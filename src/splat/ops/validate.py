@@ -110,7 +110,9 @@ def _static_float(name: str, value: Any) -> float:
             "by a run-time scale instead."
         )
     try:
-        number = float("nan") if isinstance(value, (bool, str)) else float(value)
+        if isinstance(value, (bool, str)):
+            raise TypeError
+        number = float(value)
     except (TypeError, ValueError):
         raise ArgumentError(f"{name} must be a number or None, but {type(value).__name__} was given") from None
     if not np.isfinite(number):

@@ -27,8 +27,11 @@ _BACKWARD_SCHEMA = (
     " -> (Tensor, Tensor, Tensor)"
 )
 
+#: Compiled CUDA graphs leave these out: a first call puts tables on the device, and keeps them.
+_TAGS: Any = (torch.Tag.cudagraph_unsafe,) if hasattr(torch.Tag, "cudagraph_unsafe") else None
 
-@torch.library.custom_op("splat::attention", mutates_args=(), schema=_SCHEMA)
+
+@torch.library.custom_op("splat::attention", mutates_args=(), schema=_SCHEMA, tags=_TAGS)
 def attend(
     query: Tensor,
     key: Tensor,
@@ -48,7 +51,7 @@ def attend(
     return forward(query, key, value, kv_lengths, (pattern, scale, logits_soft_cap, query_offset))
 
 
-@torch.library.custom_op("splat::attention_backward", mutates_args=(), schema=_BACKWARD_SCHEMA)
+@torch.library.custom_op("splat::attention_backward", mutates_args=(), schema=_BACKWARD_SCHEMA, tags=_TAGS)
 def attend_backward(
     query: Tensor,
     key: Tensor,

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from splat.codegen.triton import interpret, record
 from splat.codegen.triton.launch import Launch, Output
+from splat.errors import UnsupportedError
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -210,6 +211,11 @@ def _on_device(array: np.ndarray, device: torch.device) -> Table:
     """The table on the device; recordings that differ in strides only, say, share it."""
     table = _UPLOADED.get((id(array), device))  # which keeps the array, so that no other can have its id
     if table is None:
+        if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+            raise UnsupportedError(
+                "a CUDA graph is being captured, and this call's tables are not on the device yet. Call "
+                "splat.torch.attention once with the same pattern, shapes and offset before the capture."
+            )
         table = Table(array, torch.tensor(array, dtype=torch.int32, device=device))
         _UPLOADED[id(array), device] = table
     return table

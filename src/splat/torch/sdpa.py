@@ -70,6 +70,11 @@ def scaled_dot_product_attention(
         )
     if pattern is None:
         pattern = _FULL
+    elif not isinstance(pattern, Pattern):
+        raise ArgumentError(
+            f"pattern must be a splat pattern such as splat.causal() & splat.window(512), but {type(pattern).__name__} "
+            "was given. Use splat.parse for text."
+        )
     if attn_mask is not None:
         pattern = pattern & _of_mask(attn_mask, sizes)
     out = run(query, key, value, groups_of(pattern, is_causal=is_causal), scale)
