@@ -407,8 +407,8 @@ class AttentionSuite:
         expected = truth(inputs, pattern.to_dense(40))
         run = self.compiled(pattern, inputs)
         for poison in (np.nan, np.inf):
-            spoilt = (jnp.where(hole, poison, x) for x in inputs[:4])
-            compare(run(Inputs(*spoilt, inputs.d_lse), {}), expected, "float32")
+            q, k, v, d_out = (jnp.where(hole, poison, x) for x in inputs[:4])
+            compare(run(Inputs(q, k, v, d_out, inputs.d_lse), {}), expected, "float32")
 
     def test_a_bad_query_spoils_its_own_row_only(self, rng: np.random.Generator) -> None:
         """In the forward; its keys' gradients are spoilt as in dense attention."""
