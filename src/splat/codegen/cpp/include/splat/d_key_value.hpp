@@ -1,0 +1,100 @@
+// dV = P^T dO and dK = scale * dS^T Q with dS = P * (dO V^T - delta), over the pairs of the plan's transposed matrix.
+#pragma once
+#include "splat/backward.hpp"
+
+namespace splat {
+
+/// Keys in the lanes, queries walked: of all the query heads that share the keys, one head after the other.
+template <class Facts> struct DKeyValue {
+  using Scalar = typename Facts::Scalar;
+  using T = Compute<Scalar>;
+  static constexpr int D = Facts::head_dim, W = kWidth<T>, kVectors = kMaxVectors;
+  static constexpr bool kKeysInLanes = true, kGuard = Facts::guard, kFill = Facts::fill;
+  static constexpr int kTiles = kTilesOf<T, D, 4>, kChunk = kChunkOf<T, D, 2>;
+
+  struct State {
+    alignas(64) T key[D * kLanes], value[D * kLanes], d_key[D * kLanes], d_value[D * kLanes];  // [d][lane]
+  };
+  struct Scratch {
+    State tiles[kTiles];
+    alignas(64) T query[kChunk * D], d_out[kChunk * D], base[kChunk], delta[kChunk], p[64 * kLanes], ds[64 * kLanes];
+  };
+
+  const Call& call;
+  Scratch& memory;
+  const bool first;
+  int64_t batch, kv_head, q_head;
+  const T *query, *d_out;
+
+  void start(int64_t batch_, int64_t kv_head_, int64_t) {
+    batch = batch_, kv_head = kv_head_, q_head = kv_head_ * (call.num_q_heads / call.num_kv_heads);
+  }
+  int walked_heads() const { return (int)(call.num_q_heads / call.num_kv_heads); }
+  template <int kStride> int chunk() const { return kChunk; }
+
+  void begin(int tile, int, const LaneRows& rows) {
+    State& s = memory.tiles[tile];
+    rows_to_lanes<Scalar, D>(at<Scalar>(call.key, batch, kv_head), call.key.position, rows,
+                             (T)lane_factor<Facts>(call), s.key);
+    rows_to_lanes<Scalar, D>(at<Scalar>(call.value, batch, kv_head), call.value.position, rows, (T)1, s.value);
+    if (first) {
+      memset(s.d_key, 0, sizeof s.d_key);
+      memset(s.d_value, 0, sizeof s.d_value);
+      return;
+    }
+    rows_to_lanes<Scalar, D>(at<Scalar>(call.d_key, batch, kv_head), call.d_key.position, rows,
+                             call.scale ? (T)(1 / call.scale) : (T)0, s.d_key);
+    rows_to_lanes<Scalar, D>(at<Scalar>(call.d_value, batch, kv_head), call.d_value.position, rows, (T)1, s.d_value);
+  }
+
+  void pack(int head, int64_t from, int64_t step, int count) {
+    const int64_t h = q_head + head;
+    query = walked_rows<Scalar, D>(call.query, batch, h, from, step, count, memory.query);
+    d_out = walked_rows<Scalar, D>(call.d_out, batch, h, from, step, count, memory.d_out);
+    for (int n = 0; n < count; ++n) {
+      const int64_t row = from + step * n;
+      memory.base[n] = base_of(at<T>(call.lse, batch, h)[row * call.lse.position]);
+      memory.delta[n] = delta_of<Scalar, D>(call, batch, h, row);
+    }
+  }
+
+  template <int NV, class M>
+  __attribute__((noinline)) void block(int tile, int lane, int from, int n, int x, const M& mask) {
+    State& s = memory.tiles[tile];
+    T *const p = memory.p + lane, *const ds = memory.ds + lane;
+    const T *base = memory.base + from, *delta = memory.delta + from;
+    Vec<T> unused[NV];
+    scores<T, D, NV, false>(query + (int64_t)from * D, s.key + lane, n, p, unused);
+    scores<T, D, NV, false>(d_out + (int64_t)from * D, s.value + lane, n, ds, unused);
+    differentiate<Facts, NV, true>(
+        call, n, x, lane, mask, p, ds, [&](int k, int) { return splat_of(base[k]); },
+        [&](int k, int) { return splat_of(delta[k]); });
+    accumulate<T, D, NV>(d_out + (int64_t)from * D, p, n, s.d_value + lane);
+    accumulate<T, D, NV>(query + (int64_t)from * D, ds, n, s.d_key + lane);
+  }
+
+  void end(int tile, int, const LaneRows& rows) {
+    const State& s = memory.tiles[tile];
+    alignas(64) T factor[kLanes];
+    for (int lane = 0; lane < kLanes; ++lane) factor[lane] = (T)call.scale;
+    lanes_to_rows<Scalar, D>(s.d_key, factor, rows, at<Scalar>(call.d_key, batch, kv_head), call.d_key.position);
+    for (int lane = 0; lane < kLanes; ++lane) factor[lane] = 1;
+    lanes_to_rows<Scalar, D>(s.d_value, factor, rows, at<Scalar>(call.d_value, batch, kv_head), call.d_value.position);
+  }
+
+  /// Keys past their sequence's length are in no tile.
+  static void prepare(const Call& call) {
+    if (!kFill && !call.kv_lengths) return;
+    for (int64_t b = 0; b < call.batch; ++b) {
+      const int64_t from = kFill ? 0 : call.kv_lengths[b];
+      clear_rows<Scalar, D>(call.d_key, b, call.num_kv_heads, from, call.kv_len);
+      clear_rows<Scalar, D>(call.d_value, b, call.num_kv_heads, from, call.kv_len);
+    }
+  }
+};
+
+template <class Facts, class... Passes> void d_key_value(const Call& call, Pool& pool) {
+  run<DKeyValue<Facts>, Passes...>(call, pool);
+}
+
+}  // namespace splat

@@ -1,0 +1,89 @@
+// dQ = scale * dS K with dS = P * (dO V^T - delta), over the pairs of the plan.
+#pragma once
+#include "splat/backward.hpp"
+
+namespace splat {
+
+/// Queries in the lanes, keys walked.
+template <class Facts> struct DQuery {
+  using Scalar = typename Facts::Scalar;
+  using T = Compute<Scalar>;
+  static constexpr int D = Facts::head_dim, W = kWidth<T>, kVectors = kMaxVectors;
+  static constexpr bool kKeysInLanes = false, kGuard = Facts::guard, kFill = Facts::fill;
+  static constexpr int kTiles = kTilesOf<T, D, 3>, kChunk = kChunkOf<T, D, 2>;
+
+  struct State {
+    alignas(64) T query[D * kLanes], d_out[D * kLanes], sum[D * kLanes];  // [d][lane]
+    alignas(64) T base[kLanes], delta[kLanes];
+  };
+  struct Scratch {
+    State tiles[kTiles];
+    alignas(64) T key[kChunk * D], value[kChunk * D], p[64 * kLanes], ds[64 * kLanes];
+  };
+
+  const Call& call;
+  Scratch& memory;
+  const bool first;
+  int64_t batch, kv_head, q_head;
+  const T *key, *value;
+
+  void start(int64_t batch_, int64_t kv_head_, int64_t q_head_) { batch = batch_, kv_head = kv_head_, q_head = q_head_; }
+  int walked_heads() const { return 1; }
+  template <int kStride> int chunk() const {
+    return kStride == 1 && is_packed<Scalar, D>(call.key) && is_packed<Scalar, D>(call.value) ? kAllRows : kChunk;
+  }
+
+  void begin(int tile, int head, const LaneRows& rows) {
+    State& s = memory.tiles[tile];
+    const int64_t h = q_head + head;
+    rows_to_lanes<Scalar, D>(at<Scalar>(call.query, batch, h), call.query.position, rows, (T)lane_factor<Facts>(call),
+                             s.query);
+    rows_to_lanes<Scalar, D>(at<Scalar>(call.d_out, batch, h), call.d_out.position, rows, (T)1, s.d_out);
+    for (int lane = 0; lane < kLanes; ++lane) {
+      const int64_t row = rows.at[lane];
+      s.base[lane] = row < 0 ? kInfinity<T> : base_of(at<T>(call.lse, batch, h)[row * call.lse.position]);
+      s.delta[lane] = row < 0 ? 0 : delta_of<Scalar, D>(call, batch, h, row);
+    }
+    if (first) memset(s.sum, 0, sizeof s.sum);
+    else
+      rows_to_lanes<Scalar, D>(at<Scalar>(call.d_query, batch, h), call.d_query.position, rows,
+                               call.scale ? (T)(1 / call.scale) : (T)0, s.sum);
+  }
+
+  void pack(int, int64_t from, int64_t step, int count) {
+    key = walked_rows<Scalar, D>(call.key, batch, kv_head, from, step, count, memory.key);
+    value = walked_rows<Scalar, D>(call.value, batch, kv_head, from, step, count, memory.value);
+  }
+
+  template <int NV, class M>
+  __attribute__((noinline)) void block(int tile, int lane, int from, int n, int x, const M& mask) {
+    State& s = memory.tiles[tile];
+    T *const p = memory.p + lane, *const ds = memory.ds + lane;
+    Vec<T> unused[NV], base[NV], delta[NV];
+    scores<T, D, NV, false>(key + (int64_t)from * D, s.query + lane, n, p, unused);
+    scores<T, D, NV, false>(value + (int64_t)from * D, s.d_out + lane, n, ds, unused);
+    SPLAT_UNROLL
+    for (int v = 0; v < NV; ++v) base[v] = load(s.base + lane + v * W), delta[v] = load(s.delta + lane + v * W);
+    differentiate<Facts, NV, false>(
+        call, n, x, lane, mask, p, ds, [&](int, int v) { return base[v]; }, [&](int, int v) { return delta[v]; });
+    accumulate<T, D, NV>(key + (int64_t)from * D, ds, n, s.sum + lane);
+  }
+
+  void end(int tile, int head, const LaneRows& rows) {
+    alignas(64) T factor[kLanes];
+    for (int lane = 0; lane < kLanes; ++lane) factor[lane] = (T)call.scale;
+    lanes_to_rows<Scalar, D>(memory.tiles[tile].sum, factor, rows, at<Scalar>(call.d_query, batch, q_head + head),
+                             call.d_query.position);
+  }
+
+  static void prepare(const Call& call) {
+    if (!kFill) return;
+    for (int64_t b = 0; b < call.batch; ++b) clear_rows<Scalar, D>(call.d_query, b, call.num_q_heads, 0, call.q_len);
+  }
+};
+
+template <class Facts, class... Passes> void d_query(const Call& call, Pool& pool) {
+  run<DQuery<Facts>, Passes...>(call, pool);
+}
+
+}  // namespace splat

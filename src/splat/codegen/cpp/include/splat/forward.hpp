@@ -1,0 +1,164 @@
+// Attention: out = softmax(scale * Q K^T) V over the pairs of the plan, and the rows' log-sum-exp.
+#pragma once
+#include "splat/run.hpp"
+
+namespace splat {
+
+/// Queries in the lanes, keys walked; online softmax whose maximum is only raised when it must be.
+template <class Facts> struct Forward {
+  using Scalar = typename Facts::Scalar;
+  using T = Compute<Scalar>;
+  static constexpr int D = Facts::head_dim, W = kWidth<T>, kVectors = kMaxVectors;
+  static constexpr bool kKeysInLanes = false, kGuard = Facts::guard, kFill = Facts::fill;
+  static constexpr int kTiles = kTilesOf<T, D, 2>, kChunk = kChunkOf<T, D, 2>;
+
+  struct State {
+    alignas(64) T query[D * kLanes], sum[D * kLanes];  // [d][lane]; `sum` is not divided by `total` yet
+    alignas(64) T most[kLanes], total[kLanes];         // base 2
+  };
+  struct Scratch {
+    State tiles[kTiles];
+    alignas(64) T key[kChunk * D], value[kChunk * D], p[64 * kLanes];
+  };
+
+  const Call& call;
+  Scratch& memory;
+  const bool first;  // of the passes
+  int64_t batch, kv_head, q_head;
+  const T *key, *value;  // [walked rows][D]
+
+  void start(int64_t batch_, int64_t kv_head_, int64_t q_head_) { batch = batch_, kv_head = kv_head_, q_head = q_head_; }
+  int walked_heads() const { return 1; }
+  template <int kStride> int chunk() const {
+    return kStride == 1 && is_packed<Scalar, D>(call.key) && is_packed<Scalar, D>(call.value) ? kAllRows : kChunk;
+  }
+
+  void begin(int tile, int head, const LaneRows& rows) {
+    State& s = memory.tiles[tile];
+    const T factor = (T)(Facts::soft_cap ? call.scale / call.soft_cap : call.scale * kLog2e<double>);
+    rows_to_lanes<Scalar, D>(at<Scalar>(call.query, batch, q_head + head), call.query.position, rows, factor, s.query);
+    if (first) {
+      memset(s.sum, 0, sizeof s.sum);
+      for (int lane = 0; lane < kLanes; ++lane) s.most[lane] = -kInfinity<T>, s.total[lane] = 0;
+      return;
+    }
+    rows_to_lanes<Scalar, D>(at<Scalar>(call.out, batch, q_head + head), call.out.position, rows, (T)1, s.sum);
+    const T* lse = at<T>(call.lse, batch, q_head + head);
+    for (int lane = 0; lane < kLanes; ++lane) {
+      s.most[lane] = rows.at[lane] < 0 ? -kInfinity<T> : lse[rows.at[lane] * call.lse.position] * kLog2e<T>;
+      s.total[lane] = s.most[lane] == -kInfinity<T> ? 0 : 1;
+    }
+  }
+
+  void pack(int, int64_t from, int64_t step, int count) {
+    key = walked_rows<Scalar, D>(call.key, batch, kv_head, from, step, count, memory.key);
+    value = walked_rows<Scalar, D>(call.value, batch, kv_head, from, step, count, memory.value);
+  }
+
+  template <int NV, class M>
+  __attribute__((noinline)) void block(int tile, int lane, int from, int n, int x, const M& mask) {
+    State& s = memory.tiles[tile];
+    T* const p = memory.p + lane;
+    T *const sum = s.sum + lane, *const at_most = s.most + lane, *const at_total = s.total + lane;
+    Vec<T> most[NV];
+    SPLAT_UNROLL
+    for (int v = 0; v < NV; ++v) most[v] = splat_of(-kInfinity<T>);
+    constexpr bool kPlain = !M::kSome && !Facts::soft_cap;
+    scores<T, D, NV, kPlain>(key + (int64_t)from * D, s.query + lane, n, p, most);
+    if constexpr (!kPlain)
+      for (int k = 0; k < n; ++k) {
+        SPLAT_UNROLL
+        for (int v = 0; v < NV; ++v) {
+          Vec<T> score = load(p + k * kLanes + v * W);
+          if constexpr (Facts::soft_cap) score = tanh<T>(score) * (T)(call.soft_cap * kLog2e<double>);
+          if constexpr (M::kSome) score = mask.keep(x + k, lane + v * W) ? score : splat_of(-kInfinity<T>);
+          store(p + k * kLanes + v * W, score);
+          most[v] = larger<T>(score, most[v]);
+        }
+      }
+    bool rises = false;
+    Vec<T> base[NV];
+    SPLAT_UNROLL
+    for (int v = 0; v < NV; ++v) {
+      base[v] = load(at_most + v * W);
+      rises |= any_greater<T>(most[v], base[v] + kSlack);
+    }
+    if (rises) raise<NV>(s, lane, most, base);
+    Vec<T> total[NV];
+    SPLAT_UNROLL
+    for (int v = 0; v < NV; ++v) {
+      total[v] = load(at_total + v * W);
+      base[v] = larger<T>(base[v], splat_of((T)-1e30));  // finite: a lane without any column yet has -infinity
+    }
+    for (int k = 0; k < n; ++k) {
+      SPLAT_UNROLL
+      for (int v = 0; v < NV; ++v) {
+        const Vec<T> weight = exp2<T>(load(p + k * kLanes + v * W) - base[v]);
+        total[v] += weight;
+        store(p + k * kLanes + v * W, weight);
+      }
+    }
+    SPLAT_UNROLL
+    for (int v = 0; v < NV; ++v) store(at_total + v * W, total[v]);
+    accumulate<T, D, NV>(value + (int64_t)from * D, p, n, sum);
+  }
+
+  void end(int tile, int head, const LaneRows& rows) {
+    State& s = memory.tiles[tile];
+    T* out_lse = at<T>(call.lse, batch, q_head + head);
+    alignas(64) T factor[kLanes];
+    for (int lane = 0; lane < kLanes; ++lane) {
+      const T total = s.total[lane];
+      factor[lane] = total == 0 ? 0 : 1 / total;
+      if (rows.at[lane] < 0) continue;
+      const T lse = total == 0 ? -kInfinity<T> : (s.most[lane] + log2_of(total)) * kLn2<T>;
+      out_lse[rows.at[lane] * call.lse.position] = lse;
+    }
+    lanes_to_rows<Scalar, D>(s.sum, factor, rows, at<Scalar>(call.out, batch, q_head + head), call.out.position);
+  }
+
+  static void prepare(const Call& call) {
+    if (!kFill) return;
+    for (int64_t b = 0; b < call.batch; ++b)
+      for (int64_t h = 0; h < call.num_q_heads; ++h)
+        for (int64_t i = 0; i < call.q_len; ++i) {
+          memset(at<Scalar>(call.out, b, h) + i * call.out.position, 0, D * sizeof(Scalar));
+          at<T>(call.lse, b, h)[i * call.lse.position] = -kInfinity<T>;
+        }
+  }
+
+ private:
+  /// Scores may pass the maximum by so much (in powers of 2) before it is raised.
+  static constexpr T kSlack = 8;
+
+  static T log2_of(T x) {
+    if constexpr (sizeof(T) == 4) return __builtin_log2f(x);
+    else return __builtin_log2(x);
+  }
+
+  /// Makes the new maximum the base; what was summed is scaled down to it.
+  template <int NV> void raise(State& s, int lane, const Vec<T> (&most)[NV], Vec<T> (&base)[NV]) {
+    Vec<T> factor[NV];
+    SPLAT_UNROLL
+    for (int v = 0; v < NV; ++v) {
+      const Vec<T> next = larger<T>(base[v], most[v]);
+      factor[v] = next == base[v] ? splat_of((T)1) : exp2<T>(base[v] - next);
+      base[v] = next;
+      store(s.most + lane + v * W, next);
+      store(s.total + lane + v * W, load(s.total + lane + v * W) * factor[v]);
+    }
+    for (int d = 0; d < D; ++d) {
+      SPLAT_UNROLL
+      for (int v = 0; v < NV; ++v) {
+        T* sum = s.sum + d * kLanes + lane + v * W;
+        store(sum, load(sum) * factor[v]);
+      }
+    }
+  }
+};
+
+template <class Facts, class... Passes> void forward(const Call& call, Pool& pool) {
+  run<Forward<Facts>, Passes...>(call, pool);
+}
+
+}  // namespace splat

@@ -1,0 +1,255 @@
+// The driver: cuts a pass into units of work, and carries each of them through a kernel.
+//
+// A kernel is a class with
+//   T, kTiles, kChunk          compute type; row tiles that a unit may have; walked rows that a chunk may have
+//   kKeysInLanes               whether the lanes hold keys (dK, dV) or queries
+//   kFill                      whether no pass visits every row, so that the results are filled in first
+//   prepare(call)              once for a call: results of rows that no pass visits
+//   Scratch                    its memory, one for a thread
+//   start(batch, kv_head, q_head)   once for a unit; the first head of the lanes
+//   walked_heads()             how many heads are walked, one after the other, into the same tiles
+//   begin(tile, head, rows)    before the first walk of a tile; `head` counts from the unit's first
+//   pack(head, first, step, count)   brings together walked rows first + step * n
+//   block<NV>(tile, lane, at, n, x, mask)   works on n of them, from number `at` on, in NV vectors from `lane` on
+//   end(tile, head, rows)
+#pragma once
+#include "splat/walk.hpp"
+
+namespace splat {
+
+constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+constexpr int64_t floor_to(int64_t a, int64_t b) { return (a >= 0 ? a / b : -ceil_div(-a, b)) * b; }
+
+/// Most columns in a block, so that its scores stay in the nearest cache: a multiple of the micro-kernel's rows.
+template <int NV> constexpr int kBlock = 64 / kRows<NV> * kRows<NV>;
+
+/// The units of a pass.
+struct Grid {
+  int64_t num_rows, residues, groups_of_residue, tiles_of_residue, tiles_of_unit, units_of_residue, units;
+  int64_t heads, head_parts;  // query heads in the tiles of one unit, and units that share a key head's
+  bool last_first;
+};
+
+template <class Kernel, class PassType> struct Runner {
+  using T = typename Kernel::T;
+  static constexpr int kStep = PassType::kStep;
+  static constexpr int kGroupsOfTile = kStep ? kGroups : 1;
+
+  const Call& call;
+  const Grid& grid;
+  const int32_t* const groups;
+  const int32_t* const bounds;
+  const int32_t* const map;
+  Kernel kernel;
+  LaneRows rows[Kernel::kTiles];
+  int64_t first_group[Kernel::kTiles];
+  int num_groups[Kernel::kTiles];
+  int num_tiles, heads;
+  int64_t limit;  // of keys, where they are walked
+
+  void unit(int64_t index) {
+    const int64_t every = call.batch * call.num_kv_heads * grid.head_parts;
+    const int64_t bundle = index / every, rest = index % every;
+    const int64_t part = grid.last_first ? grid.units - 1 - bundle : bundle;
+    const int64_t residue = part / grid.units_of_residue, first = part % grid.units_of_residue * grid.tiles_of_unit;
+    const int64_t batch = rest / (call.num_kv_heads * grid.head_parts);
+    const int64_t kv_head = rest / grid.head_parts % call.num_kv_heads;
+    const int64_t group = Kernel::kKeysInLanes ? 1 : call.num_q_heads / call.num_kv_heads;
+    const int64_t head = rest % grid.head_parts * grid.heads;
+    heads = (int)(group - head < grid.heads ? group - head : grid.heads);
+    const int64_t left = grid.tiles_of_residue - first;
+    num_tiles = (int)(left < grid.tiles_of_unit ? left : grid.tiles_of_unit);
+    const int64_t keys = call.kv_lengths ? call.kv_lengths[batch] : call.kv_len;
+    limit = Kernel::kKeysInLanes ? (int64_t)1 << 40 : keys;
+    for (int t = 0; t < num_tiles; ++t) find_rows(t, residue, first + t, Kernel::kKeysInLanes ? keys : grid.num_rows);
+    kernel.start(batch, kv_head, kv_head * group + head);
+    for (int t = 0; t < num_tiles; ++t)
+      for (int h = 0; h < heads; ++h) kernel.begin(t * heads + h, h, rows[t]);
+    for (int walked = 0; walked < kernel.walked_heads(); ++walked) walk_all(walked, (PassType*)nullptr);
+    for (int t = 0; t < num_tiles; ++t)
+      for (int h = 0; h < heads; ++h) kernel.end(t * heads + h, h, rows[t]);
+  }
+
+ private:
+  void find_rows(int t, int64_t residue, int64_t tile, int64_t num_rows) {
+    const int64_t from = tile * kGroupsOfTile, left = grid.groups_of_residue - from;
+    num_groups[t] = (int)(left < kGroupsOfTile ? left : kGroupsOfTile);
+    first_group[t] = residue * grid.groups_of_residue + from;
+    rows[t].complete = true;
+    for (int lane = 0; lane < kLanes; ++lane) {
+      int64_t row = -1;
+      if (lane < num_groups[t] * kGroup) {
+        if constexpr (kStep == 0) row = map[first_group[t] * kGroup + lane];
+        else row = residue + kStep * (from * kGroup + lane);
+      }
+      const bool here = row >= 0 && row < num_rows;
+      rows[t].at[lane] = here ? (int32_t)row : -1;
+      rows[t].complete &= here;
+    }
+  }
+
+  template <int kStepOf, int kBounds, class... Walks> void walk_all(int head, Pass<kStepOf, kBounds, Walks...>*) {
+    int number = 0;
+    (walk_kind<Walks>(head, number), ...);
+  }
+
+  template <class WalkType> void walk_kind(int head, int& number) {
+    for (int n = 0; n < WalkType::kWalks; ++n, ++number) walk<WalkType>(head, number, n);
+  }
+
+  const Span* span(int64_t group, int number) const {
+    return (const Span*)groups + group * PassType::kWalks + number;
+  }
+
+  template <class WalkType> __attribute__((noinline)) void walk(int head, int number, int n) {
+    constexpr int64_t kStride = WalkType::kStride;
+    int32_t low[Kernel::kTiles], high[Kernel::kTiles], least = 1 << 30, most = -(1 << 30), residue = 0;
+    for (int t = 0; t < num_tiles; ++t)
+      for (int g = 0; g < num_groups[t]; ++g) {
+        const Span& s = *span(first_group[t] + g, number);
+        if (s.residue > residue) residue = s.residue;
+      }
+    const int64_t columns = limit > residue ? ceil_div(limit - residue, kStride) : 0;
+    const int32_t stop = (int32_t)(columns < (1 << 30) ? columns : 1 << 30);
+    for (int t = 0; t < num_tiles; ++t) {
+      low[t] = 1 << 30, high[t] = -(1 << 30);
+      for (int g = 0; g < num_groups[t]; ++g) {
+        const Span& s = *span(first_group[t] + g, number);
+        if (s.x0 >= s.x3) continue;
+        if (s.x0 < low[t]) low[t] = s.x0;
+        if (s.x3 > high[t]) high[t] = s.x3;
+      }
+      if (high[t] > stop) high[t] = stop;
+      if (low[t] >= high[t]) continue;
+      if (low[t] < least) least = low[t];
+      if (high[t] > most) most = high[t];
+    }
+    const int32_t size = kernel.template chunk<kStride>();
+    for (int64_t base = floor_to(least, size); base < most; base += size) {
+      int32_t from = 1 << 30, to = -(1 << 30);
+      for (int t = 0; t < num_tiles; ++t) {
+        const int32_t a = low[t] > base ? low[t] : (int32_t)base;
+        const int32_t b = high[t] < base + size ? high[t] : (int32_t)(base + size);
+        if (a >= b) continue;
+        if (a < from) from = a;
+        if (b > to) to = b;
+      }
+      if (from >= to) continue;
+      kernel.pack(head, residue + kStride * from, kStride, to - from);
+      for (int t = 0; t < num_tiles; ++t)
+        if (low[t] < to && high[t] > from) tile<WalkType>(t, number, n, from, to < high[t] ? to : high[t]);
+    }
+  }
+
+  template <class WalkType> void tile(int t, int number, int n, int from, int to) {
+    const Span* spans[kGroups] = {};
+    for (int g = 0; g < num_groups[t]; ++g) spans[g] = span(first_group[t] + g, number);
+    Mask<T, WalkType> mask;
+    bool gathered = false;
+    for (int h = 0; h < heads; ++h)
+      segments<WalkType::kFull, WalkType::kEdges>(
+          spans, from, to, [&](int x, int end, int group, int count, bool masked) {
+            const int index = t * heads + h, lane = group * kGroup, lanes = count * kGroup;
+            if (!masked) {
+              if constexpr (WalkType::kFull || !WalkType::kEdges) blocks(index, lane, lanes, from, x, end, NoMask());
+            } else if constexpr (WalkType::kEdges) {
+              if (!gathered) mask.gather(bounds, grid.num_rows, rows[t], n), gathered = true;
+              if constexpr (Kernel::kGuard) kept_blocks(index, lane, lanes, from, x, end, mask);
+              else blocks(index, lane, lanes, from, x, end, mask);
+            }
+          });
+  }
+
+  /// Only the columns that some lane has: what lies in others reaches no result.
+  template <class M>
+  void kept_blocks(int index, int lane, int lanes, int from, int x, int end, const M& mask) {
+    auto kept = [&](int at) {
+      Vec<Int<T>> some = {};
+      for (int v = 0; v < lanes; v += kWidth<T>) some |= mask.keep(at, lane + v);
+      return any<T>(some);
+    };
+    while (x < end) {
+      while (x < end && !kept(x)) ++x;
+      int next = x;
+      while (next < end && kept(next)) ++next;
+      if (x < next) blocks(index, lane, lanes, from, x, next, mask);
+      x = next;
+    }
+  }
+
+  template <class M>
+  SPLAT_INLINE void blocks(int index, int lane, int lanes, int from, int x, int end, const M& mask) {
+    for (int done = 0; done < lanes;) {
+      const int vectors = (lanes - done) / kWidth<T>;
+      const int taken = vectors < Kernel::kVectors ? vectors : Kernel::kVectors;
+      with_vectors<Kernel::kVectors>(taken, index, lane + done, from, x, end, mask);
+      done += taken * kWidth<T>;
+    }
+  }
+
+  template <int NV, class M>
+  SPLAT_INLINE void with_vectors(int vectors, int index, int lane, int from, int x, int end, const M& mask) {
+    constexpr int kOfGroup = kGroup / kWidth<T> > 0 ? kGroup / kWidth<T> : 1;
+    if constexpr (NV > 0) {
+      if (NV == vectors && (NV % kOfGroup == 0 || NV == Kernel::kVectors)) {
+        const int length = end - x, parts = (length + kBlock<NV> - 1) / kBlock<NV>;
+        const int even = (length + parts - 1) / parts, size = (even + kRows<NV> - 1) / kRows<NV> * kRows<NV>;
+        for (; x < end; x += size) kernel.template block<NV>(index, lane, x - from, x + size < end ? size : end - x, x, mask);
+      } else {
+        with_vectors<NV - 1>(vectors, index, lane, from, x, end, mask);
+      }
+    }
+  }
+};
+
+/// The numbers of rows, tiles and units of a pass.
+template <class Kernel, class PassType>
+Grid make_grid(const Call& call, const int32_t* groups, int64_t num_groups, int num_threads) {
+  constexpr int kStep = PassType::kStep;
+  Grid grid;
+  grid.num_rows = Kernel::kKeysInLanes ? call.kv_len : call.q_len;
+  const int64_t group = Kernel::kKeysInLanes ? 1 : call.num_q_heads / call.num_kv_heads;
+  grid.heads = group < Kernel::kTiles ? group : Kernel::kTiles;
+  grid.head_parts = ceil_div(group, grid.heads);
+  grid.residues = kStep ? kStep : num_groups;
+  grid.groups_of_residue = kStep ? ceil_div(ceil_div(grid.num_rows, kStep), kGroup) : 1;
+  grid.tiles_of_residue = kStep ? ceil_div(grid.groups_of_residue, kGroups) : 1;
+  // Units as large as the scratch memory allows, but enough of them for all threads.
+  const int64_t tiles = grid.residues * grid.tiles_of_residue * call.batch * call.num_kv_heads;
+  int64_t wanted = tiles / (8 * num_threads);
+  if (wanted > Kernel::kTiles / grid.heads) wanted = Kernel::kTiles / grid.heads;
+  grid.tiles_of_unit = wanted < 1 ? 1 : wanted < grid.tiles_of_residue ? wanted : grid.tiles_of_residue;
+  grid.units_of_residue = ceil_div(grid.tiles_of_residue, grid.tiles_of_unit);
+  grid.units = grid.residues * grid.units_of_residue;
+  int64_t first = 0, last = 0;  // longest first: whichever end has more to do
+  for (int w = 0; w < PassType::kWalks && num_groups; ++w) {
+    const Span &a = ((const Span*)groups)[w], &b = ((const Span*)groups)[(num_groups - 1) * PassType::kWalks + w];
+    first += a.x3 - a.x0, last += b.x3 - b.x0;
+  }
+  grid.last_first = last > first;
+  return grid;
+}
+
+template <class Kernel, class PassType>
+void run_pass(const Call& call, Pool& pool, const int32_t* const*& tables, const int64_t*& num_groups, bool first) {
+  const int32_t* groups = *tables++;
+  const int32_t* bounds = PassType::kBounds ? *tables++ : nullptr;
+  const int32_t* map = PassType::kStep ? nullptr : *tables++;
+  const Grid grid = make_grid<Kernel, PassType>(call, groups, *num_groups++, pool.num_threads);
+  parallel_for(pool, grid.units * call.batch * call.num_kv_heads * grid.head_parts, [&](int64_t index) {
+    auto* memory = (typename Kernel::Scratch*)scratch(sizeof(typename Kernel::Scratch));
+    Runner<Kernel, PassType> runner{call, grid, groups, bounds, map, Kernel{call, *memory, first}};
+    runner.unit(index);
+  });
+}
+
+/// All passes one after the other: a later one goes on from what is there.
+template <class Kernel, class... Passes> void run(const Call& call, Pool& pool) {
+  Kernel::prepare(call);
+  const int32_t* const* tables = call.tables;
+  const int64_t* num_groups = call.num_groups;
+  bool first = !Kernel::kFill;
+  ((run_pass<Kernel, Passes>(call, pool, tables, num_groups, first), first = false), ...);
+}
+
+}  // namespace splat

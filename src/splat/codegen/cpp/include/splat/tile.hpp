@@ -1,0 +1,140 @@
+// Row tiles: which rows lie in the lanes, and how they get there and back.
+#pragma once
+#include "splat/call.hpp"
+#include "splat/micro.hpp"
+
+namespace splat {
+
+/// The head's first row.
+template <class T> SPLAT_INLINE T* at(const Array& array, int64_t batch, int64_t head) {
+  return (T*)array.data + batch * array.batch + head * array.head;
+}
+
+/// Row tiles of a unit: `arrays` arrays [D][64] each, in half of a second-level cache of 1 MB.
+template <class T, int D, int arrays>
+constexpr int kTilesOf = 512 * 1024 / (arrays * D * kLanes * (int)sizeof(T)) < 1   ? 1
+                         : 512 * 1024 / (arrays * D * kLanes * (int)sizeof(T)) > 8 ? 8
+                                                                                   : 512 * 1024 / (arrays * D * kLanes * (int)sizeof(T));
+/// Walked rows that are brought together: `arrays` arrays [rows][D] in a quarter of it.
+template <class T, int D, int arrays>
+constexpr int kChunkOf = 256 * 1024 / (arrays * D * (int)sizeof(T)) / 64 * 64 < 64 ? 64 : 256 * 1024 / (arrays * D * (int)sizeof(T)) / 64 * 64;
+/// The chunk of rows that are not copied.
+constexpr int kAllRows = 1 << 29;
+
+/// The rows in the lanes of a row tile; -1: none.
+struct LaneRows {
+  int32_t at[kLanes];
+  bool complete;  // every lane has a row
+};
+
+/// lanes[d][lane] = factor * array[row of the lane][d]; 0 in lanes without a row.
+template <class Scalar, int D>
+SPLAT_INLINE void rows_to_lanes(const Scalar* from, int64_t position, const LaneRows& rows, Compute<Scalar> factor,
+                                Compute<Scalar>* lanes) {
+  using T = Compute<Scalar>;
+  constexpr int W = kWidth<T>, whole = D / W * W;
+  alignas(64) static const Scalar none[D] = {};
+  for (int lane = 0; lane < kLanes; lane += W) {
+    const Scalar* row[W];
+    for (int n = 0; n < W; ++n) {
+      const int32_t at = rows.at[lane + n];
+      row[n] = at < 0 ? none : from + at * position;
+    }
+    for (int d = 0; d < whole; d += W) {
+      Vec<T> square[W];
+      SPLAT_UNROLL
+      for (int n = 0; n < W; ++n) square[n] = load_as<Scalar>(row[n] + d) * factor;
+      transpose<T>(square);
+      SPLAT_UNROLL
+      for (int n = 0; n < W; ++n) store(lanes + (d + n) * kLanes + lane, square[n]);
+    }
+    for (int d = whole; d < D; ++d)
+      for (int n = 0; n < W; ++n) lanes[d * kLanes + lane + n] = to_compute(row[n][d]) * factor;
+  }
+}
+
+/// array[row of the lane][d] = lanes[d][lane] * factor[lane]; lanes without a row are left out.
+template <class Scalar, int D>
+SPLAT_INLINE void lanes_to_rows(const Compute<Scalar>* lanes, const Compute<Scalar>* factor, const LaneRows& rows,
+                                Scalar* to, int64_t position) {
+  using T = Compute<Scalar>;
+  constexpr int W = kWidth<T>, whole = D / W * W;
+  for (int lane = 0; lane < kLanes; lane += W) {
+    const Vec<T> times = load(factor + lane);
+    for (int d = 0; d < whole; d += W) {
+      Vec<T> square[W];
+      SPLAT_UNROLL
+      for (int n = 0; n < W; ++n) square[n] = load(lanes + (d + n) * kLanes + lane) * times;
+      transpose<T>(square);
+      SPLAT_UNROLL
+      for (int n = 0; n < W; ++n)
+        if (rows.at[lane + n] >= 0) store_as<Scalar>(to + rows.at[lane + n] * position + d, square[n]);
+    }
+    for (int d = whole; d < D; ++d)
+      for (int n = 0; n < W; ++n)
+        if (rows.at[lane + n] >= 0)
+          to[rows.at[lane + n] * position + d] = from_compute<Scalar>(lanes[d * kLanes + lane + n] * times[n]);
+  }
+}
+
+/// Rows of the walked side, one after the other: rows `first + step * n` for n < count, in the compute type.
+template <class Scalar, int D>
+SPLAT_INLINE void pack_rows(const Scalar* from, int64_t position, int64_t first, int64_t step, int count,
+                            Compute<Scalar>* to) {
+  using T = Compute<Scalar>;
+  constexpr int W = kWidth<T>, whole = D / W * W;
+  const Scalar* row = from + first * position;
+  for (int n = 0; n < count; ++n, row += step * position, to += D) {
+    for (int d = 0; d < whole; d += W) store(to + d, load_as<Scalar>(row + d));
+    for (int d = whole; d < D; ++d) to[d] = to_compute(row[d]);
+  }
+}
+
+/// Whether a head's rows lie one after the other in the compute type, so that they need not be brought together.
+template <class Scalar, int D> SPLAT_INLINE bool is_packed(const Array& array) {
+  return sizeof(Scalar) >= 4 && array.position == D;
+}
+
+/// Rows `first + step * n` one after the other: where they are, or in `memory`.
+template <class Scalar, int D>
+SPLAT_INLINE const Compute<Scalar>* walked_rows(const Array& array, int64_t batch, int64_t head, int64_t first,
+                                                int64_t step, int count, Compute<Scalar>* memory) {
+  const Scalar* from = at<Scalar>(array, batch, head);
+  if constexpr (sizeof(Scalar) >= 4)
+    if (step == 1 && array.position == D) return from + first * D;
+  pack_rows<Scalar, D>(from, array.position, first, step, count, memory);
+  return memory;
+}
+
+/// What probabilities are made with: 2^(score - base); it is +infinity in rows without any column.
+template <class T> SPLAT_INLINE T base_of(T lse) { return lse == -kInfinity<T> ? kInfinity<T> : lse * kLog2e<T>; }
+
+/// sum over d of a[d] * b[d].
+template <class Scalar, int D> SPLAT_INLINE Compute<Scalar> dot(const Scalar* a, const Scalar* b) {
+  using T = Compute<Scalar>;
+  constexpr int W = kWidth<T>, whole = D / W * W;
+  Vec<T> sums = {};
+  for (int d = 0; d < whole; d += W) sums += load_as<Scalar>(a + d) * load_as<Scalar>(b + d);
+  T sum = 0;
+  for (int n = 0; n < W; ++n) sum += sums[n];
+  for (int d = whole; d < D; ++d) sum += to_compute(a[d]) * to_compute(b[d]);
+  return sum;
+}
+
+/// What dO V^T is diminished by in a row: the sum of dO * O, less the log-sum-exp's own derivative.
+template <class Scalar, int D>
+SPLAT_INLINE Compute<Scalar> delta_of(const Call& call, int64_t batch, int64_t head, int64_t row) {
+  using T = Compute<Scalar>;
+  const T own = call.d_lse.data ? at<T>(call.d_lse, batch, head)[row * call.d_lse.position] : (T)0;
+  return dot<Scalar, D>(at<Scalar>(call.d_out, batch, head) + row * call.d_out.position,
+                        at<Scalar>(call.out, batch, head) + row * call.out.position) - own;
+}
+
+/// Sets the rows of a gradient from `from` on to 0.
+template <class Scalar, int D>
+void clear_rows(const Array& array, int64_t batch, int64_t heads, int64_t from, int64_t to) {
+  for (int64_t h = 0; h < heads; ++h)
+    for (int64_t i = from; i < to; ++i) memset(at<Scalar>(array, batch, h) + i * array.position, 0, D * sizeof(Scalar));
+}
+
+}  // namespace splat

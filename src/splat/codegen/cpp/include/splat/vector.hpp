@@ -1,0 +1,269 @@
+// Vectors of the compiler's own kind, as wide as the processor's, and the storage types that convert to them.
+#pragma once
+#include <stddef.h>
+#include <stdint.h>
+#include <string.h>
+
+#if !defined(__clang__)
+#pragma GCC diagnostic ignored "-Wpsabi"
+#endif
+#define SPLAT_INLINE inline __attribute__((always_inline))
+#define SPLAT_UNROLL _Pragma("GCC unroll 32")
+#define SPLAT_UNROLL2 _Pragma("GCC unroll 2")
+
+namespace splat {
+
+#if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512DQ__) && defined(__AVX512VL__)
+#define SPLAT_AVX512 1
+constexpr int kVectorBytes = 64, kRegisters = 32;
+#elif defined(__AVX2__)
+constexpr int kVectorBytes = 32, kRegisters = 16;
+#elif defined(__aarch64__)
+constexpr int kVectorBytes = 16, kRegisters = 32;
+#else
+constexpr int kVectorBytes = 16, kRegisters = 16;
+#endif
+
+struct bfloat16 { uint16_t bits; };
+struct float16 { uint16_t bits; };
+
+template <class T> struct IntOf { using type = int32_t; };
+template <> struct IntOf<double> { using type = int64_t; };
+/// The integer that is as wide as T: what comparisons of T give.
+template <class T> using Int = typename IntOf<T>::type;
+
+template <class T> struct ComputeOf { using type = float; };
+template <> struct ComputeOf<double> { using type = double; };
+/// What a storage type is computed in.
+template <class Scalar> using Compute = typename ComputeOf<Scalar>::type;
+
+template <class T> struct VectorOf { typedef T type __attribute__((vector_size(kVectorBytes))); };
+template <class T> using Vec = typename VectorOf<T>::type;
+template <class T> constexpr int kWidth = kVectorBytes / (int)sizeof(T);
+
+template <class T> SPLAT_INLINE Vec<T> load(const T* from) {
+  Vec<T> v;
+  memcpy(&v, from, sizeof v);
+  return v;
+}
+template <class T> SPLAT_INLINE void store(T* to, Vec<T> v) { memcpy(to, &v, sizeof v); }
+template <class T> SPLAT_INLINE Vec<T> splat_of(T x) { return x - Vec<T>{}; }
+template <class To, class From> SPLAT_INLINE To bits_as(From v) {
+  static_assert(sizeof(To) == sizeof(From), "");
+  To out;
+  memcpy(&out, &v, sizeof out);
+  return out;
+}
+
+/// The larger; the second where one is NaN.
+template <class T> SPLAT_INLINE Vec<T> larger(Vec<T> a, Vec<T> b) {
+#ifdef SPLAT_AVX512
+  if constexpr (sizeof(T) == 4) asm("vmaxps %2, %1, %0" : "=v"(a) : "v"(a), "v"(b));
+  else asm("vmaxpd %2, %1, %0" : "=v"(a) : "v"(a), "v"(b));
+  return a;
+#else
+  return a > b ? a : b;
+#endif
+}
+
+template <class T> SPLAT_INLINE bool any(Vec<Int<T>> mask) {
+  Int<T> bits = 0;
+  for (int n = 0; n < kWidth<T>; ++n) bits |= mask[n];
+  return bits != 0;
+}
+
+/// a[n] > b[n] for some n.
+template <class T> SPLAT_INLINE bool any_greater(Vec<T> a, Vec<T> b) {
+#ifdef SPLAT_AVX512
+  uint16_t bits;
+  if constexpr (sizeof(T) == 4) asm("vcmpgtps %2, %1, %%k1\n\tkmovw %%k1, %k0" : "=r"(bits) : "v"(a), "v"(b) : "k1");
+  else asm("vcmpgtpd %2, %1, %%k1\n\tkmovw %%k1, %k0" : "=r"(bits) : "v"(a), "v"(b) : "k1");
+  return bits != 0;
+#else
+  return any<T>(a > b);
+#endif
+}
+
+template <class T> constexpr T kInfinity = (T)__builtin_inf();
+template <class T> constexpr T kLog2e = (T)1.44269504088896340736;
+template <class T> constexpr T kLn2 = (T)0.69314718055994530942;
+
+/// 2^f for f in [0, 1]: minimax polynomials; relative error 7.5e-8 (float), 5e-16 (double).
+template <class T> SPLAT_INLINE Vec<T> exp2_fraction(Vec<T> f) {
+  if constexpr (sizeof(T) == 4) {
+    Vec<T> p = f * 0.0018775766626893977f + 0.00898934016302011f;
+    p = p * f + 0.05582631794702983f;
+    p = p * f + 0.2401536171030904f;
+    p = p * f + 0.6931530731881044f;
+    return p * f + 0.9999999250641667f;
+  } else {
+    constexpr double c[] = {1.0, 0.6931471805599473, 0.24022650695901776, 0.05550410866615061, 0.009618129095973559,
+                            0.0013333558773232603, 0.00015403508484375858, 1.525324492185521e-05,
+                            1.3207496204537972e-06, 1.0260281809349508e-07, 6.5260967373736275e-09,
+                            6.332864917835891e-10};
+    Vec<T> p = splat_of(c[11]);
+    SPLAT_UNROLL
+    for (int n = 10; n >= 0; --n) p = p * f + c[n];
+    return p;
+  }
+}
+
+/// 2^f for f in [0, 1], good enough for results that are rounded to 8 bits: relative error 7.5e-5.
+SPLAT_INLINE Vec<float> exp2_fraction_short(Vec<float> f) {
+  Vec<float> p = f * 0.07802452154876574f + 0.22606715962569862f;
+  p = p * f + 0.6958335375461246f;
+  return p * f + 0.9999252189786139f;
+}
+
+/// 2^x; 0 below the normal numbers. `kShort`: `exp2_fraction_short`.
+template <class T, bool kShort = false> SPLAT_INLINE Vec<T> exp2(Vec<T> x) {
+  Vec<T> f;
+#ifdef SPLAT_AVX512
+  if constexpr (sizeof(T) == 4) asm("vreduceps $9, %1, %0" : "=v"(f) : "v"(x));  // x - floor(x)
+  else asm("vreducepd $9, %1, %0" : "=v"(f) : "v"(x));
+  Vec<T> p;
+  if constexpr (kShort) p = exp2_fraction_short(f);
+  else p = exp2_fraction<T>(f);
+  if constexpr (sizeof(T) == 4) asm("vscalefps %2, %1, %0" : "=v"(p) : "v"(p), "v"(x));  // p * 2^floor(x)
+  else asm("vscalefpd %2, %1, %0" : "=v"(p) : "v"(p), "v"(x));
+  return p;
+#else
+  constexpr T magic = sizeof(T) == 4 ? (T)12582912.0 : (T)6755399441055744.0;  // 1.5 * 2^(bits of the mantissa)
+  constexpr T least = sizeof(T) == 4 ? (T)-126 : (T)-1022, most = sizeof(T) == 4 ? (T)128 : (T)1024;
+  constexpr int mantissa = sizeof(T) == 4 ? 23 : 52;
+  const Vec<T> rounded = (x - (T)0.5) + magic;
+  f = x - (rounded - magic);
+  const Vec<T> p = exp2_fraction<T>(f);
+  Vec<T> out = bits_as<Vec<T>>(bits_as<Vec<Int<T>>>(p) + (bits_as<Vec<Int<T>>>(rounded) << mantissa));
+  out = x < least ? Vec<T>{} : out;
+  return x >= most ? splat_of(kInfinity<T>) : out;
+#endif
+}
+
+/// tanh, with an absolute error of a few roundings.
+template <class T> SPLAT_INLINE Vec<T> tanh(Vec<T> x) {
+  const Vec<T> e = exp2<T>(x * (2 * kLog2e<T>));
+  return (T)1 - (T)2 / (e + (T)1);
+}
+
+// -- storage types ---------------------------------------------------------------------------------------------------
+
+SPLAT_INLINE float to_compute(float x) { return x; }
+SPLAT_INLINE double to_compute(double x) { return x; }
+SPLAT_INLINE float to_compute(bfloat16 x) { return bits_as<float>((uint32_t)x.bits << 16); }
+SPLAT_INLINE float to_compute(float16 x) {
+  const uint32_t sign = (uint32_t)(x.bits & 0x8000) << 16, rest = x.bits & 0x7fff;
+  // Subnormal numbers are made as a difference, because subnormal operands count as 0 here.
+  if (rest < 0x0400) {
+    const float tiny = bits_as<float>(0x38800000u + (rest << 13)) - bits_as<float>(0x38800000u);
+    return bits_as<float>(bits_as<uint32_t>(tiny) | sign);
+  }
+  const uint32_t exponent = rest >= 0x7c00 ? (255 - 31) << 23 : (127 - 15) << 23;
+  return bits_as<float>(((rest << 13) + exponent) | sign);
+}
+
+template <class Scalar> SPLAT_INLINE Scalar from_compute(Compute<Scalar> x) {
+  if constexpr (sizeof(Scalar) >= 4) {
+    return x;
+  } else if constexpr (__is_same(Scalar, bfloat16)) {
+    const uint32_t bits = bits_as<uint32_t>(x);
+    if ((bits & 0x7fffffff) > 0x7f800000) return {(uint16_t)((bits >> 16) | 0x40)};
+    return {(uint16_t)((bits + 0x7fff + ((bits >> 16) & 1)) >> 16)};
+  } else {
+    const uint32_t bits = bits_as<uint32_t>(x), rest = bits & 0x7fffffff;
+    const uint16_t sign = (uint16_t)((bits >> 16) & 0x8000);
+    if (rest > 0x7f800000) return {(uint16_t)(sign | 0x7e00)};
+    if (rest >= 0x477ff000) return {(uint16_t)(sign | 0x7c00)};  // 65520 and more
+    if (rest < 0x38800000) {                                     // below 2^-14: units of 2^-24, by adding 2^-1
+      const uint32_t units = bits_as<uint32_t>(bits_as<float>(rest) + 0.5f) - 0x3f000000;
+      return {(uint16_t)(sign | units)};
+    }
+    return {(uint16_t)(sign | ((rest - 0x38000000 + 0xfff + ((rest >> 13) & 1)) >> 13))};
+  }
+}
+
+template <class To, class From> SPLAT_INLINE auto converted(From v) { return __builtin_convertvector(v, To); }
+
+/// kWidth elements in the compute type.
+template <class Scalar> SPLAT_INLINE Vec<Compute<Scalar>> load_as(const Scalar* from) {
+  using T = Compute<Scalar>;
+  if constexpr (sizeof(Scalar) >= 4) {
+    return load<T>(from);
+  } else if constexpr (__is_same(Scalar, bfloat16)) {
+    typedef uint16_t Half __attribute__((vector_size(kVectorBytes / 2)));
+    Half half;
+    memcpy(&half, from, sizeof half);
+    return bits_as<Vec<T>>(__builtin_convertvector(half, Vec<uint32_t>) << 16);
+  } else {
+#ifdef SPLAT_AVX512
+    Vec<T> v;
+    asm("vcvtph2ps %1, %0" : "=v"(v) : "m"(*(const char(*)[32])from));
+    return v;
+#else
+    T out[kWidth<T>];
+    for (int n = 0; n < kWidth<T>; ++n) out[n] = to_compute(from[n]);
+    return load<T>(out);
+#endif
+  }
+}
+
+/// kWidth elements rounded to the storage type.
+template <class Scalar> SPLAT_INLINE void store_as(Scalar* to, Vec<Compute<Scalar>> v) {
+  if constexpr (sizeof(Scalar) >= 4) {
+    store(to, v);
+  } else if constexpr (__is_same(Scalar, bfloat16)) {
+    typedef uint16_t Half __attribute__((vector_size(kVectorBytes / 2)));
+    const Vec<uint32_t> bits = bits_as<Vec<uint32_t>>(v);
+    const Vec<uint32_t> rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+    const Vec<uint32_t> chosen = v == v ? rounded : ((bits >> 16) | 0x40);
+    const Half half = __builtin_convertvector(chosen, Half);
+    memcpy(to, &half, sizeof half);
+  } else {
+#ifdef SPLAT_AVX512
+    asm("vcvtps2ph $0, %1, %0" : "=m"(*(char(*)[32])to) : "v"(v));
+#else
+    for (int n = 0; n < kWidth<float>; ++n) to[n] = from_compute<Scalar>(v[n]);
+#endif
+  }
+}
+
+// -- transposition ---------------------------------------------------------------------------------------------------
+
+/// For every h = 1, 2, 4, ...: which elements of rows i and i + h (counted through) make up the new ones.
+template <class T> struct Exchange {
+  static constexpr int W = kWidth<T>;
+  alignas(64) Int<T> low[W][W] = {}, high[W][W] = {};
+  constexpr Exchange() {
+    for (int h = 1; h < W; h *= 2)
+      for (int n = 0; n < W; ++n) {
+        low[h][n] = n & h ? W + (n - h) : n;
+        high[h][n] = n & h ? W + n : n + h;
+      }
+  }
+};
+template <class T> constexpr Exchange<T> kExchange;
+
+/// The square of kWidth vectors of T, transposed in place: log2(kWidth) rounds of exchanges.
+template <class T> SPLAT_INLINE void transpose(Vec<T> (&rows)[kWidth<T>]) {
+  constexpr int W = kWidth<T>;
+  SPLAT_UNROLL
+  for (int h = 1; h < W; h *= 2) {
+    const Vec<Int<T>> low = load(kExchange<T>.low[h]), high = load(kExchange<T>.high[h]);
+    SPLAT_UNROLL
+    for (int i = 0; i < W; ++i) {
+      if (i & h) continue;
+      const Vec<T> a = rows[i], b = rows[i + h];
+#if defined(__clang__)
+      for (int n = 0; n < W; ++n) {
+        rows[i][n] = n & h ? b[n - h] : a[n];
+        rows[i + h][n] = n & h ? b[n] : a[n + h];
+      }
+#else
+      rows[i] = __builtin_shuffle(a, b, low);
+      rows[i + h] = __builtin_shuffle(a, b, high);
+#endif
+    }
+  }
+}
+
+}  // namespace splat
