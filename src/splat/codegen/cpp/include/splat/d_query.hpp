@@ -9,7 +9,7 @@ template <class Facts> struct DQuery {
   using Scalar = typename Facts::Scalar;
   using T = Compute<Scalar>;
   static constexpr int D = Facts::head_dim, W = kWidth<T>, kVectors = kMaxVectors;
-  static constexpr bool kKeysInLanes = false, kGuard = Facts::guard, kFill = Facts::fill;
+  static constexpr bool kKeysInLanes = false, kGuard = Facts::guard, kFill = Facts::fill, kOwnSegments = false;
   static constexpr int kTiles = kTilesOf<T, D, 3>, kChunk = kChunkOf<T, D, 2>;
 
   struct State {

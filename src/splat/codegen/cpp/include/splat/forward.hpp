@@ -1,6 +1,9 @@
 // Attention: out = softmax(scale * Q K^T) V over the pairs of the plan, and the rows' log-sum-exp.
 #pragma once
 #include "splat/run.hpp"
+#if defined(SPLAT_AVX512) && defined(__AMX_BF16__)
+#include "splat/forward_amx.hpp"
+#endif
 
 namespace splat {
 
@@ -9,7 +12,7 @@ template <class Facts> struct Forward {
   using Scalar = typename Facts::Scalar;
   using T = Compute<Scalar>;
   static constexpr int D = Facts::head_dim, W = kWidth<T>, kVectors = kMaxVectors;
-  static constexpr bool kKeysInLanes = false, kGuard = Facts::guard, kFill = Facts::fill;
+  static constexpr bool kKeysInLanes = false, kGuard = Facts::guard, kFill = Facts::fill, kOwnSegments = false;
   static constexpr int kTiles = kTilesOf<T, D, 2>, kChunk = kChunkOf<T, D, 2>;
 
   struct State {
@@ -119,12 +122,11 @@ template <class Facts> struct Forward {
 
   static void prepare(const Call& call) {
     if (!kFill) return;
-    for (int64_t b = 0; b < call.batch; ++b)
+    for (int64_t b = 0; b < call.batch; ++b) {
+      clear_rows<Scalar, D>(call.out, b, call.num_q_heads, 0, call.q_len);
       for (int64_t h = 0; h < call.num_q_heads; ++h)
-        for (int64_t i = 0; i < call.q_len; ++i) {
-          memset(at<Scalar>(call.out, b, h) + i * call.out.position, 0, D * sizeof(Scalar));
-          at<T>(call.lse, b, h)[i * call.lse.position] = -kInfinity<T>;
-        }
+        for (int64_t i = 0; i < call.q_len; ++i) at<T>(call.lse, b, h)[i * call.lse.position] = -kInfinity<T>;
+    }
   }
 
  private:
@@ -158,7 +160,11 @@ template <class Facts> struct Forward {
 };
 
 template <class Facts, class... Passes> void forward(const Call& call, Pool& pool) {
-  run<Forward<Facts>, Passes...>(call, pool);
+#if defined(SPLAT_AVX512) && defined(__AMX_BF16__)
+  if constexpr (Facts::amx) run<ForwardAmx<Facts>, Passes...>(call, pool);
+  else
+#endif
+    run<Forward<Facts>, Passes...>(call, pool);
 }
 
 }  // namespace splat

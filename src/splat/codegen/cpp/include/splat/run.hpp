@@ -12,6 +12,7 @@
 //   pack(head, first, step, count)   brings together walked rows first + step * n
 //   block<NV>(tile, lane, at, n, x, mask)   works on n of them, from number `at` on, in NV vectors from `lane` on
 //   end(tile, head, rows)
+//   kOwnSegments               instead of block: tile<edges>(tile, spans, from, to, mask) works on columns [from, to)
 #pragma once
 #include "splat/walk.hpp"
 
@@ -145,19 +146,24 @@ template <class Kernel, class PassType> struct Runner {
     const Span* spans[kGroups] = {};
     for (int g = 0; g < num_groups[t]; ++g) spans[g] = span(first_group[t] + g, number);
     Mask<T, WalkType> mask;
-    bool gathered = false;
-    for (int h = 0; h < heads; ++h)
-      segments<WalkType::kFull, WalkType::kEdges>(
-          spans, from, to, [&](int x, int end, int group, int count, bool masked) {
-            const int index = t * heads + h, lane = group * kGroup, lanes = count * kGroup;
-            if (!masked) {
-              if constexpr (WalkType::kFull || !WalkType::kEdges) blocks(index, lane, lanes, from, x, end, NoMask());
-            } else if constexpr (WalkType::kEdges) {
-              if (!gathered) mask.gather(bounds, grid.num_rows, rows[t], n), gathered = true;
-              if constexpr (Kernel::kGuard) kept_blocks(index, lane, lanes, from, x, end, mask);
-              else blocks(index, lane, lanes, from, x, end, mask);
-            }
-          });
+    if constexpr (Kernel::kOwnSegments) {
+      if constexpr (WalkType::kEdges) mask.gather(bounds, grid.num_rows, rows[t], n);
+      for (int h = 0; h < heads; ++h) kernel.template tile<WalkType::kEdges>(t * heads + h, spans, from, to, mask);
+    } else {
+      bool gathered = false;
+      for (int h = 0; h < heads; ++h)
+        segments<WalkType::kFull, WalkType::kEdges>(
+            spans, from, to, [&](int x, int end, int group, int count, bool masked) {
+              const int index = t * heads + h, lane = group * kGroup, lanes = count * kGroup;
+              if (!masked) {
+                if constexpr (WalkType::kFull || !WalkType::kEdges) blocks(index, lane, lanes, from, x, end, NoMask());
+              } else if constexpr (WalkType::kEdges) {
+                if (!gathered) mask.gather(bounds, grid.num_rows, rows[t], n), gathered = true;
+                if constexpr (Kernel::kGuard) kept_blocks(index, lane, lanes, from, x, end, mask);
+                else blocks(index, lane, lanes, from, x, end, mask);
+              }
+            });
+    }
   }
 
   /// Only the columns that some lane has: what lies in others reaches no result.
