@@ -10,7 +10,7 @@ template <class Facts> struct DQuery {
   using T = Compute<Scalar>;
   static constexpr int D = Facts::head_dim, W = kWidth<T>, kVectors = kMaxVectors;
   static constexpr bool kKeysInLanes = false, kGuard = Facts::guard, kFill = Facts::fill, kOwnSegments = false;
-  static constexpr int kTiles = kTilesOf<T, D, 3>, kChunk = kChunkOf<T, D, 2>;
+  static constexpr int kTiles = kTilesOf<3 * D * kLanes * (int)sizeof(T)>, kChunk = kChunkOf<2 * D * (int)sizeof(T)>;
 
   struct State {
     alignas(64) T query[D * kLanes], d_out[D * kLanes], sum[D * kLanes];  // [d][lane]

@@ -13,7 +13,7 @@ template <class Facts> struct Forward {
   using T = Compute<Scalar>;
   static constexpr int D = Facts::head_dim, W = kWidth<T>, kVectors = kMaxVectors;
   static constexpr bool kKeysInLanes = false, kGuard = Facts::guard, kFill = Facts::fill, kOwnSegments = false;
-  static constexpr int kTiles = kTilesOf<T, D, 2>, kChunk = kChunkOf<T, D, 2>;
+  static constexpr int kTiles = kTilesOf<2 * D * kLanes * (int)sizeof(T)>, kChunk = kChunkOf<2 * D * (int)sizeof(T)>;
 
   struct State {
     alignas(64) T query[D * kLanes], sum[D * kLanes];  // [d][lane]; `sum` is not divided by `total` yet
@@ -108,15 +108,8 @@ template <class Facts> struct Forward {
 
   void end(int tile, int head, const LaneRows& rows) {
     State& s = memory.tiles[tile];
-    T* out_lse = at<T>(call.lse, batch, q_head + head);
     alignas(64) T factor[kLanes];
-    for (int lane = 0; lane < kLanes; ++lane) {
-      const T total = s.total[lane];
-      factor[lane] = total == 0 ? 0 : 1 / total;
-      if (rows.at[lane] < 0) continue;
-      const T lse = total == 0 ? -kInfinity<T> : (s.most[lane] + log2_of(total)) * kLn2<T>;
-      out_lse[rows.at[lane] * call.lse.position] = lse;
-    }
+    finish_softmax(s.most, s.total, rows, factor, at<T>(call.lse, batch, q_head + head), call.lse.position);
     lanes_to_rows<Scalar, D>(s.sum, factor, rows, at<Scalar>(call.out, batch, q_head + head), call.out.position);
   }
 
@@ -132,11 +125,6 @@ template <class Facts> struct Forward {
  private:
   /// Scores may pass the maximum by so much (in powers of 2) before it is raised.
   static constexpr T kSlack = 8;
-
-  static T log2_of(T x) {
-    if constexpr (sizeof(T) == 4) return __builtin_log2f(x);
-    else return __builtin_log2(x);
-  }
 
   /// Makes the new maximum the base; what was summed is scaled down to it.
   template <int NV> void raise(State& s, int lane, const Vec<T> (&most)[NV], Vec<T> (&base)[NV]) {
@@ -159,9 +147,12 @@ template <class Facts> struct Forward {
   }
 };
 
+template <class Facts, class = void> constexpr bool kOnTiles = false;
+template <class Facts> constexpr bool kOnTiles<Facts, decltype((void)Facts::amx)> = Facts::amx;
+
 template <class Facts, class... Passes> void forward(const Call& call, Pool& pool) {
 #if defined(SPLAT_AVX512) && defined(__AMX_BF16__)
-  if constexpr (Facts::amx) run<ForwardAmx<Facts>, Passes...>(call, pool);
+  if constexpr (kOnTiles<Facts>) run<ForwardAmx<Facts>, Passes...>(call, pool);
   else
 #endif
     run<Forward<Facts>, Passes...>(call, pool);

@@ -15,8 +15,8 @@ template <class Facts> struct ForwardAmx {
   using V = Vec<float>;
   static constexpr int D = Facts::head_dim, Dp = (D + 31) / 32 * 32, kSteps = Dp / 32, kSlices = Dp / 16;
   static constexpr bool kKeysInLanes = false, kGuard = Facts::guard, kFill = Facts::fill, kOwnSegments = true;
-  static constexpr int kVectors = kMaxVectors, kTiles = kTilesOf<float, Dp, 1> < 8 ? kTilesOf<float, Dp, 1> : 8;
-  static constexpr int kChunk = kChunkOf<uint16_t, Dp, 2>, kMost = 8;  // chunks of 32 keys in a block
+  static constexpr int kVectors = kMaxVectors, kTiles = kTilesOf<(4 + 2) * Dp * kLanes>;
+  static constexpr int kChunk = kChunkOf<2 * 2 * Dp>, kMost = 8;  // chunks of 32 keys in a block
   static constexpr float kHeadroom = 40;
 
   struct State {
@@ -30,7 +30,7 @@ template <class Facts> struct ForwardAmx {
     alignas(64) bfloat16 key[kChunk * Dp], rows[kChunk * Dp];
     alignas(64) char value[kChunk / 32 * kSlices * kTileBytes];       // A tiles [chunk][slice]
     alignas(64) char scores[2][4 * kTileBytes];                       // C tiles [first, second 16 keys][group]
-    alignas(64) char p[kMost * 2 * kTileBytes], ones[kTileBytes];     // B tiles [chunk][group]
+    alignas(64) char p[kMost * 2 * kTileBytes];                       // B tiles [chunk][group]
     alignas(64) char clean[kMost * kSlices * kTileBytes];
   };
 
@@ -45,7 +45,6 @@ template <class Facts> struct ForwardAmx {
   void start(int64_t batch_, int64_t kv_head_, int64_t q_head_) {
     batch = batch_, kv_head = kv_head_, q_head = q_head_;
     scale = (float)(Facts::soft_cap ? call.scale / call.soft_cap : call.scale * kLog2e<double>);
-    for (int n = 0; n < kTileBytes; n += 4) memcpy(memory.ones + n, "\x80\x3f\x80\x3f", 4);
   }
   int walked_heads() const { return 1; }
   template <int kStride> int chunk() const { return kChunk; }
@@ -113,15 +112,8 @@ template <class Facts> struct ForwardAmx {
 
   void end(int tile, int head, const LaneRows& rows) {
     State& s = memory.tiles[tile];
-    T* out_lse = at<T>(call.lse, batch, q_head + head);
     alignas(64) T factor[kLanes];
-    for (int lane = 0; lane < kLanes; ++lane) {
-      const T total = s.total[lane];
-      factor[lane] = total == 0 ? 0 : 1 / total;
-      if (rows.at[lane] < 0) continue;
-      const T lse = total == 0 ? -kInfinity<T> : (s.base[lane] + __builtin_log2f(total)) * kLn2<T>;
-      out_lse[rows.at[lane] * call.lse.position] = lse;
-    }
+    finish_softmax(s.base, s.total, rows, factor, at<T>(call.lse, batch, q_head + head), call.lse.position);
     lanes_to_rows<Scalar, D>(s.sum, factor, rows, at<Scalar>(call.out, batch, q_head + head), call.out.position);
   }
 
@@ -150,33 +142,30 @@ template <class Facts> struct ForwardAmx {
     if constexpr (Facts::soft_cap) return tanh<T>(product * scale) * (T)(call.soft_cap * kLog2e<double>);
     else return product * scale;
   }
-  SPLAT_INLINE V weight(V product, V base) const {
-    // Rounding to bfloat16 is a cut behind an added half unit in the last place, which is in the polynomial.
-    const V x = score(product) - base;
-    V f, p;
-    asm("vreduceps $9, %1, %0" : "=v"(f) : "v"(x));
-    p = f * 0.07802452154876574f + 0.22606715962569862f;
-    p = p * f + 0.6958335375461246f;
-    p = p * f + (0.9999252189786139f + 0.00390625f);
-    asm("vscalefps %2, %1, %0" : "=v"(p) : "v"(p), "v"(x));
-    return p;
-  }
-  /// Row r of a weight tile: keys r and 16 + r.
+  SPLAT_INLINE V weight(V product, V base) const { return exp2<T, true>(score(product) - base); }
+  /// Row r of a weight tile: keys r and 16 + r, rounded to bfloat16.
   static SPLAT_INLINE Vec<uint32_t> paired(V a, V b) {
-    return (bits_as<Vec<uint32_t>>(a) >> 16) | (bits_as<Vec<uint32_t>>(b) & 0xffff0000u);
+    return ((bits_as<Vec<uint32_t>>(a) + 0x8000u) >> 16) | ((bits_as<Vec<uint32_t>>(b) + 0x8000u) & 0xffff0000u);
   }
 
-  SPLAT_INLINE void weights_row(const char* scores, char* p, int r, int group, V base, Vec<uint32_t>& seen) const {
-    const V a = load((const float*)(scores + group * kTileBytes) + r * 16);
-    const V b = load((const float*)(scores + (2 + group) * kTileBytes) + r * 16);
-    const Vec<uint32_t> pair = paired(weight(a, base), weight(b, base));
-    seen |= pair;
+  /// What the weights of a block add up to, in each group of lanes, and all their bits.
+  struct Sums {
+    V total[2];
+    Vec<uint32_t> seen;
+  };
+
+  SPLAT_INLINE void weights_row(const char* scores, char* p, int r, int group, V base, Sums& sums) const {
+    const V a = weight(load((const float*)(scores + group * kTileBytes) + r * 16), base);
+    const V b = weight(load((const float*)(scores + (2 + group) * kTileBytes) + r * 16), base);
+    const Vec<uint32_t> pair = paired(a, b);
+    sums.total[group] += a + b;
+    sums.seen |= pair;
     memcpy(p + group * kTileBytes + r * 64, &pair, sizeof pair);
   }
 
   template <bool kEdges, class M>
   void masked_weights(const Half<M>& half, int chunk, const char* scores, char* p, const V (&base)[2],
-                      Vec<uint32_t>& seen) const {
+                      Sums& sums) const {
     for (int group = 0; group < 2; ++group)
       for (int r = 0; r < 16; ++r) {
         V w[2];
@@ -186,7 +175,8 @@ template <class Facts> struct ForwardAmx {
           w[k] = keep ? weight(product, base[group]) : V{};
         }
         const Vec<uint32_t> pair = paired(w[0], w[1]);
-        seen |= pair;
+        sums.total[group] += w[0] + w[1];
+        sums.seen |= pair;
         memcpy(p + group * kTileBytes + r * 64, &pair, sizeof pair);
       }
   }
@@ -200,20 +190,21 @@ template <class Facts> struct ForwardAmx {
       raise<kEdges>(s, half, chunk + best, 1);
       s.known[half.lane / 32] = true;
     }
-    if (!weights<kEdges>(s, half, chunk, count)) {
+    if (!weights<kEdges>(s, half, chunk, count, false)) {
       raise<kEdges>(s, half, chunk, count);
-      weights<kEdges>(s, half, chunk, count);
+      weights<kEdges>(s, half, chunk, count, true);
     }
     const char* value = memory.value + chunk * kSlices * kTileBytes;
     if (!finite) value = clean_values<kEdges>(half, chunk, count);
     sum_up(s, half.lane, value, count);
   }
 
-  /// Weights of `count` chunks; false where one is too large for the base.
+  /// Weights of `count` chunks, added to the lanes' totals; false, and nothing added, where one is too large for the base
+  /// and not accepted as it is.
   template <bool kEdges, class M>
-  SPLAT_INLINE bool weights(State& s, const Half<M>& half, int chunk, int count) {
+  bool weights(State& s, const Half<M>& half, int chunk, int count, bool accept) {
     const V base[2] = {load(s.base + half.lane), load(s.base + half.lane + kGroup)};
-    Vec<uint32_t> seen = {};
+    Sums sums = {};
     products(s, half.lane, chunk, memory.scores[0], [](int) {});
     for (int k = 0; k < count; ++k) {
       char *const now = memory.scores[k & 1], *const next = memory.scores[~k & 1], *const p = memory.p + k * 2 * kTileBytes;
@@ -225,18 +216,23 @@ template <class Facts> struct ForwardAmx {
             SPLAT_UNROLL
             for (int i = 0; i < kRowsOf; ++i) {
               const int row = n * kRowsOf + i;
-              if (row < 32) weights_row(now, p, row & 15, row >> 4, base[row >> 4], seen);
+              if (row < 32) weights_row(now, p, row & 15, row >> 4, base[row >> 4], sums);
             }
           });
         }
         for (int row = more ? 4 * kSteps * kRowsOf : 0; row < 32; ++row)
-          weights_row(now, p, row & 15, row >> 4, base[row >> 4], seen);
+          weights_row(now, p, row & 15, row >> 4, base[row >> 4], sums);
       } else {
         if (more) products(s, half.lane, chunk + k + 1, next, [](int) {});
-        masked_weights<kEdges>(half, chunk + k, now, p, base, seen);
+        masked_weights<kEdges>(half, chunk + k, now, p, base, sums);
       }
     }
-    return !any<float>(bits_as<Vec<int32_t>>(seen & 0x40004000u));
+    if (!accept && any<float>(bits_as<Vec<int32_t>>(sums.seen & 0x40004000u))) return false;
+    for (int group = 0; group < 2; ++group) {
+      float* const total = s.total + half.lane + group * kGroup;
+      store(total, load(total) + sums.total[group]);
+    }
+    return true;
   }
 
   /// A base `kHeadroom` above all scores of `count` chunks; what was summed is scaled down to it.
@@ -244,12 +240,17 @@ template <class Facts> struct ForwardAmx {
   __attribute__((noinline)) void raise(State& s, const Half<M>& half, int chunk, int count) {
     V most[2] = {splat_of(-kInfinity<T>), splat_of(-kInfinity<T>)};
     for (int k = 0; k < count; ++k) {
+      const bool full = half.is_full(chunk + k);
       products(s, half.lane, chunk + k, memory.scores[0], [](int) {});
       for (int group = 0; group < 2; ++group)
         for (int r = 0; r < 32; ++r) {
-          const Vec<int32_t> keep = half.template keep<kEdges>(half.from + 32 * (chunk + k) + r, group);
-          const V product = load((const float*)(memory.scores[0] + (r / 16 * 2 + group) * kTileBytes) + r % 16 * 16);
-          most[group] = larger<T>(keep ? score(product) : splat_of(-kInfinity<T>), most[group]);
+          V product = load((const float*)(memory.scores[0] + (r / 16 * 2 + group) * kTileBytes) + r % 16 * 16);
+          product = score(product);
+          if (!full) {
+            const Vec<int32_t> keep = half.template keep<kEdges>(half.from + 32 * (chunk + k) + r, group);
+            product = keep ? product : splat_of(-kInfinity<T>);
+          }
+          most[group] = larger<T>(product, most[group]);
         }
     }
     for (int group = 0; group < 2; ++group) {
@@ -257,6 +258,7 @@ template <class Facts> struct ForwardAmx {
       const V old = load(s.base + lane), next = larger<T>(old, most[group] + kHeadroom);
       const V factor = next == old ? splat_of(1.f) : exp2<T>(old - next);
       store(s.base + lane, next);
+      if (!s.known[half.lane / 32]) continue;
       store(s.total + lane, load(s.total + lane) * factor);
       for (int d = 0; d < Dp; ++d) store(s.sum + d * kLanes + lane, load(s.sum + d * kLanes + lane) * factor);
     }
@@ -289,17 +291,6 @@ template <class Facts> struct ForwardAmx {
       }
       tile_store<0>(sum, kRow), tile_store<1>(sum + kGroup, kRow);
       tile_store<2>(sum + 16 * kLanes, kRow), tile_store<3>(sum + 16 * kLanes + kGroup, kRow);
-    }
-    tile_zero<0>(), tile_zero<1>(), tile_load<4>(memory.ones, 64);
-    for (int k = 0; k < count; ++k) {
-      const char* const p = memory.p + k * 2 * kTileBytes;
-      tile_load<6>(p, 64), tile_dot<0, 4, 6>();
-      tile_load<7>(p + kTileBytes, 64), tile_dot<1, 4, 7>();
-    }
-    tile_store<0>(memory.scores[0], 64), tile_store<1>(memory.scores[0] + kTileBytes, 64);
-    for (int group = 0; group < 2; ++group) {
-      float* const total = s.total + lane + group * kGroup;
-      store(total, load(total) + load((const float*)(memory.scores[0] + group * kTileBytes)));
     }
   }
 

@@ -10,14 +10,12 @@ template <class T> SPLAT_INLINE T* at(const Array& array, int64_t batch, int64_t
   return (T*)array.data + batch * array.batch + head * array.head;
 }
 
-/// Row tiles of a unit: `arrays` arrays [D][64] each, in half of a second-level cache of 1 MB.
-template <class T, int D, int arrays>
-constexpr int kTilesOf = 512 * 1024 / (arrays * D * kLanes * (int)sizeof(T)) < 1   ? 1
-                         : 512 * 1024 / (arrays * D * kLanes * (int)sizeof(T)) > 8 ? 8
-                                                                                   : 512 * 1024 / (arrays * D * kLanes * (int)sizeof(T));
-/// Walked rows that are brought together: `arrays` arrays [rows][D] in a quarter of it.
-template <class T, int D, int arrays>
-constexpr int kChunkOf = 256 * 1024 / (arrays * D * (int)sizeof(T)) / 64 * 64 < 64 ? 64 : 256 * 1024 / (arrays * D * (int)sizeof(T)) / 64 * 64;
+constexpr int within(int least, int x, int most) { return x < least ? least : x > most ? most : x; }
+
+/// Row tiles of a unit: as many as half a megabyte holds, which leaves a second-level cache for other things.
+template <int state_bytes> constexpr int kTilesOf = within(1, (512 << 10) / state_bytes, 16);
+/// Walked rows that are brought together: as many as a quarter holds.
+template <int row_bytes> constexpr int kChunkOf = within(64, (256 << 10) / row_bytes / 64 * 64, 4096);
 /// The chunk of rows that are not copied.
 constexpr int kAllRows = 1 << 29;
 
@@ -104,6 +102,22 @@ SPLAT_INLINE const Compute<Scalar>* walked_rows(const Array& array, int64_t batc
     if (step == 1 && array.position == D) return from + first * D;
   pack_rows<Scalar, D>(from, array.position, first, step, count, memory);
   return memory;
+}
+
+/// From sums of 2^(score - base) and the bases: 1 / total for the output, and the rows' log-sum-exp where `lse` is.
+template <class T>
+SPLAT_INLINE void finish_softmax(const T* base, const T* total, const LaneRows& rows, T* factor, T* lse,
+                                 int64_t position) {
+  constexpr int W = kWidth<T>;
+  alignas(64) T made[kLanes];
+  for (int lane = 0; lane < kLanes; lane += W) {
+    const Vec<T> sum = load(total + lane);
+    store(factor + lane, sum == (T)0 ? Vec<T>{} : (T)1 / sum);
+    const Vec<T> natural = (load(base + lane) + log2<T>(sum)) * kLn2<T>;
+    store(made + lane, sum == (T)0 ? splat_of(-kInfinity<T>) : natural);
+  }
+  for (int lane = 0; lane < kLanes; ++lane)
+    if (rows.at[lane] >= 0) lse[rows.at[lane] * position] = made[lane];
 }
 
 /// What probabilities are made with: 2^(score - base); it is +infinity in rows without any column.
