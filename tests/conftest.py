@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import os
 import secrets
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -36,6 +37,25 @@ def rng() -> np.random.Generator:
     seed = int(chosen) if chosen else secrets.randbits(32)
     print(f"rng: repeat with SPLAT_TEST_SEED={seed}")
     return np.random.default_rng(seed)
+
+
+@pytest.fixture
+def cache_dir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty cache folder of compiled kernels, and a temporary folder beside it, of this test and its subprocesses.
+
+    Tests that do not ask for it find what earlier runs have compiled.
+    """
+    from splat.codegen import cache
+
+    temporary, folder = tmp_path / "temporary", tmp_path / "cache"
+    temporary.mkdir()
+    monkeypatch.setenv("TMPDIR", str(temporary))
+    monkeypatch.setattr(tempfile, "tempdir", str(temporary))
+    monkeypatch.setattr(cache, "_private", {})
+    monkeypatch.setenv("SPLAT_CACHE_DIR", str(folder))
+    for name in ("SPLAT_CXXFLAGS", "SPLAT_PROGRESS", "CXX"):
+        monkeypatch.delenv(name, raising=False)
+    return folder
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -5,6 +5,8 @@ A message names the argument, what was expected, what was given and the remedy.
 
 from __future__ import annotations
 
+from pathlib import Path
+
 
 class SplatError(Exception):
     """Base of all SPLAT errors."""
@@ -38,3 +40,19 @@ class IrregularPatternError(PatternError):
 
 class UnsupportedError(SplatError, NotImplementedError):
     """The request is meaningful, but no (or not the named) implementation can serve it."""
+
+
+class CompileError(SplatError):
+    """The system's C++ compiler did not make a library of generated source.
+
+    Attributes:
+      command: what was run, as a shell reads it.
+      log: everything that the compiler said.
+      folder: where source and log are kept; None where they could be written nowhere.
+    """
+
+    def __init__(self, message: str, *, command: str, log: str, folder: Path | None):
+        super().__init__(message)
+        self.command = command
+        self.log = log
+        self.folder = folder

@@ -12,6 +12,8 @@ from typer.testing import CliRunner
 
 import splat
 from splat.cli import app, demo, doctor
+from splat.cli import cache as cache_command
+from splat.codegen import cache
 from splat.planning import Plan
 
 PNG = b"\x89PNG\r\n\x1a\n"
@@ -112,7 +114,7 @@ def test_debug_raises_the_error(run, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_version_and_help(run) -> None:
     assert run("--version").strip() == f"splat {splat.__version__}"
-    for command in ("demo", "show", "plan", "emit", "doctor"):
+    for command in ("demo", "show", "plan", "emit", "doctor", "cache"):
         assert command in run("--help")
         assert f"Example: splat {command}" in run(command, "--help")
 
@@ -131,6 +133,66 @@ def test_help_imports_little() -> None:
     assert "Usage" in done.stdout
 
 
+# -- cache -------------------------------------------------------------------------------------------------------------
+
+
+def _kept(key: str, name: str) -> cache.Entry:
+    def build(folder: Path) -> dict[str, str]:
+        (folder / "a.so").write_bytes(bytes(12_345))
+        return {"compiler": "g++ (Some [system]) 12.2.0"}
+
+    return cache.load_or_build(key, name, build)
+
+
+def test_cache(run, cache_dir: Path) -> None:
+    assert run("cache", "ls") == f"0 compiled kernels, 0 B: {cache_dir}\n"
+    assert not cache_dir.exists()
+    _kept("ab" * 32, "forward_float32_h64")
+    _kept("cd" * 32, "backward_float32_h64")
+    header, *rows, total = (line.strip() for line in run("cache", "ls").splitlines())
+    assert header.split() == ["name", "size", "age", "compiler", "key"]
+    assert [row.split()[0] for row in rows] == ["backward_float32_h64", "forward_float32_h64"]
+    assert rows[0].endswith("g++ (Some [system]) 12.2.0  cdcdcdcdcdcd")
+    assert "  12 KB  " in rows[0]
+    assert total == f"2 compiled kernels, 25 KB: {cache_dir}"
+    text = run("cache", "clear")
+    assert text.startswith("removed 2 compiled kernels, ")
+    assert text.endswith(f" KB freed: {cache_dir}\n")
+    assert run("cache", "clear") == f"removed 0 compiled kernels, 0 B freed: {cache_dir}\n"
+
+
+def test_cache_clear_keeps_what_is_being_built(run, cache_dir: Path) -> None:
+    said = []
+
+    def build(folder: Path) -> dict[str, str]:
+        said.append(run("cache", "clear"))
+        return {}
+
+    cache.load_or_build("ab" * 32, "forward", build)
+    assert said == [f"removed 0 compiled kernels, 0 B freed: {cache_dir} (1 left, being compiled now)\n"]
+
+
+def test_cache_that_cannot_be_read(run, cache_dir: Path) -> None:
+    cache_dir.write_text("a file")
+    for command in ("ls", "clear"):
+        assert run("cache", command, code=2) == f"error: {cache_dir}: Not a directory\n"
+
+
+def test_sizes_and_ages_for_people() -> None:
+    sizes = {
+        0: "0 B",
+        999: "999 B",
+        1000: "1 KB",
+        12_345: "12 KB",
+        999_499: "999 KB",
+        999_500: "1.0 MB",
+        10**10: "10.0 GB",
+    }
+    assert {size: cache_command.spell_bytes(size) for size in sizes} == sizes
+    ages = {-1: "0 s", 59.9: "59 s", 60: "1 min", 3600: "1 h", 86400 * 40: "40 d"}
+    assert {age: cache_command.spell_age(age) for age in ages} == ages
+
+
 # -- doctor ------------------------------------------------------------------------------------------------------------
 
 
@@ -141,6 +203,39 @@ def test_doctor(run) -> None:
     assert "serves float32" in text
     for name in ("triton", "cpp", "xla", "torch", "threads", "numpy"):
         assert name in text
+
+
+def test_doctor_on_the_compiler(run, cache_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor, "PROBE", "raise RuntimeError")
+    monkeypatch.setenv("SPLAT_CXXFLAGS", "-DSOME=1")
+    monkeypatch.setenv("SPLAT_CHACHE_DIR", "/tmp")
+    monkeypatch.setenv("NPROC", "7")
+    monkeypatch.delenv("PJRT_NPROC", raising=False)
+    _kept("ab" * 32, "forward_float32_h64")
+    text = run("doctor")
+    assert "-std=c++17" in text
+    assert "-DSOME=1" in text
+    assert doctor.cpp()["threads"] == "7"
+    assert doctor.cpp()["kept in"] == f"{cache_dir} (1 compiled kernel, 12 KB)"
+    assert doctor.settings()["SPLAT_CHACHE_DIR"] == "/tmp (not a setting of SPLAT: misspelt?)"
+    assert "misspelt?" in text
+
+
+def test_doctor_without_a_compiler(run, cache_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor, "PROBE", "raise RuntimeError")
+    monkeypatch.setenv("CXX", "/no/such/c++")
+    cache_dir.write_text("a file")
+    text = run("doctor")
+    assert "CXX is '/no/such/c++', but there is no program '/no/such/c++'. Install one" in " ".join(text.split())
+    assert doctor.cpp()["kept in"] == f"nowhere: {cache_dir}: Not a directory; set SPLAT_CACHE_DIR"
+
+
+def test_doctor_asks_for_amx(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert doctor.probe_amx().startswith(("granted", "refused ("))
+    monkeypatch.setattr(doctor, "AMX_PROBE", "raise OSError")
+    assert doctor.probe_amx() == "not known to be granted"
+    has_amx = "amx_tile" in doctor.machine()["instruction sets"]
+    assert ("AMX" in doctor.machine()) == has_amx
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 
 import splat
-from splat.codegen import Request, choose, refusals
+from splat.codegen import Request, choose, refusals, registry
+from splat.codegen.cpp import compiler
 from splat.errors import ArgumentError, IrregularPatternError, PatternError, SplatError, UnsupportedError
 
 
@@ -161,12 +162,6 @@ REFUSED: list[Any] = [
         ArgumentError,
         "implementation must be None or one of 'triton', 'cpp', 'xla', but 'cuda' was given. None picks the best",
     ),
-    (
-        call(implementation="cpp"),
-        UnsupportedError,
-        "implementation='cpp' is not part of this version of splat-attention. Use implementation='xla', which",
-    ),
-    (call(implementation="cpp"), UnsupportedError, "implementation='cpp' is not part of this version"),
 ]
 REFUSED = [one for one in REFUSED if one[1] is not None]
 
@@ -228,11 +223,38 @@ def test_an_implementation_says_why_not() -> None:
     reasons = refusals(Request("cpu", "float32", 64))
     assert set(reasons) == {"triton", "cpp", "xla"}
     assert reasons["xla"] is None
-    assert reasons["cpp"] == "not part of this version of splat-attention"
+    assert reasons["cpp"] == compiler.missing()
     assert reasons["triton"] is not None
     assert "needs a GPU, and this is for a cpu. Use implementation='xla', or None" in reasons["triton"]
-    assert choose(Request("cpu", "float32", 64)).name == "xla"
     assert choose(Request("cpu", "float32", 64), "xla").name == "xla"
+    elsewhere = refusals(Request("gpu", "float32", 64, elsewhere=True))
+    assert elsewhere["cpp"] is not None
+    assert "is for CPUs, and this is for a gpu. Use implementation='xla', or None for the" in elsewhere["cpp"]
+
+
+def test_none_is_the_fastest_that_can_serve() -> None:
+    assert choose(Request("cpu", "float32", 64, elsewhere=True)).name == "cpp"
+    assert choose(Request("gpu", "float32", 64, elsewhere=True)).name == "triton"
+    assert choose(Request("tpu", "float32", 64, elsewhere=True)).name == "xla"
+    assert choose(Request("gpu", "float64", 64, elsewhere=True)).name == "xla"
+    assert choose(Request("cpu", "float32", 64, elsewhere=True, blocks=(32, None))).name == "xla"
+    assert choose(Request("cpu", "float32", 64, elsewhere=True, blocks=(16, 1))).name == "cpp"
+
+
+def test_without_a_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    """None goes on without it, and says so once; an explicit choice does not."""
+    reason = "no C++ compiler (c++, g++ or clang++) is on the PATH. Install one."
+    monkeypatch.setattr(compiler, "missing", lambda: reason)
+    monkeypatch.setattr(registry, "_said", set())
+    with pytest.warns(UserWarning, match="'cpp' would be faster") as seen:
+        found = [splat.attention(**call()) for _ in range(3)]
+    assert [str(one.message) for one in seen] == [f"implementation='cpp' would be faster, but {reason}"]
+    assert seen[0].filename == __file__, "the warning names the caller's line"
+    np.testing.assert_array_equal(found[0], splat.attention(**call(implementation="xla")))
+    with pytest.raises(UnsupportedError) as caught:
+        splat.attention(**call(implementation="cpp"))
+    assert str(caught.value) == f"implementation='cpp' cannot serve this call: {reason}"
+    assert splat.plan("causal()", 64).implementation == "cpp", "planning needs no compiler"
 
 
 def test_none_can_serve() -> None:
@@ -267,7 +289,8 @@ def test_emit_is_text_of_the_program() -> None:
     ("arguments", "error", "message"),
     [
         (dict(target="cuda"), ArgumentError, "target must be one of 'triton', 'cpp', 'xla', 'ptx', but 'cuda' was"),
-        (dict(target="cpp"), UnsupportedError, "implementation='cpp' is not part of this version of splat-attention"),
+        (dict(target="cpp", kernel="delta"), ArgumentError, "kernel must be one of forward, d_query, d_key_value,"),
+        (dict(target="cpp", device="h100"), UnsupportedError, "the cpp implementation is for CPUs"),
         (dict(target="triton", device="cpu"), UnsupportedError, "needs a GPU, and this is for a cpu"),
         (dict(target="triton", kernel="bwd"), ArgumentError, "kernel must be one of forward, d_query, d_key_value,"),
         (dict(target="triton", kernel="merge"), ArgumentError, "this plan launches no kernel 'merge'"),

@@ -93,7 +93,23 @@ def test_text_holds_the_facts() -> None:
     assert [line.split(":")[0].strip() for line in candidates] == ["triton", "cpp", "* xla"]
     assert candidates[2] == f"  * xla: {made.predicted_ms:.3g} ms predicted"
     assert "cannot serve: the triton implementation needs a GPU" in candidates[0]
-    assert "cannot serve: not part of this version" in candidates[1]
+    assert candidates[1].endswith(
+        "cpp: no prediction; cannot serve: block_q must be 16 or None for implementation 'cpp', whose plans say what "
+        "16 rows attend to column by column (its kernels choose their own tiles), but 32 was given. Leave it out."
+    )
+
+
+def test_text_of_a_plan_for_a_cpu() -> None:
+    """What 16 rows attend to, column by column; both implementations predict."""
+    made = splat.plan("causal() & window(16)", 256, num_q_heads=4, implementation="cpp")
+    assert "  pass 0: components 0: 16 row tiles of 16 (step 1), 16 x 1 tiles, 496 tiles: 31 full" in str(made)
+    xla = splat.plan("causal() & window(16)", 256, num_q_heads=4, implementation="xla").predicted_ms
+    assert made.predicted_ms is not None
+    assert xla is not None
+    assert str(made).splitlines()[-2:] == [
+        f"  * cpp: {made.predicted_ms:.3g} ms predicted",
+        f"    xla: {xla:.3g} ms predicted",
+    ]
 
 
 def test_text_of_a_long_pattern_is_cut() -> None:
@@ -202,7 +218,13 @@ def test_arguments_in_all_forms() -> None:
             ArgumentError,
             "implementation must be None or one of 'triton', 'cpp', 'xla', but",
         ),
-        (dict(implementation="cpp"), UnsupportedError, "implementation='cpp' is not part of this version"),
+        (
+            dict(implementation="cpp", target="h100"),
+            UnsupportedError,
+            "implementation='cpp' cannot serve this call: the cpp implementation is for CPUs, and this is for a gpu.",
+        ),
+        (dict(implementation="cpp", block_q=32), ArgumentError, "block_q must be 16 or None for implementation 'cpp'"),
+        (dict(implementation="cpp", block_kv=8), ArgumentError, "block_kv must be 1 or None for implementation 'cpp'"),
         (dict(implementation="triton"), UnsupportedError, "needs a GPU, and this is for a cpu"),
         (dict(dtype="float8_e4m3fn"), UnsupportedError, "not float8_e4m3fn. Convert the inputs."),
         (dict(pattern=splat.segments([0, 0])), PatternError, "ids name 2 positions, but the pattern is used up to"),
@@ -218,7 +240,7 @@ def test_refusals(arguments: dict[str, Any], error: type[Exception], message: st
 
 
 def edited(change: Any) -> str:
-    data = json.loads(splat.plan("causal() & window(8) | strided(4)", 64).to_json())
+    data = json.loads(splat.plan("causal() & window(8) | strided(4)", 64, implementation="xla").to_json())
     change(data)
     return json.dumps(data)
 

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from splat import __version__
-from splat.cli import demo, doctor, emit, plan, show
+from splat.cli import cache, demo, doctor, emit, plan, show
 from splat.cli.errors import reported, show_tracebacks
 
 app = typer.Typer(
@@ -46,6 +46,7 @@ for _module, _example in (
     (doctor, "splat doctor"),
 ):
     app.command(_module.NAME, epilog=f"Example: {_example}")(reported(_module.command))
+app.add_typer(cache.app, name=cache.NAME)
 
 
 def main() -> None:

@@ -7,7 +7,7 @@ import importlib.util
 import json
 import os
 import platform
-import shutil
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -23,6 +23,14 @@ print(json.dumps({"jax": jax.__version__, "jaxlib": jaxlib.__version__, "platfor
                   "devices": devices}))
 """
 PROBE_S = 120
+#: Linux grants AMX's registers to a process that asks for them: arch_prctl(ARCH_REQ_XCOMP_PERM, XTILEDATA). This one
+#: asks in a process of its own, so that nothing of this one changes.
+AMX_PROBE = """
+import ctypes, os
+libc = ctypes.CDLL(None, use_errno=True)
+done = libc.syscall(ctypes.c_long(158), ctypes.c_long(0x1023), ctypes.c_long(18))
+print("granted" if done == 0 else "refused (" + os.strerror(ctypes.get_errno()) + ")")
+"""
 
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 #: CPU features that code generators can use, as /proc/cpuinfo spells them (x86 and Arm).
@@ -36,7 +44,9 @@ OPTIONAL = {
     "jax-triton": "GPU kernels from JAX",
     "scipy": "tests",
 }
-SETTINGS = ("JAX_PLATFORMS", "JAX_COMPILATION_CACHE_DIR", "XLA_FLAGS", "CUDA_VISIBLE_DEVICES", "CXX", "NO_COLOR")
+#: Settings of others that change what SPLAT does; its own are in splat.config.
+SETTINGS = ("CXX", "JAX_PLATFORMS", "JAX_COMPILATION_CACHE_DIR", "XLA_FLAGS", "PJRT_NPROC", "NPROC",
+            "CUDA_VISIBLE_DEVICES", "NO_COLOR")  # fmt: skip
 
 
 def command() -> None:
@@ -61,6 +71,7 @@ def command() -> None:
 
     section("versions", {"splat": splat.__version__, "python": _python(), "numpy": _version("numpy"), **_jax_rows(jax)})
     section("machine", machine())
+    section("C++ kernels", cpp())
     section("implementations", implementations(jax))
     section("optional packages", {name: _optional(name, use) for name, use in OPTIONAL.items()})
     section("settings", settings())
@@ -108,31 +119,75 @@ def implementations(jax: dict[str, Any]) -> dict[str, str]:
 
 
 def machine() -> dict[str, str]:
-    """Processor, threads, compiler, and whether an NVIDIA or AMD driver is there."""
+    """Processor, threads, and whether an NVIDIA or AMD driver is there."""
+    from splat.codegen.cpp import threads
+
     cpuinfo = _read("/proc/cpuinfo")
     fields = dict(line.split(":", 1) for line in cpuinfo.splitlines() if ":" in line)
     known = {key.strip().lower(): value.strip() for key, value in fields.items()}
     has = set((known.get("flags") or known.get("features") or "").split())
     features = [name for name in FEATURES if name in has]
-    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    compiler = next((path for name in (os.environ.get("CXX"), "c++", "g++", "clang++") if name
-                     and (path := shutil.which(name))), None)  # fmt: skip
     drivers = [name for name, path in (("NVIDIA", "/proc/driver/nvidia/version"), ("AMD", "/dev/kfd"))
                if Path(path).exists()]  # fmt: skip
-    return {
+    rows = {
         "system": f"{platform.system()} {platform.release()}, {platform.machine()}",
         "processor": known.get("model name") or platform.processor() or "unknown",
         "instruction sets": ", ".join(features) if features else "unknown: /proc/cpuinfo names none",
-        "threads": f"{usable} usable of {os.cpu_count()}",
-        "C++ compiler": compiler or "none found (set CXX, or install g++ or clang++)",
+    }
+    if "amx_tile" in has:
+        rows["AMX"] = f"{probe_amx()} by the kernel"
+    return rows | {
+        "threads": f"{threads.usable()} usable of {os.cpu_count()}",
         "GPU drivers": ", ".join(drivers) or "none",
     }
 
 
+def probe_amx() -> str:
+    """Whether a process that asks for AMX gets it: "granted", or "refused" and why."""
+    try:
+        done = subprocess.run(
+            [sys.executable, "-I", "-S", "-c", AMX_PROBE], capture_output=True, text=True, timeout=30, check=True
+        )
+    except (OSError, subprocess.SubprocessError):
+        return "not known to be granted"
+    return done.stdout.strip()
+
+
+def cpp() -> dict[str, str]:
+    """The C++ compiler and its flags, how many threads kernels run on, and where they are kept."""
+    from splat import config
+    from splat.cli.cache import spell_bytes, spell_count
+    from splat.codegen import cache
+    from splat.codegen.cpp import compiler, threads
+    from splat.errors import SplatError
+
+    rows = {}
+    try:
+        found = compiler.find()
+        rows["compiler"] = f"{shlex.join(found.command)}: {found.version}"
+        rows["flags"] = shlex.join(compiler.flags(found))
+    except SplatError as error:
+        rows["compiler"] = str(error)
+    rows["threads"] = str(threads.count())
+    try:
+        entries = cache.ls()
+        kept = f"{spell_count(len(entries))}, {spell_bytes(sum(entry.size_bytes for entry in entries))}"
+        rows["kept in"] = f"{config.cache_dir()} ({kept})"
+    except OSError as error:
+        rows["kept in"] = f"nowhere: {error.filename}: {error.strerror}; set SPLAT_CACHE_DIR"
+    return rows
+
+
 def settings() -> dict[str, str]:
-    """Environment variables that change what SPLAT or JAX does."""
-    names = sorted(name for name in os.environ if name.startswith("SPLAT_")) + [n for n in SETTINGS if n in os.environ]
-    return {name: os.environ[name] for name in names} or {"": "none set: every default applies"}
+    """Environment variables that change what SPLAT or JAX does: SPLAT's own, and those of others that are set."""
+    from splat import config
+
+    rows = {}
+    for setting in config.SETTINGS:
+        value = config.get(setting.name) or "not set"
+        rows[setting.name] = f"{value} ({setting.meaning}; default: {setting.default})"
+    rows |= {name: f"{os.environ[name]} (not a setting of SPLAT: misspelt?)" for name in config.unknown()}
+    return rows | {name: os.environ[name] for name in SETTINGS if name in os.environ}
 
 
 def _jax_rows(jax: dict[str, Any]) -> dict[str, str]:

@@ -24,7 +24,7 @@ def command(
     batch: options.Batch = 1,
     dtype: options.DType = "float32",
     target: Annotated[
-        str, typer.Option(help="xla (StableHLO), triton (kernels' source) or ptx (a compiled kernel).")
+        str, typer.Option(help="xla (StableHLO), triton or cpp (kernels' source), or ptx (a compiled kernel).")
     ] = "xla",
     arch: Annotated[
         str | None, typer.Option(help="GPU kernels are for: sm_80, sm_90, sm_100 or gfx942; sm_90 where not given.")

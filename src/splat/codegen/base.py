@@ -17,6 +17,7 @@ class Request:
       dtype, head_dim: of query, key and value.
       named: whether the implementation was asked for by name.
       elsewhere: whether nothing is to be run here, so that what is installed does not matter.
+      blocks: (block_q, block_kv) that are asked for; None: any.
     """
 
     platform: str
@@ -24,6 +25,13 @@ class Request:
     head_dim: int
     named: bool = False
     elsewhere: bool = False
+    blocks: tuple[int | None, int | None] = (None, None)
+
+
+class Missing(str):
+    """A refusal that would be none if something were installed: said once where it changes what None chooses."""
+
+    __slots__ = ()
 
 
 @dataclasses.dataclass(frozen=True)

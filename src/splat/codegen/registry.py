@@ -4,39 +4,38 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+import warnings
 
-from splat.codegen.base import Implementation, Request
+from splat.codegen.base import Implementation, Missing, Request
 from splat.errors import ArgumentError, UnsupportedError
 
-#: name -> module that holds `IMPLEMENTATION`; the first that can serve is chosen. None: named, but not in this version.
-_MODULES: dict[str, str | None] = {"triton": "splat.codegen.triton.emit", "cpp": None, "xla": "splat.codegen.xla"}
+#: name -> module that holds `IMPLEMENTATION`, in order of preference.
+_MODULES = {"triton": "splat.codegen.triton.emit", "cpp": "splat.codegen.cpp.emit", "xla": "splat.codegen.xla"}
 
 NAMES = tuple(_MODULES)
 
-MISSING = "not part of this version of splat-attention"
+#: Those that None chooses from.
+PREFERRED = ("triton", "cpp", "xla")
+
+_said: set[str] = set()
 
 
 def load(name: str) -> Implementation:
-    """The implementation of that name. Raises ArgumentError for an unknown, UnsupportedError for a missing one."""
+    """The implementation of that name. Raises ArgumentError for an unknown one."""
     if name not in _MODULES:
         raise ArgumentError(
             f"implementation must be None or one of {', '.join(map(repr, NAMES))}, but {name!r} was given. None picks "
             "the best that can serve."
         )
-    module = _MODULES[name]
-    if module is None:
-        raise UnsupportedError(
-            f"implementation={name!r} is {MISSING}. Use implementation='xla', which serves everywhere, or None."
-        )
-    return importlib.import_module(module).IMPLEMENTATION
+    return importlib.import_module(_MODULES[name]).IMPLEMENTATION
 
 
 def refusals(request: Request) -> dict[str, str | None]:
     """For every implementation, why it cannot serve the request; None where it can."""
     out: dict[str, str | None] = {}
-    for name, module in _MODULES.items():
+    for name in _MODULES:
         try:
-            out[name] = MISSING if module is None else load(name).refusal(request)
+            out[name] = load(name).refusal(request)
         except ImportError as error:
             out[name] = str(error)
     return out
@@ -54,8 +53,19 @@ def choose(request: Request, name: str | None = None) -> Implementation:
             raise UnsupportedError(f"implementation={name!r} cannot serve this call: {reason}")
         return implementation
     reasons = refusals(request)
-    for candidate, reason in reasons.items():
+    for candidate in PREFERRED:
+        reason = reasons[candidate]
         if reason is None:
             return load(candidate)
+        if isinstance(reason, Missing):
+            _say_once(candidate, reason)
     listed = "\n".join(f"  {candidate}: {reason}" for candidate, reason in reasons.items())
     raise UnsupportedError(f"no implementation can serve this call:\n{listed}")
+
+
+def _say_once(name: str, reason: Missing) -> None:
+    """That a slower implementation serves, because something is not installed."""
+    if name not in _said:
+        _said.add(name)
+        # The caller of the operation, which has called `choose`.
+        warnings.warn(f"implementation={name!r} would be faster, but {reason}", stacklevel=4)

@@ -42,7 +42,8 @@ def attention(
         re-planning, no recompilation.
       kv_lengths: int [B], keys at or past it attend to nothing, whatever they hold. A run-time value.
       return_lse: also return the log-sum-exp of each row's scores.
-      implementation: "triton" (GPUs), "xla", or None for the best that can serve. An explicit choice is never replaced.
+      implementation: "triton" (GPUs), "cpp" (CPUs), "xla", or None for the best that can serve. An explicit choice is
+        never replaced.
 
     Returns:
       output [B, T, N, H] in the inputs' dtype; with `return_lse` also log-sum-exp [B, T, N] in float32 (float64 for

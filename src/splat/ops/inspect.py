@@ -53,7 +53,7 @@ def plan(
     name = _dtype_name(dtype)
     problem = Problem(pattern, q_len, kv_len, head_dim, num_q_heads, heads, batch, name)
     device = find(target)
-    request = Request(device.kind, name, head_dim, elsewhere=True)
+    request = Request(device.kind, name, head_dim, elsewhere=True, blocks=(block_q, block_kv))
     chosen = choose(request, implementation).name
     made = make_plan(
         problem, implementation=chosen, target=target, query_offset=query_offset, block_q=block_q, block_kv=block_kv
@@ -61,7 +61,7 @@ def plan(
     candidates = []
     for other, reason in refusals(request).items():
         model, predicted = cost_model(other, device, head_dim, name), None
-        if model.predicts:
+        if model.predicts and (other == chosen or reason is None):
             one = made.forward if other == chosen else schedule(made.acsr, model, block_q=block_q, block_kv=block_kv)
             predicted = predict_ms(one, model, problem)
         candidates.append(Candidate(other, predicted, reason))
@@ -76,8 +76,8 @@ def emit(
     """The generated program's text for `pattern`. No device is touched.
 
     Args:
-      target: "xla" gives StableHLO, "triton" the kernels' source, "ptx" a compiled kernel with its registers, spills,
-        shared memory and tensor-core instructions (AMDGCN for AMD devices).
+      target: "xla" gives StableHLO, "triton" and "cpp" the kernels' source, "ptx" a compiled kernel with its registers,
+        spills, shared memory and tensor-core instructions (AMDGCN for AMD devices).
       device: what it is planned for (`plan`'s `target`); "cpu" for xla and "h100" for GPU kernels where not given.
       arch: the same by architecture: "sm_80", "sm_90", "sm_100" or "gfx942".
       kernel: one kernel of it: "forward", "d_query", "d_key_value", "delta", "merge" or "sum"; all where not given, for

@@ -1,7 +1,7 @@
 """Planning: devices, costs, schedules, and the printable plan."""
 
 from splat.planning.cost import CostModel, cost_model
-from splat.planning.plan import Candidate, Plan, Problem, check_problem, make_plan, predict_ms
+from splat.planning.plan import Candidate, Plan, Problem, check_blocks, check_problem, make_plan, predict_ms
 from splat.planning.schedule import Pass, PassDecision, Schedule, build_schedule, schedule
 from splat.planning.target import TARGETS, Target, find
 
@@ -16,6 +16,7 @@ __all__ = [
     "Schedule",
     "Target",
     "build_schedule",
+    "check_blocks",
     "check_problem",
     "cost_model",
     "find",

@@ -15,6 +15,10 @@ from splat.geometry import Spans
 from splat.planning.kernels import kernel_configs
 from splat.planning.target import Target
 
+#: (block_q, block_kv) of the C++ kernels: 16 rows, one to a vector lane, and one key at a time. So the phases of a walk
+#: are exact spans, to the column; larger tiles are the kernels' own business.
+CPP_TILE = (16, 1)
+
 
 @dataclasses.dataclass(frozen=True)
 class CostModel:
@@ -91,6 +95,8 @@ def cost_model(implementation: str, target: Target, head_dim: int, dtype: str, k
     """
     if implementation not in ("xla", "cpp", "triton"):
         raise ArgumentError(f"implementation must be 'triton', 'cpp' or 'xla', but {implementation!r} was given")
+    if target.kind == "cpu" and implementation == "cpp":
+        return _cpp_model(target, head_dim, dtype)
     matmul = target.matmul_flops.get(dtype, target.matmul_flops["float32"])
     if target.kind == "cpu":
         # Fitted to the portable implementation's measured times (benchmarks/calibrate.py): per score element
@@ -115,4 +121,14 @@ def cost_model(implementation: str, target: Target, head_dim: int, dtype: str, k
         block_kv=tuple(sorted({b for _, b, _ in shapes})) or (64, 128), element_s=element_s, row_s=0.0, col_s=load,
         tile_s=200 / target.clock_hz / target.units, pass_row_s=8 * head_dim / target.bandwidth_bytes,
         predicts=implementation == "triton" and bool(target.efficiency), shapes=shapes,
+    )  # fmt: skip
+
+
+def _cpp_model(target: Target, head_dim: int, dtype: str) -> CostModel:
+    """Time goes into scores, 16 at a time; a further pass reads and writes its rows' results once more."""
+    block_q, block_kv = CPP_TILE
+    element = 4 * head_dim / target.attention_flops.get(dtype, target.attention_flops["float32"])
+    return CostModel(
+        "cpp", target, block_q=(block_q,), block_kv=(block_kv,), element_s=element, row_s=0.0, col_s=0.0, tile_s=0.0,
+        pass_row_s=16 * head_dim / target.bandwidth_bytes, shapes=((block_q, block_kv, element),),
     )  # fmt: skip

@@ -18,7 +18,7 @@ from splat.acsr import ACSR, build, build_transposed
 from splat.errors import ArgumentError, PatternError
 from splat.pattern import Pattern, PerHead, parse
 from splat.pattern.core import MAX_LENGTH, brief, check_int, is_runtime_array
-from splat.planning.cost import CostModel, cost_model
+from splat.planning.cost import CPP_TILE, CostModel, cost_model
 from splat.planning.schedule import PassDecision, Schedule, build_schedule, schedule
 from splat.planning.target import Target, find
 from splat.tiling import Phase
@@ -269,6 +269,17 @@ def check_problem(problem: Problem) -> None:
         check_int("plan", name, getattr(problem, name), 0 if name in ("q_len", "batch") else 1, MAX_LENGTH)
 
 
+def check_blocks(implementation: str, block_q: int | None, block_kv: int | None) -> None:
+    """Raises ArgumentError where an implementation has no kernels for the given tile sizes."""
+    if implementation == "cpp":
+        for name, given, wanted in zip(("block_q", "block_kv"), (block_q, block_kv), CPP_TILE, strict=True):
+            if given not in (None, wanted):
+                raise ArgumentError(
+                    f"{name} must be {wanted} or None for implementation 'cpp', whose plans say what 16 rows attend to "
+                    f"column by column (its kernels choose their own tiles), but {given} was given. Leave it out."
+                )
+
+
 def make_plan(
     problem: Problem,
     *,
@@ -289,6 +300,7 @@ def _make(problem, implementation, target, query_offset, block_q, block_kv) -> P
     for name, block in (("block_q", block_q), ("block_kv", block_kv)):
         if block is not None:
             check_int("plan", name, block, 1, 1 << 16)
+    check_blocks(implementation, block_q, block_kv)
     model = cost_model(implementation, find(target), problem.head_dim, problem.dtype)
     acsr = build(problem.pattern, problem.q_len, problem.kv_len, query_offset)
     forward = schedule(acsr, model, block_q=block_q, block_kv=block_kv)
@@ -297,4 +309,4 @@ def _make(problem, implementation, target, query_offset, block_q, block_kv) -> P
 
 _remembered = lru_cache(maxsize=128)(_make)
 
-__all__ = ["Candidate", "Plan", "Problem", "Target", "check_problem", "make_plan", "predict_ms"]
+__all__ = ["Candidate", "Plan", "Problem", "Target", "check_blocks", "check_problem", "make_plan", "predict_ms"]

@@ -21,7 +21,8 @@ from splat.pattern.core import Array, array_namespace
 from splat.planning.cost import CostModel
 from splat.tiling import Phase, Walk, cover
 
-#: Spans are first taken at this many rows a tile; larger tiles are merged from them, which costs next to nothing.
+#: Spans are first taken at this many rows a tile (fewer where a model has smaller tiles only); larger tiles are merged
+#: from them, which costs next to nothing.
 BASE_BLOCK = 32
 
 
@@ -189,10 +190,11 @@ def schedule(acsr: ACSR, model: CostModel, *, block_q: int | None = None, block_
     """The schedule that `model` finds cheapest; `block_q` and `block_kv` fix the tile sizes."""
     if not acsr.is_static:
         return build_schedule(acsr, _choose_unseen(acsr, model, block_q, block_kv))
-    base = min(block_q or BASE_BLOCK, BASE_BLOCK)
+    most = min(BASE_BLOCK, max(model.block_q))
+    base = min(block_q or most, most)
     if block_q and block_q % base:
         base = block_q
-    groupings = _candidates(acsr, base, block_q or 2 * BASE_BLOCK)
+    groupings = _candidates(acsr, base, block_q or (most if most < BASE_BLOCK else 2 * BASE_BLOCK))
     spans = {key: _spans_of(acsr, tiles) for key, tiles in groupings.items()}
     passes = []
     for key, members in _assign(acsr, groupings, spans, model, block_q, block_kv):

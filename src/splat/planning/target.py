@@ -22,6 +22,7 @@ class Target:
       efficiency: head dim -> measured time of the best Triton attention kernels' model (see `cost`), inverted.
       source: where the numbers are from.
       arch: what kernels are compiled for: "sm_80", "sm_90", "sm_100", "gfx942"; empty for CPUs.
+      attention_flops: dtype name -> FLOP/s of the C++ kernels in full tiles, exponentials included; CPUs only.
     """
 
     name: str
@@ -34,6 +35,7 @@ class Target:
     efficiency: dict[int, float]
     source: str
     arch: str = ""
+    attention_flops: dict[str, float] = dataclasses.field(default_factory=dict)
 
 
 def _gpu(name, arch, units, clock, half, single, bandwidth, source, efficiency=None) -> Target:
@@ -72,6 +74,9 @@ def _cpu() -> Target:
         bandwidth_bytes=13e9 * threads,
         efficiency={},
         source="per thread, measured by benchmarks/calibrate.py on a 2-core Emerald Rapids Xeon, November 2026",
+        # window(256) at 4,096 positions, head dim 64, on the same machine, which has AMX for bfloat16.
+        attention_flops={"float32": 165e9 * threads, "float64": 62e9 * threads, "bfloat16": 600e9 * threads,
+                         "float16": 165e9 * threads},
     )  # fmt: skip
 
 

@@ -1,41 +1,136 @@
-// What dQ and dK, dV share: from scores and dO V^T to probabilities and the scores' derivative.
+// dQ, dK and dV in one go: five matrix products where d_query.hpp and d_key_value.hpp take seven between them.
+//
+// Queries lie in the lanes, so that dQ adds up there; dK and dV add up in the rows of the keys that are walked, and
+// belong to one thread, which goes through its head alone. For calls that have a head for every thread.
 #pragma once
-#include "splat/run.hpp"
+#include "splat/gradient.hpp"
 
 namespace splat {
 
-/// The factor of what lies in the lanes, so that their products are scores base 2 (or tanh's argument).
-template <class Facts> SPLAT_INLINE double lane_factor(const Call& call) {
-  return Facts::soft_cap ? call.scale / call.soft_cap : call.scale * kLog2e<double>;
-}
+template <class Facts> struct Backward {
+  using Scalar = typename Facts::Scalar;
+  using T = Compute<Scalar>;
+  static_assert(sizeof(Scalar) == sizeof(T), "dK and dV add up in the results");
+  static constexpr int D = Facts::head_dim, W = kWidth<T>, Dp = (D + W - 1) / W * W, kVectors = kMaxVectors;
+  static constexpr bool kKeysInLanes = false, kGuard = Facts::guard, kFill = Facts::fill, kOwnSegments = false;
+  static constexpr bool kUnpacks = true, kWholeHeads = true;
+  static constexpr int kTiles = kTilesOf<(3 * D + 2 * Dp) * kLanes * (int)sizeof(T)>;
+  static constexpr int kChunk = kChunkOf<(D + Dp) * (int)sizeof(T)>;
 
-/// For n rows: p = 2^(score - base) and ds = p * (ds - delta), 0 where masked. `base` and `delta` give the vector of a
-/// row and a vector of lanes; `p` is written only where `kKeep`.
-template <class Facts, int NV, bool kKeep, class T, class M, class Base, class Delta>
-SPLAT_INLINE void differentiate(const Call& call, int n, int x, int lane, const M& mask, T* p, T* ds, Base&& base,
-                                Delta&& delta) {
-  constexpr int W = kWidth<T>;
-  for (int k = 0; k < n; ++k) {
-    SPLAT_UNROLL
-    for (int v = 0; v < NV; ++v) {
-      const int at = k * kLanes + v * W;
-      Vec<T> score = load(p + at), slope = load(ds + at) - delta(k, v);
-      if constexpr (Facts::soft_cap) {
-        const Vec<T> t = tanh<T>(score);
-        score = t * (T)(call.soft_cap * kLog2e<double>);
-        slope *= (T)1 - t * t;
-      }
-      Vec<T> weight = exp2<T>(score - base(k, v));
-      slope *= weight;
-      if constexpr (M::kSome) {
-        const Vec<Int<T>> keep = mask.keep(x + k, lane + v * W);
-        weight = keep ? weight : Vec<T>{};
-        slope = keep ? slope : Vec<T>{};
-      }
-      if constexpr (kKeep) store(p + at, weight);
-      store(ds + at, slope);
+  struct State {
+    alignas(64) T query[D * kLanes], d_out[D * kLanes], sum[D * kLanes];  // [d][lane]
+    alignas(64) T query_rows[kLanes * Dp], d_out_rows[kLanes * Dp];       // [lane][d], zeros in lanes without a row
+    alignas(64) T base[kLanes], delta[kLanes];
+  };
+  struct Scratch {
+    State tiles[kTiles];
+    alignas(64) T key[kChunk * D], value[kChunk * D], d_key[kChunk * Dp], d_value[kChunk * Dp];
+    alignas(64) T p[64 * kLanes], ds[64 * kLanes];
+  };
+
+  const Call& call;
+  Scratch& memory;
+  const bool first;
+  int64_t batch, kv_head, q_head;
+  const T *key, *value;
+  int64_t from, step;
+  int count;
+
+  void start(int64_t batch_, int64_t kv_head_, int64_t q_head_) { batch = batch_, kv_head = kv_head_, q_head = q_head_; }
+  int walked_heads() const { return 1; }
+  template <int kStride> int chunk() const { return kChunk; }
+
+  void begin(int tile, int head, const LaneRows& rows) {
+    State& s = memory.tiles[tile];
+    const int64_t h = q_head + head;
+    const Scalar *query = at<Scalar>(call.query, batch, h), *d_out = at<Scalar>(call.d_out, batch, h);
+    rows_to_lanes<Scalar, D>(query, call.query.position, rows, (T)lane_factor<Facts>(call), s.query);
+    rows_to_lanes<Scalar, D>(d_out, call.d_out.position, rows, (T)1, s.d_out);
+    memset(s.sum, 0, sizeof s.sum);
+    for (int lane = 0; lane < kLanes; ++lane) {
+      const int64_t row = rows.at[lane];
+      s.base[lane] = row < 0 ? kInfinity<T> : base_of(at<T>(call.lse, batch, h)[row * call.lse.position]);
+      s.delta[lane] = row < 0 ? 0 : delta_of<Scalar, D>(call, batch, h, row);
+      T *const query_row = s.query_rows + lane * Dp, *const d_out_row = s.d_out_rows + lane * Dp;
+      // A query without any key takes no part, whatever it holds.
+      const bool here = s.base[lane] != kInfinity<T>;
+      if (!here || Dp > D) memset(query_row, 0, Dp * sizeof(T)), memset(d_out_row, 0, Dp * sizeof(T));
+      if (!here) continue;
+      for (int d = 0; d < D; ++d) query_row[d] = query[row * call.query.position + d] * (T)call.scale;
+      memcpy(d_out_row, d_out + row * call.d_out.position, D * sizeof(T));
+    }
+    if (!first)
+      rows_to_lanes<Scalar, D>(at<Scalar>(call.d_query, batch, h), call.d_query.position, rows,
+                               call.scale ? (T)(1 / call.scale) : (T)0, s.sum);
+  }
+
+  void pack(int, int64_t from_, int64_t step_, int count_) {
+    from = from_, step = step_, count = count_;
+    key = walked_rows<Scalar, D>(call.key, batch, kv_head, from, step, count, memory.key);
+    value = walked_rows<Scalar, D>(call.value, batch, kv_head, from, step, count, memory.value);
+    const T *const d_key = at<T>(call.d_key, batch, kv_head), *const d_value = at<T>(call.d_value, batch, kv_head);
+    for (int n = 0; n < count; ++n) {
+      memcpy(memory.d_key + n * Dp, d_key + (from + step * n) * call.d_key.position, D * sizeof(T));
+      memcpy(memory.d_value + n * Dp, d_value + (from + step * n) * call.d_value.position, D * sizeof(T));
     }
   }
+
+  void unpack() {
+    T *const d_key = at<T>(call.d_key, batch, kv_head), *const d_value = at<T>(call.d_value, batch, kv_head);
+    for (int n = 0; n < count; ++n) {
+      memcpy(d_key + (from + step * n) * call.d_key.position, memory.d_key + n * Dp, D * sizeof(T));
+      memcpy(d_value + (from + step * n) * call.d_value.position, memory.d_value + n * Dp, D * sizeof(T));
+    }
+  }
+
+  template <int NV, class M>
+  __attribute__((noinline)) void block(int tile, int lane, int at, int n, int x, const M& mask) {
+    State& s = memory.tiles[tile];
+    T *const p = memory.p + lane, *const ds = memory.ds + lane;
+    Vec<T> unused[NV], base[NV], delta[NV];
+    scores<T, D, NV, false>(key + (int64_t)at * D, s.query + lane, n, p, unused);
+    scores<T, D, NV, false>(value + (int64_t)at * D, s.d_out + lane, n, ds, unused);
+    SPLAT_UNROLL
+    for (int v = 0; v < NV; ++v) base[v] = load(s.base + lane + v * W), delta[v] = load(s.delta + lane + v * W);
+    differentiate<Facts, NV, true>(
+        call, n, x, lane, mask, p, ds, [&](int, int v) { return base[v]; }, [&](int, int v) { return delta[v]; });
+    accumulate<T, D, NV>(key + (int64_t)at * D, ds, n, s.sum + lane);
+    spread_rows(p, n, NV * W, s.d_out_rows + lane * Dp, memory.d_value + at * Dp);
+    spread_rows(ds, n, NV * W, s.query_rows + lane * Dp, memory.d_key + at * Dp);
+  }
+
+  void end(int tile, int head, const LaneRows& rows) {
+    alignas(64) T factor[kLanes];
+    for (int lane = 0; lane < kLanes; ++lane) factor[lane] = (T)call.scale;
+    lanes_to_rows<Scalar, D>(memory.tiles[tile].sum, factor, rows, at<Scalar>(call.d_query, batch, q_head + head),
+                             call.d_query.position);
+  }
+
+  static void prepare(const Call& call) {
+    if (!kFill) return;
+    for (int64_t b = 0; b < call.batch; ++b) {
+      clear_rows<Scalar, D>(call.d_query, b, call.num_q_heads, 0, call.q_len);
+      for (int64_t h = 0; h < call.num_kv_heads; ++h) clear(call, b * call.num_kv_heads + h);
+    }
+  }
+  /// Before a key head's first unit.
+  static void clear(const Call& call, int64_t head) {
+    const int64_t batch = head / call.num_kv_heads, h = head % call.num_kv_heads;
+    for (int64_t n = 0; n < call.kv_len; ++n) {
+      memset(at<T>(call.d_key, batch, h) + n * call.d_key.position, 0, D * sizeof(T));
+      memset(at<T>(call.d_value, batch, h) + n * call.d_value.position, 0, D * sizeof(T));
+    }
+  }
+
+ private:
+  /// One text for all widths: they differ in a number only.
+  static __attribute__((noinline)) void spread_rows(const T* p, int n, int lanes, const T* rows, T* out) {
+    spread<T, Dp>(p, n, lanes, rows, out, Dp);
+  }
+};
+
+template <class Facts, class... Passes> void backward(const Call& call, Pool& pool) {
+  run<Backward<Facts>, Passes...>(call, pool);
 }
 
 }  // namespace splat

@@ -13,6 +13,7 @@ template <class Facts> struct Forward {
   using T = Compute<Scalar>;
   static constexpr int D = Facts::head_dim, W = kWidth<T>, kVectors = kMaxVectors;
   static constexpr bool kKeysInLanes = false, kGuard = Facts::guard, kFill = Facts::fill, kOwnSegments = false;
+  static constexpr bool kUnpacks = false, kWholeHeads = false;
   static constexpr int kTiles = kTilesOf<2 * D * kLanes * (int)sizeof(T)>, kChunk = kChunkOf<2 * D * (int)sizeof(T)>;
 
   struct State {
@@ -147,12 +148,9 @@ template <class Facts> struct Forward {
   }
 };
 
-template <class Facts, class = void> constexpr bool kOnTiles = false;
-template <class Facts> constexpr bool kOnTiles<Facts, decltype((void)Facts::amx)> = Facts::amx;
-
 template <class Facts, class... Passes> void forward(const Call& call, Pool& pool) {
 #if defined(SPLAT_AVX512) && defined(__AMX_BF16__)
-  if constexpr (kOnTiles<Facts>) run<ForwardAmx<Facts>, Passes...>(call, pool);
+  if constexpr (Facts::amx) run<ForwardAmx<Facts>, Passes...>(call, pool);
   else
 #endif
     run<Forward<Facts>, Passes...>(call, pool);

@@ -15,6 +15,7 @@ template <class Facts> struct ForwardAmx {
   using V = Vec<float>;
   static constexpr int D = Facts::head_dim, Dp = (D + 31) / 32 * 32, kSteps = Dp / 32, kSlices = Dp / 16;
   static constexpr bool kKeysInLanes = false, kGuard = Facts::guard, kFill = Facts::fill, kOwnSegments = true;
+  static constexpr bool kUnpacks = false, kWholeHeads = false;
   static constexpr int kVectors = kMaxVectors, kTiles = kTilesOf<(4 + 2) * Dp * kLanes>;
   static constexpr int kChunk = kChunkOf<2 * 2 * Dp>, kMost = 8;  // chunks of 32 keys in a block
   static constexpr float kHeadroom = 40;

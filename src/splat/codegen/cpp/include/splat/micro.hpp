@@ -1,10 +1,11 @@
-// The two matrix products of attention on vector registers.
+// The matrix products of attention on vector registers.
 //
 // A row tile lies across the lanes: 64 rows (queries, or keys for dK and dV) of which a kernel works on some vectors.
 // The other side is walked: its rows are read one number at a time, and never have to be packed or transposed.
 //
 //     scores       S[n][lane]  =  sum_d  walked[n][d] * lanes[d][lane]           (Q K^T, dO V^T)
 //     accumulate   C[d][lane] +=  sum_n  walked[n][d] * P[n][lane]               (P V, dS K, dS^T Q, P^T dO)
+//     spread       C[n][d]    +=  sum_lane  P[n][lane] * rows[lane][d]           (P^T dO, dS^T Q, keys being walked)
 #pragma once
 #include "splat/vector.hpp"
 
@@ -88,6 +89,50 @@ template <class T, int D, int NV> SPLAT_INLINE void accumulate(const T* walked, 
   int d = 0;
   for (; d + R <= D; d += R) accumulate_micro<T, D, R, NV>(walked + d, p, n, out + d * kLanes);
   if constexpr (rest > 0) accumulate_micro<T, D, rest, NV>(walked + d, p, n, out + d * kLanes);
+}
+
+template <class T, int R, int NV>
+SPLAT_INLINE void spread_micro(const T* p, int lanes, const T* rows, int64_t row, T* out, int64_t out_row) {
+  constexpr int W = kWidth<T>;
+  Vec<T> sum[R][NV];
+  SPLAT_UNROLL
+  for (int r = 0; r < R; ++r) {
+    SPLAT_UNROLL
+    for (int v = 0; v < NV; ++v) sum[r][v] = load(out + r * out_row + v * W);
+  }
+  for (int i = 0; i < lanes; ++i) {
+    Vec<T> part[NV];
+    SPLAT_UNROLL
+    for (int v = 0; v < NV; ++v) part[v] = load(rows + i * row + v * W);
+    SPLAT_UNROLL
+    for (int r = 0; r < R; ++r) {
+      const T x = p[r * kLanes + i];
+      SPLAT_UNROLL
+      for (int v = 0; v < NV; ++v) sum[r][v] += x * part[v];
+    }
+  }
+  SPLAT_UNROLL
+  for (int r = 0; r < R; ++r) {
+    SPLAT_UNROLL
+    for (int v = 0; v < NV; ++v) store(out + r * out_row + v * W, sum[r][v]);
+  }
+}
+
+template <class T, int D, int NV>
+SPLAT_INLINE void spread_columns(const T* p, int n, int lanes, const T* rows, T* out, int64_t out_row) {
+  constexpr int R = kRows<NV>;
+  int k = 0;
+  for (; k + R <= n; k += R) spread_micro<T, R, NV>(p + k * kLanes, lanes, rows, D, out + k * out_row, out_row);
+  if constexpr (R > 4)
+    for (; k + 4 <= n; k += 4) spread_micro<T, 4, NV>(p + k * kLanes, lanes, rows, D, out + k * out_row, out_row);
+  for (; k < n; ++k) spread_micro<T, 1, NV>(p + k * kLanes, lanes, rows, D, out + k * out_row, out_row);
+}
+
+/// D is a multiple of the vectors' width.
+template <class T, int D> SPLAT_INLINE void spread(const T* p, int n, int lanes, const T* rows, T* out, int64_t out_row) {
+  constexpr int W = kWidth<T>, NV = kMaxVectors, whole = D / (NV * W) * (NV * W), rest = (D - whole) / W;
+  for (int d = 0; d < whole; d += NV * W) spread_columns<T, D, NV>(p, n, lanes, rows + d, out + d, out_row);
+  if constexpr (rest > 0) spread_columns<T, D, rest>(p, n, lanes, rows + whole, out + whole, out_row);
 }
 
 }  // namespace splat

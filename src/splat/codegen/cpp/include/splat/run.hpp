@@ -12,6 +12,8 @@
 //   pack(head, first, step, count)   brings together walked rows first + step * n
 //   block<NV>(tile, lane, at, n, x, mask)   works on n of them, from number `at` on, in NV vectors from `lane` on
 //   end(tile, head, rows)
+//   kUnpacks, unpack()         whether, and how, what was packed is put back after its blocks
+//   kWholeHeads                whether a key head is one thread's, because its units write to the same rows
 //   kOwnSegments               instead of block: tile<edges>(tile, spans, from, to, mask) works on columns [from, to)
 #pragma once
 #include "splat/walk.hpp"
@@ -139,6 +141,7 @@ template <class Kernel, class PassType> struct Runner {
       kernel.pack(head, residue + kStride * from, kStride, to - from);
       for (int t = 0; t < num_tiles; ++t)
         if (low[t] < to && high[t] > from) tile<WalkType>(t, number, n, from, to < high[t] ? to : high[t]);
+      if constexpr (Kernel::kUnpacks) kernel.unpack();
     }
   }
 
@@ -241,11 +244,19 @@ void run_pass(const Call& call, Pool& pool, const int32_t* const*& tables, const
   const int32_t* groups = *tables++;
   const int32_t* bounds = PassType::kBounds ? *tables++ : nullptr;
   const int32_t* map = PassType::kStep ? nullptr : *tables++;
-  const Grid grid = make_grid<Kernel, PassType>(call, groups, *num_groups++, pool.num_threads);
-  parallel_for(pool, grid.units * call.batch * call.num_kv_heads * grid.head_parts, [&](int64_t index) {
+  const int threads = Kernel::kWholeHeads ? 1 : pool.num_threads;
+  const Grid grid = make_grid<Kernel, PassType>(call, groups, *num_groups++, threads);
+  const int64_t heads = call.batch * call.num_kv_heads, units = grid.units * grid.head_parts;
+  parallel_for(pool, Kernel::kWholeHeads ? heads : heads * units, [&](int64_t index) {
     auto* memory = (typename Kernel::Scratch*)scratch(sizeof(typename Kernel::Scratch));
     Runner<Kernel, PassType> runner{call, grid, groups, bounds, map, Kernel{call, *memory, first}};
-    runner.unit(index);
+    if constexpr (Kernel::kWholeHeads) {
+      if (first) Kernel::clear(call, index);
+      for (int64_t unit = 0; unit < units; ++unit)
+        runner.unit((unit / grid.head_parts * heads + index) * grid.head_parts + unit % grid.head_parts);
+    } else {
+      runner.unit(index);
+    }
   });
 }
 

@@ -1,0 +1,374 @@
+"""The system's C++ compiler: found, asked what it is, and run on generated source, once for each.
+
+`load(name, source)` gives a library's functions; `build` the file. What has been compiled is kept by
+`splat.codegen.cache` under a key made of the source, the headers, the compiler, its flags and the processor.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import dataclasses
+import errno
+import functools
+import hashlib
+import importlib.util
+import os
+import platform
+import re
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import IO
+
+from splat import config
+from splat.codegen import cache
+from splat.codegen.cpp.progress import Progress
+from splat.errors import CompileError, SplatError, UnsupportedError
+
+#: Raised when libraries of an earlier version must not be found: when what surrounds the source has changed.
+FORMAT = 1
+TIMEOUT_S = 600.0
+CANDIDATES = ("c++", "g++", "clang++")
+INCLUDE = Path(__file__).parent / "include"
+FLAGS = ("-std=c++17", "-O2", "-fPIC", "-shared", "-fno-math-errno", "-ffp-contract=fast", "-fvisibility=hidden",
+         "-pthread")  # fmt: skip
+
+INSTALL = (
+    "Install one (Debian, Ubuntu: apt install g++; conda: conda install -c conda-forge cxx-compiler; macOS: "
+    "xcode-select --install), or set CXX to one."
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Compiler:
+    """A C++ compiler.
+
+    Attributes:
+      command: the program's path, then arguments that CXX has.
+      version: the first line that it prints when asked for its version.
+      identity: differs between compilers, and after an upgrade.
+    """
+
+    command: tuple[str, ...]
+    version: str
+    identity: str
+
+    @property
+    def name(self) -> str:
+        return Path(self.command[0]).name
+
+
+# -- the compiler ------------------------------------------------------------------------------------------------------
+
+
+def missing() -> str | None:
+    """Why nothing can be compiled here, with the remedy, as one sentence; None where a compiler is found."""
+    try:
+        _command()
+    except SplatError as error:
+        return str(error)
+    return None
+
+
+def find() -> Compiler:
+    """The compiler that CXX names, else the first of c++, g++ and clang++. Raises UnsupportedError if there is none."""
+    command = _command()
+    try:
+        path = os.path.realpath(command[0])
+        status = os.stat(path)
+    except OSError as error:
+        raise UnsupportedError(f"the C++ compiler {command[0]} cannot be used: {error.strerror}. {INSTALL}") from None
+    return _identify(command, path, status.st_mtime_ns, status.st_size)
+
+
+def _command() -> tuple[str, ...]:
+    if os.name != "posix":
+        raise UnsupportedError("C++ kernels are compiled on Linux and macOS only.")
+    words = config.split("CXX", os.environ.get("CXX", ""))
+    if words:
+        path = shutil.which(words[0])
+        if path is None:
+            raise UnsupportedError(f"CXX is {os.environ['CXX']!r}, but there is no program {words[0]!r}. {INSTALL}")
+        return (os.path.abspath(path), *words[1:])
+    for name in CANDIDATES:
+        path = shutil.which(name)
+        if path is not None and not _is_stub(path):
+            return (os.path.abspath(path),)
+    raise UnsupportedError(f"no C++ compiler (c++, g++ or clang++) is on the PATH. {INSTALL}")
+
+
+def _is_stub(path: str) -> bool:
+    """Whether it is what macOS has in the place of a compiler that is not installed: it opens a window."""
+    if sys.platform != "darwin" or not path.startswith("/usr/bin/"):
+        return False
+    tools = (
+        "/Library/Developer/CommandLineTools/usr/bin/clang++",
+        "/var/db/xcode_select_link",
+        "/Applications/Xcode.app",
+    )
+    return not any(map(os.path.exists, tools))
+
+
+@functools.lru_cache(maxsize=16)
+def _identify(command: tuple[str, ...], path: str, mtime_ns: int, size: int) -> Compiler:
+    version = "unknown version"
+    with contextlib.suppress(OSError, subprocess.SubprocessError):
+        done = subprocess.run(
+            [*command, "--version"], capture_output=True, stdin=subprocess.DEVNULL, timeout=60, check=False,
+            env=_environment(),
+        )  # fmt: skip
+        version = next(iter(done.stdout.decode(errors="replace").strip().splitlines()), version)
+    # An upgrade may keep the path's name, its version or, in a container image, its time: all of them count.
+    return Compiler(command, version, "\n".join([*command, path, str(mtime_ns), str(size), version]))
+
+
+def _environment(**more: str) -> dict[str, str]:
+    return {**os.environ, "LC_ALL": "C", **more}
+
+
+# -- flags and key -----------------------------------------------------------------------------------------------------
+
+_refused: set[tuple[str, str]] = set()  # (compiler's identity, flag)
+
+
+def flags(compiler: Compiler) -> list[str]:
+    """What the compiler is called with, without include folders: ours, the processor's, those of SPLAT_CXXFLAGS."""
+    given = config.cxxflags()
+    return [*FLAGS, *_native(compiler, given), *given]
+
+
+def _native(compiler: Compiler, given: list[str]) -> list[str]:
+    """The flag that asks for this processor's instructions; none where SPLAT_CXXFLAGS says which to use."""
+    if any(flag.startswith(("-march=", "-mcpu=")) for flag in given):
+        return []
+    arm = platform.machine().lower() in {"arm64", "aarch64"}
+    wanted = ("-mcpu=native", "-march=native") if arm else ("-march=native", "-mcpu=native")
+    return [flag for flag in wanted if (compiler.identity, flag) not in _refused][:1]
+
+
+def include_folders() -> list[Path]:
+    """Ours, and that of XLA's FFI where jaxlib is installed; jaxlib is not imported."""
+    folders = [INCLUDE]
+    jaxlib = importlib.util.find_spec("jaxlib")
+    for place in (jaxlib and jaxlib.submodule_search_locations) or ():
+        if (Path(place) / "include").is_dir():
+            folders.append(Path(place) / "include")
+    return folders
+
+
+@functools.lru_cache(maxsize=1)
+def processor() -> str:
+    """Differs between processors that need not run each other's code: a home folder may be shared by machines."""
+    said: dict[str, str] = {}
+    with contextlib.suppress(OSError), open("/proc/cpuinfo", encoding="utf-8", errors="replace") as lines:
+        for line in lines:
+            if not line.strip():
+                break  # the first processor is like the others
+            name, _, value = line.partition(":")
+            said[name.strip().lower()] = value.strip()
+    names = ("model name", "cpu implementer", "cpu variant", "cpu part", "isa")
+    model = [said[name] for name in names if name in said] or [platform.processor()]
+    features = sorted((said.get("flags") or said.get("features") or "").split())
+    return "\n".join([platform.machine(), *model, *features])
+
+
+@functools.lru_cache(maxsize=8)
+def _headers_of(stamps: tuple[tuple[str, str, int, int], ...]) -> str:
+    return _digest(*(part for path, name, _, _ in stamps for part in (name.encode(), Path(path).read_bytes())))
+
+
+def _headers() -> str:
+    """A digest of the headers: all of ours, and XLA's C interface. Where they lie does not count."""
+    ours, *others = include_folders()
+    found = [(path, ours) for path in sorted(ours.rglob("*")) if path.is_file()]
+    found += [(path, other) for other in others for path in other.glob("xla/ffi/api/c_api.h")]
+    stamps = []
+    for path, folder in found:
+        status = path.stat()
+        stamps.append((str(path), path.relative_to(folder).as_posix(), status.st_mtime_ns, status.st_size))
+    return _headers_of(tuple(stamps))
+
+
+def _digest(*parts: bytes) -> str:
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(f"{len(part)}\n".encode() + part)
+    return digest.hexdigest()
+
+
+@dataclasses.dataclass(frozen=True)
+class _Job:
+    """One compilation: what for, with what, and the key that it is kept under."""
+
+    name: str
+    source: str
+    compiler: Compiler
+    flags: tuple[str, ...]
+    key: str
+
+    @property
+    def library(self) -> str:
+        return f"{self.name}.so"
+
+
+def _job(name: str, source: str) -> _Job:
+    name = re.sub(r"[^A-Za-z0-9_.-]", "_", name).strip(".-")[:80] or "kernel"
+    compiler = find()
+    chosen = tuple(flags(compiler))
+    # With an instruction set of the user's choice a library is for every machine that has it.
+    native = any(flag in {"-march=native", "-mcpu=native", "-mtune=native"} for flag in chosen)
+    parts = (
+        str(FORMAT), name, source, _headers(), compiler.identity, shlex.join(chosen),
+        processor() if native else platform.machine(),
+    )  # fmt: skip
+    return _Job(name, source, compiler, chosen, _digest(*(part.encode() for part in parts)))
+
+
+# -- build and load ----------------------------------------------------------------------------------------------------
+
+_guard = threading.Lock()
+_one_key: dict[str, threading.Lock] = {}
+_loaded: dict[str, ctypes.CDLL] = {}
+
+
+def build(name: str, source: str) -> Path:
+    """The shared library of this source, compiled where no earlier call or process has done so.
+
+    Args:
+      name: what it is, for people: "forward_float32_h64". Names the files, and the line that says what is compiled.
+      source: a C++17 translation unit. It may include the headers in `include/`, and XLA's where jaxlib is installed.
+
+    Raises:
+      UnsupportedError: there is no compiler.
+      CompileError: the compiler did not accept the source.
+      SplatError: the library can be written nowhere.
+    """
+    return _build(_job(name, source))
+
+
+def load(name: str, source: str) -> ctypes.CDLL:
+    """`build`, and the library loaded; the same object whenever a process asks for it again. Thread-safe."""
+    job = _job(name, source)
+    with _guard:
+        one = _one_key.setdefault(job.key, threading.Lock())
+    with one:
+        if job.key not in _loaded:
+            _loaded[job.key] = _open(job)
+        return _loaded[job.key]
+
+
+def _open(job: _Job) -> ctypes.CDLL:
+    for last in (False, True):
+        path = _build(job)
+        try:
+            return ctypes.CDLL(str(path))
+        except OSError as error:
+            if last or path.exists():  # the cache may have been cleared in between
+                raise SplatError(
+                    f"the compiled library {path} cannot be loaded: {error}. If its file system forbids that, set "
+                    "SPLAT_CACHE_DIR to another folder; else run `splat cache clear`, and check SPLAT_CXXFLAGS."
+                ) from error
+    raise AssertionError
+
+
+def _build(job: _Job) -> Path:
+    while True:
+        try:
+            entry = cache.load_or_build(job.key, job.name, functools.partial(_compile, job))
+            return entry.folder / job.library
+        except CompileError as error:
+            # Which flag asks for the processor's own instructions differs between compilers and their versions.
+            native = _native(job.compiler, config.cxxflags())
+            if not native or "native" not in error.log or _accepts(job.compiler, native):
+                raise
+            _refused.add((job.compiler.identity, native[0]))
+            job = _job(job.name, job.source)
+
+
+def _accepts(compiler: Compiler, some: list[str]) -> bool:
+    command = [*compiler.command, *some, "-x", "c++", "-fsyntax-only", "-"]
+    with contextlib.suppress(OSError, subprocess.SubprocessError):
+        done = subprocess.run(
+            command, input=b"int one;\n", capture_output=True, timeout=60, check=False, env=_environment()
+        )
+        return done.returncode == 0
+    return False
+
+
+def _compile(job: _Job, folder: Path) -> dict[str, str]:
+    """Compiles into `folder`, as `cache.load_or_build` asks for it."""
+    began = time.monotonic()
+    source = folder / f"{job.name}.cpp"
+    source.write_text(job.source, encoding="utf-8")
+    temporary = folder / "temporary"
+    temporary.mkdir()
+    includes = [f"-I{path}" for path in include_folders()]
+    command = [*job.compiler.command, source.name, "-o", job.library, *includes, *job.flags]
+    with open(temporary / "log", "w+b") as log, Progress(job.name, job.compiler.name) as progress:
+        failure = _run(command, folder, temporary, log, progress)
+        log.seek(0)
+        said = log.read().decode(errors="replace")
+    if failure is None and not (folder / job.library).is_file():
+        failure = "it wrote no library"
+    if failure is not None:
+        if os.strerror(errno.ENOSPC) in said:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(folder))
+        raise _error(job, shlex.join(command), failure, said)
+    seconds = time.monotonic() - began
+    return {"compiler": job.compiler.version, "command": shlex.join(command), "seconds": f"{seconds:.2f}"}
+
+
+def _run(command: list[str], folder: Path, temporary: Path, log: IO[bytes], progress: Progress) -> str | None:
+    """Runs the compiler; why it failed, or None.
+
+    An exception, as Ctrl-C, ends it; one in the moment of its start leaves it to end by itself, its files removed.
+    """
+    began = time.monotonic()
+    try:
+        process = subprocess.Popen(
+            command, cwd=folder, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT,
+            env=_environment(TMPDIR=str(temporary)), start_new_session=True,
+        )  # fmt: skip
+    except OSError as error:
+        return f"it cannot be run: {error.strerror}"
+    try:
+        while True:
+            try:
+                code = process.wait(0.2)
+                break
+            except subprocess.TimeoutExpired:
+                progress.tick()
+                if time.monotonic() - began > TIMEOUT_S:
+                    return f"it took longer than {TIMEOUT_S:.0f} s"
+    finally:
+        # The compiler proper is a child of what was started; both are in a session of their own.
+        if process.returncode is None:
+            with contextlib.suppress(OSError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+    if code < 0:
+        return f"ended by signal {-code}"
+    return f"exit code {code}" if code else None
+
+
+def _error(job: _Job, command: str, failure: str, log: str) -> CompileError:
+    folder = cache.keep_failed(job.key, {f"{job.name}.cpp": job.source, f"{job.name}.log": f"{command}\n\n{log}"})
+    lines = log.strip().splitlines() or ["(it said nothing)"]
+    first = next((at for at, line in enumerate(lines) if "error" in line.lower()), max(0, len(lines) - 12))
+    shown = lines[first : first + 12]
+    rest = len(lines) - first - len(shown)
+    told = "\n".join(f"  {line}" for line in shown) + (f"\n  ({rest} more lines in the log)" if rest else "")
+    kept = f"source and log: {folder}" if folder else "source and log could be written nowhere"
+    return CompileError(
+        f"the C++ compiler failed on {job.name} ({failure}):\n{told}\ncompiler: {job.compiler.version}\n"
+        f"command: {command}\n{kept}\n"
+        "If SPLAT_CXXFLAGS and CXX are as they should be, please report it with source and log; "
+        "implementation='xla' needs no compiler.",
+        command=command, log=log, folder=folder,
+    )  # fmt: skip

@@ -1,0 +1,247 @@
+"""The C++ implementation for CPUs: from a plan to a differentiable function of query, key and value."""
+
+from __future__ import annotations
+
+import dataclasses
+from functools import lru_cache, partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from splat import __version__
+from splat.codegen.base import Missing, Options, Request
+from splat.codegen.batching import vmappable
+from splat.codegen.cpp import amx, bind_jax, compiler, generate, threads
+from splat.codegen.cpp.generate import KernelFacts
+from splat.codegen.cpp.lower import SCHEDULES, UNKNOWN, Holes, Lowered, PassFacts, Tables, holes_of, lower, passes_of
+from splat.codegen.xla.kernels import vary_like
+from splat.errors import ArgumentError, SplatError, UnsupportedError
+from splat.planning import Plan, check_blocks
+
+Array = Any
+
+#: What kernels are also called.
+SHORT = {"fwd": "forward", "dq": "d_query", "dkdv": "d_key_value"}
+
+
+class CppImplementation:
+    """See `splat.codegen.base.Implementation`."""
+
+    name = "cpp"
+
+    def refusal(self, request: Request) -> str | None:
+        if request.platform != "cpu":
+            return (
+                f"the cpp implementation is for CPUs, and this is for a {request.platform}. Use implementation='xla', "
+                "or None for the best that can serve."
+            )
+        if request.dtype not in generate.SCALARS:
+            return (
+                f"the cpp implementation serves {', '.join(generate.SCALARS)}, not {request.dtype}. Convert the inputs."
+            )
+        if not request.named:
+            try:
+                check_blocks(self.name, *request.blocks)
+            except ArgumentError as error:
+                return str(error)
+        if request.elsewhere:
+            return None
+        missing = compiler.missing()
+        return None if missing is None else Missing(missing)
+
+    def target(self) -> str:
+        return "cpu"
+
+    def attention(self, plan: Plan, options: Options, query: Any, key: Any, value: Any, kv_lengths: Any) -> Any:
+        call, tables = _static(plan, options)
+        arrays = jax.tree.leaves((query, key, value, tables, kv_lengths))
+        query, key, value = (vary_like(x, *arrays) for x in (query, key, value))
+        if kv_lengths is not None:
+            kv_lengths = vary_like(kv_lengths, *arrays)
+        return _function(call)(query, key, value, tables, kv_lengths)
+
+    def emit(self, plan: Plan, options: Options, kernel: str | None = None) -> str:
+        """The generated translation units, all or one of them."""
+        head = [f"// splat {__version__}: C++ for CPUs", *(f"// {line}" for line in str(plan).splitlines())]
+        return "\n\n".join(["\n".join(head), *(generate.source(facts) for facts in kernels_of(plan, options, kernel))])
+
+    def assembly(self, plan: Plan, options: Options, kernel: str | None = None) -> str:
+        raise UnsupportedError("the cpp implementation shows its source only. Look at target='cpp'.")
+
+
+IMPLEMENTATION = CppImplementation()
+
+
+def kernels_of(plan: Plan, options: Options, kernel: str | None = None) -> list[KernelFacts]:
+    """The facts of the kernels that a plan calls, or of the one named."""
+    name = SHORT.get(kernel or "", kernel)
+    if name not in (None, *generate.KERNELS):
+        wanted = ", ".join([*generate.KERNELS, *SHORT])
+        raise ArgumentError(f"kernel must be one of {wanted}, but {kernel!r} was given")
+    p = plan.problem
+    query = jax.ShapeDtypeStruct((p.batch, p.q_len, p.num_q_heads, p.head_dim), p.dtype)
+    call, tables = _static(plan, options)
+    key = jax.ShapeDtypeStruct((p.batch, p.kv_len, p.num_kv_heads, p.head_dim), p.dtype)
+    found = _every_kernel(
+        call, tables, query, None, (name,) if name else ("forward", *_gradient_kernels(call, query, key))
+    )
+    if name is not None and not found:
+        raise ArgumentError(f"this plan calls no kernel {kernel!r}. Leave kernel out to see what it calls.")
+    return found
+
+
+# -- one call ----------------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class _Call:
+    """Everything static about one attention call; equal calls share one traced function.
+
+    `plan` is set where the plan is static: then its tables are constants of the program. Otherwise they are arguments,
+    and `backward_refusal` says why there is no backward, if there is none. `threads` is how many a kernel gets.
+    """
+
+    options: Options
+    threads: int
+    plan: Plan | None
+    passes: tuple[tuple[PassFacts, ...], ...] = ()
+    backward_refusal: str | None = None
+
+    @property
+    def holes(self) -> Holes:
+        return UNKNOWN if self.plan is None else holes_of(self.plan)
+
+
+def _static(plan: Plan, options: Options) -> tuple[_Call, list[list[Tables]] | None]:
+    """What is static about the call, and the tables that are not."""
+    if plan.is_static:
+        return _Call(options, threads.count(), plan), None
+    passes, tables, refused = [], [], None
+    for which in SCHEDULES:
+        try:
+            found, made = lower(getattr(plan, which))
+        except SplatError as error:
+            if which == "forward":
+                raise
+            found, made, refused = (), [], str(error)
+        passes.append(found)
+        tables.append(jax.tree.map(jnp.asarray, made))
+    return _Call(options, threads.count(), None, tuple(passes), refused), tables
+
+
+def _lowered(call: _Call, tables: Any, which: str) -> Lowered:
+    which = generate.SCHEDULE_OF.get(which, which)
+    if call.plan is not None:
+        return passes_of(call.plan, which)
+    n = SCHEDULES.index(which)
+    return call.passes[n], tables[n]
+
+
+def _gradient_kernels(call: _Call, query: Array, key: Array) -> tuple[str, ...]:
+    return generate.gradient_kernels(str(query.dtype), query.shape[0] * key.shape[2], call.threads)
+
+
+def _facts(call: _Call, kernel: str, passes: tuple[PassFacts, ...], query: Array, lengths: Any) -> KernelFacts:
+    """With key lengths a query may be in no pair although the pattern has some."""
+    guard = call.holes.queries or lengths is not None if kernel == "d_key_value" else call.holes.keys
+    soft_cap = call.options.logits_soft_cap is not None
+    dtype = str(query.dtype)
+    tiles = dtype == "bfloat16" and amx.is_granted()
+    return KernelFacts(kernel, dtype, query.shape[-1], soft_cap, guard, passes, tiles)
+
+
+def _every_kernel(call: _Call, tables: Any, query: Array, lengths: Any, kernels: tuple[str, ...]) -> list[KernelFacts]:
+    """Those of the kernels that there are for the call: the forward and, where the plan has one, the backward."""
+    every = []
+    for kernel in kernels:
+        try:
+            passes, _ = _lowered(call, tables, kernel)
+        except SplatError:
+            if kernel == "forward":
+                raise
+            continue
+        if passes:
+            every.append(_facts(call, kernel, passes, query, lengths))
+    return every
+
+
+@lru_cache(maxsize=256)
+def _function(call: _Call) -> Any:
+    """(query, key, value, tables, kv_lengths) -> (output, log-sum-exp [B, T, N]), jitted, with its reverse mode."""
+
+    forward, backward = _first_order(partial(_forward, call)), _first_order(partial(_backward, call))
+
+    def attention(query, key, value, tables, kv_lengths):
+        return forward((query, key, value, kv_lengths), tables)
+
+    def fwd(query, key, value, tables, kv_lengths):
+        kernels = ("forward", *_gradient_kernels(call, query, key))
+        bind_jax.prepare_all(_every_kernel(call, tables, query, kv_lengths, kernels))
+        out, lse = forward((query, key, value, kv_lengths), tables)
+        return (out, lse), (query, key, value, tables, kv_lengths, out, lse)
+
+    def bwd(saved, cotangents):
+        query, key, value, tables, kv_lengths, out, lse = saved
+        if call.plan is None and call.backward_refusal:
+            raise UnsupportedError(call.backward_refusal)
+        d_out, d_lse = cotangents
+        given = (query, key, value, kv_lengths, out, lse, d_out.astype(query.dtype), d_lse.astype(lse.dtype))
+        return (*backward(given, tables), None, None)
+
+    differentiable = jax.custom_vjp(attention)
+    differentiable.defvjp(fwd, bwd)
+    return jax.jit(differentiable)
+
+
+def _first_order(function: Any) -> Any:
+    """The function, with a sentence for who differentiates it: that is what happens in second derivatives."""
+    once = jax.custom_jvp(function)
+
+    @once.defjvp
+    def again(primals: Any, tangents: Any) -> Any:
+        raise UnsupportedError(
+            "the cpp implementation has first derivatives only, neither forward over reverse (jax.hessian) nor reverse "
+            "over reverse. Use implementation='xla' for Hessian-vector products."
+        )
+
+    return once
+
+
+@vmappable
+def _forward(call: _Call, batched: Any, tables: Any) -> Any:
+    query, key, value, lengths = batched
+    out = jax.ShapeDtypeStruct(query.shape, query.dtype)
+    lse = jax.ShapeDtypeStruct(query.shape[:-1], jnp.promote_types(query.dtype, jnp.float32))
+    results = _run(call, "forward", tables, [query, key, value], lengths, [out, lse])
+    if results is None:
+        return vary_like(jnp.zeros_like(query), query), vary_like(jnp.full(lse.shape, -jnp.inf, lse.dtype), query)
+    return tuple(results)
+
+
+@vmappable
+def _backward(call: _Call, batched: Any, tables: Any) -> Any:
+    query, key, value, lengths, *rest = batched
+    operands, made = [query, key, value, *rest], []
+    for kernel in _gradient_kernels(call, query, key):
+        wanted = {"d_query": [query], "d_key_value": [key, value], "backward": [query, key, value]}[kernel]
+        shapes = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in wanted]
+        results = _run(call, kernel, tables, operands, lengths, shapes)
+        made += [vary_like(jnp.zeros_like(x), query) for x in wanted] if results is None else results
+    return tuple(made)
+
+
+def _run(
+    call: _Call, kernel: str, tables: Any, operands: list[Array], lengths: Any, results: list[jax.ShapeDtypeStruct]
+) -> list[Array] | None:
+    """The kernel's results; None where the plan has nothing to do."""
+    passes, found = _lowered(call, tables, kernel)
+    if not passes:
+        return None
+    facts = _facts(call, kernel, passes, operands[0], lengths)
+    extra = [] if lengths is None else [lengths]
+    every = [jnp.asarray(table) for one in found for table in one]
+    return bind_jax.call(facts, call.options, [*operands, *extra, *every], results)
+
+
+__all__ = ["IMPLEMENTATION", "CppImplementation", "kernels_of"]

@@ -1,0 +1,41 @@
+// What the kernels of the gradients share: from scores and dO V^T to probabilities and the derivative of scores.
+#pragma once
+#include "splat/run.hpp"
+
+namespace splat {
+
+/// The factor of what lies in the lanes, so that their products are scores base 2 (or tanh's argument).
+template <class Facts> SPLAT_INLINE double lane_factor(const Call& call) {
+  return Facts::soft_cap ? call.scale / call.soft_cap : call.scale * kLog2e<double>;
+}
+
+/// For n rows: p = 2^(score - base) and ds = p * (ds - delta), 0 where masked. `base` and `delta` give the vector of a
+/// row and a vector of lanes; `p` is written only where `kKeep`.
+template <class Facts, int NV, bool kKeep, class T, class M, class Base, class Delta>
+SPLAT_INLINE void differentiate(const Call& call, int n, int x, int lane, const M& mask, T* p, T* ds, Base&& base,
+                                Delta&& delta) {
+  constexpr int W = kWidth<T>;
+  for (int k = 0; k < n; ++k) {
+    SPLAT_UNROLL
+    for (int v = 0; v < NV; ++v) {
+      const int at = k * kLanes + v * W;
+      Vec<T> score = load(p + at), slope = load(ds + at) - delta(k, v);
+      if constexpr (Facts::soft_cap) {
+        const Vec<T> t = tanh<T>(score);
+        score = t * (T)(call.soft_cap * kLog2e<double>);
+        slope *= (T)1 - t * t;
+      }
+      Vec<T> weight = exp2<T>(score - base(k, v));
+      slope *= weight;
+      if constexpr (M::kSome) {
+        const Vec<Int<T>> keep = mask.keep(x + k, lane + v * W);
+        weight = keep ? weight : Vec<T>{};
+        slope = keep ? slope : Vec<T>{};
+      }
+      if constexpr (kKeep) store(p + at, weight);
+      store(ds + at, slope);
+    }
+  }
+}
+
+}  // namespace splat

@@ -1,0 +1,181 @@
+// Threads: units of work from one counter, on whatever threads there are.
+//
+//     counter   0 1 2 3 4 5 6 ...        the caller and its helpers each take the next unit until there is none
+//     caller    0 . 2 . . 5 ....wait     and waits for units that others have begun, never for helpers that have not:
+//     helper      1 . 3 4 . 6            a helper that comes late finds nothing to do
+//
+// Threads come from XLA's pool (ffi.hpp), or are made for the call; there may be none.
+#pragma once
+#include <pthread.h>
+#include <stdint.h>
+#include <stdio.h>
+#include <stdlib.h>
+
+namespace splat {
+
+/// Where helpers come from.
+struct Pool {
+  int num_threads;  // the caller counted
+  /// Has task(data) run by another thread, now or later; false where it will not be. Not asked of a pool of one.
+  bool (*schedule)(void* context, void (*task)(void*), void* data);
+  void* context;
+};
+
+/// While it lives, this thread takes and makes 0 for subnormal numbers, which are many times slower than others.
+class FlushSubnormals {
+ public:
+#if defined(__x86_64__)
+  FlushSubnormals() {
+    asm volatile("stmxcsr %0" : "=m"(before_));
+    const uint32_t flushing = before_ | 0x8040;  // FTZ, DAZ
+    asm volatile("ldmxcsr %0" : : "m"(flushing) : "memory");
+  }
+  ~FlushSubnormals() { asm volatile("ldmxcsr %0" : : "m"(before_) : "memory"); }
+
+ private:
+  uint32_t before_;
+#elif defined(__aarch64__)
+  FlushSubnormals() {
+    asm volatile("mrs %0, fpcr" : "=r"(before_));
+    asm volatile("msr fpcr, %0" : : "r"(before_ | (uint64_t)1 << 24) : "memory");  // FZ
+  }
+  ~FlushSubnormals() { asm volatile("msr fpcr, %0" : : "r"(before_) : "memory"); }
+
+ private:
+  uint64_t before_;
+#else
+  FlushSubnormals() {}
+#endif
+  FlushSubnormals(const FlushSubnormals&) = delete;
+};
+
+/// One parallel loop. It outlives the call: the last thread that knows it frees it.
+struct Parallel {
+  int64_t next, done;  // units taken, units finished
+  int64_t units;
+  int32_t users;
+  void (*run)(const void* body, int64_t unit);
+  const void* body;  // the caller's: there while a unit is unfinished
+  pthread_mutex_t mutex;
+  pthread_cond_t finished;
+
+  void take_part() {
+    FlushSubnormals flush;
+    int64_t mine = 0;
+    for (int64_t unit; (unit = __atomic_fetch_add(&next, 1, __ATOMIC_RELAXED)) < units; ++mine) run(body, unit);
+    if (mine && __atomic_add_fetch(&done, mine, __ATOMIC_ACQ_REL) == units) {
+      pthread_mutex_lock(&mutex);
+      pthread_cond_broadcast(&finished);
+      pthread_mutex_unlock(&mutex);
+    }
+  }
+
+  bool is_done() { return __atomic_load_n(&done, __ATOMIC_ACQUIRE) == units; }
+
+  void wait() {
+    for (int n = 0; n < 2000 && !is_done(); ++n) {  // units are short
+#if defined(__x86_64__)
+      __builtin_ia32_pause();
+#endif
+    }
+    if (is_done()) return;
+    pthread_mutex_lock(&mutex);
+    while (!is_done()) pthread_cond_wait(&finished, &mutex);
+    pthread_mutex_unlock(&mutex);
+  }
+
+  void leave() {
+    if (__atomic_sub_fetch(&users, 1, __ATOMIC_ACQ_REL)) return;
+    pthread_cond_destroy(&finished);
+    pthread_mutex_destroy(&mutex);
+    free(this);
+  }
+
+  static void help(void* self) {
+    ((Parallel*)self)->take_part();
+    ((Parallel*)self)->leave();
+  }
+};
+
+/// `parallel_for` without its type.
+inline void run_units(Pool& pool, int64_t units, void (*run)(const void*, int64_t), const void* body) {
+  const int64_t threads = pool.num_threads < units ? pool.num_threads : units;
+  auto* loop = threads > 1 ? (Parallel*)malloc(sizeof(Parallel)) : nullptr;
+  if (!loop) {
+    FlushSubnormals flush;
+    for (int64_t unit = 0; unit < units; ++unit) run(body, unit);
+    return;
+  }
+  *loop = {0, 0, units, 1, run, body, PTHREAD_MUTEX_INITIALIZER, PTHREAD_COND_INITIALIZER};
+  for (int64_t n = 1; n < threads; ++n) {
+    __atomic_add_fetch(&loop->users, 1, __ATOMIC_RELAXED);
+    if (pool.schedule(pool.context, Parallel::help, loop)) continue;
+    __atomic_sub_fetch(&loop->users, 1, __ATOMIC_RELAXED);
+    break;
+  }
+  loop->take_part();
+  loop->wait();
+  loop->leave();
+}
+
+/// body(unit) for every unit below `units`, each once, in no order, on the caller and on the pool's threads.
+template <class Body> void parallel_for(Pool& pool, int64_t units, Body&& body) {
+  auto* run = +[](const void* given, int64_t unit) { (*(decltype(&body))const_cast<void*>(given))(unit); };
+  run_units(pool, units, run, &body);
+}
+
+/// Threads that are made for each loop, and end with it; fewer where the system gives no more.
+inline Pool own_threads(int num_threads) {
+  auto schedule = [](void*, void (*task)(void*), void* data) {
+    struct Start {
+      void (*task)(void*);
+      void* data;
+    };
+    auto* start = (Start*)malloc(sizeof(Start));
+    if (!start) return false;
+    *start = {task, data};
+    auto main = [](void* given) -> void* {
+      const Start start = *(Start*)given;
+      free(given);
+      start.task(start.data);
+      return nullptr;
+    };
+    pthread_t thread;
+    if (pthread_create(&thread, nullptr, main, start)) {
+      free(start);
+      return false;
+    }
+    pthread_detach(thread);
+    return true;
+  };
+  return {num_threads < 1 ? 1 : num_threads, schedule, nullptr};
+}
+
+/// Memory of one thread: kept from call to call, freed when the thread ends.
+class Arena {
+ public:
+  void* get(size_t bytes) {
+    if (bytes <= size_) return data_;
+    free(data_);
+    size_ = (bytes + 4095) / 4096 * 4096;
+    data_ = nullptr;
+    if (posix_memalign(&data_, 4096, size_)) {
+      fprintf(stderr, "splat: out of memory: %zu bytes for a thread of a kernel\n", bytes);
+      abort();
+    }
+    return data_;
+  }
+  ~Arena() { free(data_); }
+
+ private:
+  void* data_ = nullptr;
+  size_t size_ = 0;
+};
+
+/// At least `bytes` of memory for this thread, at a page's boundary, whatever it holds. The next call may take it back.
+inline void* scratch(size_t bytes) {
+  static thread_local Arena arena;
+  return arena.get(bytes);
+}
+
+}  // namespace splat

@@ -1,0 +1,214 @@
+"""A schedule in the form the C++ kernels want: static facts, which the generated text depends on, and tables.
+
+The facts leave out every length and count, so that one kernel serves all lengths of a pattern that have its phases.
+The tables are NumPy arrays for static plans, traced arrays for run-time ones; `include/splat/call.hpp` says what they
+hold.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+
+from splat.acsr import ACSR
+from splat.errors import ArgumentError, SplatError
+from splat.geometry import analyze
+from splat.pattern.core import Array, array_namespace
+from splat.planning import Pass, Plan, Schedule
+from splat.planning.cost import CPP_TILE
+from splat.tiling import Test, Walk, cover
+
+#: Rows of a group: one to a lane of the kernels' vectors.
+GROUP, COLUMN = CPP_TILE
+
+#: Up to so many walks are written out one after the other; more are a loop, where they are alike.
+UNROLLED_WALKS = 8
+
+SCHEDULES = ("forward", "d_query", "d_key_value")
+
+
+@dataclasses.dataclass(frozen=True)
+class WalkFacts:
+    """Static facts of a walk.
+
+    Attributes:
+      stride: of its columns.
+      full: whether some group may have columns that all its rows attend to.
+      edges: whether some group may have columns that only some of its rows attend to, which `tests` tell.
+      tests: name rows of BOUNDS; a pair is kept where any of them holds.
+    """
+
+    stride: int
+    full: bool
+    edges: bool
+    tests: tuple[Test, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class PassFacts:
+    """Static facts of a pass.
+
+    Attributes:
+      step: group n holds rows at distances of `step`; None: they are read from ROWS.
+      num_tests: rows of BOUNDS; 0: there is no such table.
+      walks: one after the other; the only one where `loop` is set.
+      loop: so many walks are alike, and walk w compares with row w of BOUNDS (`walks[0].tests` says how).
+    """
+
+    step: int | None
+    num_tests: int
+    walks: tuple[WalkFacts, ...]
+    loop: int | None = None
+
+    @property
+    def num_walks(self) -> int:
+        return self.loop or len(self.walks)
+
+    @property
+    def covers_rows(self) -> bool:
+        """Whether every row is in exactly one group."""
+        return self.step is not None
+
+    @property
+    def table_names(self) -> tuple[str, ...]:
+        """What the kernels read of this pass, in the order of their operands."""
+        return ("GROUPS", *(("BOUNDS",) if self.num_tests else ()), *(("ROWS",) if self.step is None else ()))
+
+
+#: One pass's tables in the order of `PassFacts.table_names`, int32.
+Tables = list[Any]
+
+#: Static facts and tables of every pass that has something to do.
+Lowered = tuple[tuple[PassFacts, ...], list[Tables]]
+
+
+def lower(schedule: Schedule) -> Lowered:
+    """Static facts and tables of every pass that has something to do.
+
+    A pass that covers every row comes first, if there is one: later ones merge their results into what is there.
+    """
+    passes = [one for one in schedule.passes if one.order.shape[0] and one.walks]
+    lowered = [_lower_pass(schedule, one) for one in passes]
+    lowered.sort(key=lambda pair: not pair[0].covers_rows)
+    return tuple(facts for facts, _ in lowered), [tables for _, tables in lowered]
+
+
+def _lower_pass(schedule: Schedule, one: Pass) -> tuple[PassFacts, Tables]:
+    if one.tiles.block_q > GROUP or one.decision.block_kv != COLUMN:
+        raise ArgumentError(
+            f"the C++ kernels work on {GROUP} rows by {COLUMN} column, but this plan has tiles of "
+            f"{one.tiles.block_q} x {one.decision.block_kv}. Plan with implementation='cpp'."
+        )
+    walks, loop = one.walks, None
+    if len(walks) > UNROLLED_WALKS and len({walk.stride for walk in walks}) == 1:
+        walks, loop = _alike(schedule.acsr, one), len(walks)
+    tested = _tested(walks, loop)
+    facts = tuple(_walk_facts(walk, tested) for walk in walks)
+    if loop:
+        full, edges = any(walk.full for walk in facts), any(walk.edges for walk in facts)
+        facts = (WalkFacts(facts[0].stride, full, edges, (Test(0, True, True),) if edges else ()),)
+        tested = tested if edges else []
+    step = one.tiles.step if one.tiles.row_map is None else None
+    tables = [_groups(one, walks)]
+    if tested:
+        tables.append(_bounds(schedule.acsr, tested))
+    if step is None:
+        tables.append(_padded(one.tiles.rows, schedule.acsr.shape[0]))
+    return PassFacts(step, len(tested), facts, loop), tables
+
+
+def _alike(acsr: ACSR, one: Pass) -> tuple[Walk, ...]:
+    """One walk for each component of the pass, each on its own: columns that two of them meet are visited twice."""
+    walks = []
+    for n in sorted(one.decision.components):
+        component = acsr.components[n]
+        walks += cover([n], [component.stride], [analyze(component, one.tiles)], COLUMN)
+    return tuple(walks)
+
+
+def _tested(walks: tuple[Walk, ...], loop: int | None) -> list[int]:
+    """The components that are compared with, in the order of BOUNDS."""
+    if loop:
+        return [walk.component for walk in walks]
+    return sorted({test.component for walk in walks for test in walk.tests})
+
+
+def _walk_facts(walk: Walk, tested: list[int]) -> WalkFacts:
+    tests = tuple(Test(tested.index(test.component), test.lower, test.upper) for test in walk.tests)
+    full = not isinstance(walk.num_full, np.ndarray) or bool(walk.num_full.any())
+    return WalkFacts(walk.stride, full, bool(tests), tests)
+
+
+def _groups(one: Pass, walks: tuple[Walk, ...]) -> Array:
+    """GROUPS: int32 [groups, walks, 5], in the order of rows; all 0 where a group has nothing to do in a walk."""
+    xp = array_namespace(*(walk.begin for walk in walks))
+    columns = []
+    for walk in walks:
+        x0, x1 = walk.begin, walk.begin + walk.num_head
+        x2 = x1 + walk.num_full
+        numbers = xp.stack([x0, x1, x2, x2 + walk.num_tail, xp.asarray(walk.residue)], axis=1)
+        columns.append(xp.where(xp.asarray(walk.num_tiles > 0)[:, None], numbers, 0))
+    return xp.stack(columns, axis=1).astype(np.int32)
+
+
+def _bounds(acsr: ACSR, tested: list[int]) -> Array:
+    """BOUNDS: int32 [tests, 2, num_rows]."""
+    pairs = [acsr.components[n].bounds for n in tested]
+    xp = array_namespace(*(bound for pair in pairs for bound in pair))
+    num_rows = acsr.shape[0]
+    rows = [xp.stack([xp.broadcast_to(xp.asarray(b), (num_rows,)) for b in pair]) for pair in pairs]
+    return xp.stack(rows).astype(np.int32)
+
+
+def _padded(rows: np.ndarray, num_rows: int) -> np.ndarray:
+    """ROWS: int32 [groups, 16]; `num_rows` where a group has fewer rows."""
+    return np.pad(rows, ((0, 0), (0, GROUP - rows.shape[1])), constant_values=num_rows).astype(np.int32)
+
+
+# -- what lies between -------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Holes:
+    """Whether some position between the first and the last that are in a pair is in none.
+
+    NaN and infinity there must reach no result, so the kernels look whether any row of a group keeps a column.
+    """
+
+    queries: bool
+    keys: bool
+
+
+#: Of plans whose numbers are not known yet.
+UNKNOWN = Holes(True, True)
+
+
+def holes_of(plan: Plan) -> Holes:
+    """Of a static plan; remembered."""
+    return _holes_of(plan)
+
+
+@lru_cache(maxsize=128)
+def _holes_of(plan: Plan) -> Holes:
+    try:
+        return Holes(_has_holes(plan.acsr), _has_holes(plan.transposed))
+    except SplatError:  # its columns are not regular: it has a forward only
+        return UNKNOWN
+
+
+def _has_holes(acsr: ACSR) -> bool:
+    seen = np.flatnonzero(acsr.row_nnz)
+    return seen.size > 0 and int(seen[-1] - seen[0]) + 1 > seen.size
+
+
+@lru_cache(maxsize=128)
+def _lowered(plan: Plan, which: str) -> Lowered:
+    return lower(getattr(plan, which))
+
+
+def passes_of(plan: Plan, which: str) -> Lowered:
+    """Static facts and tables of a static plan's "forward", "d_query" or "d_key_value"; remembered."""
+    return _lowered(plan, which)

@@ -1,0 +1,99 @@
+"""The C++ implementation: what every implementation must do, and what is its own."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+
+import splat
+from splat.codegen.cpp import bind_jax, compiler
+from splat.errors import UnsupportedError
+from tests.attention_suite import AttentionSuite, draw_inputs
+
+pytestmark = pytest.mark.skipif(
+    compiler.missing() is not None, reason=f"nothing can be compiled here: {compiler.missing()}"
+)
+
+
+class TestCpp(AttentionSuite):
+    implementation = "cpp"
+
+    def test_forward_over_reverse(self, rng: np.random.Generator) -> None:  # type: ignore[override]
+        """Refused, with the implementation that can."""
+        q, k, v, tangent, _ = draw_inputs(rng, 8, 8, heads=(1, 1))
+
+        def gradient(q: Any) -> Any:
+            return jax.grad(lambda q: (self.attention(q, k, v, splat.causal()) ** 2).sum())(q)
+
+        with pytest.raises(UnsupportedError, match="Use implementation='xla' for Hessian-vector products"):
+            jax.jvp(gradient, (q,), (tangent,))
+
+    def test_export(self, rng: np.random.Generator) -> None:
+        """JAX vouches for custom calls of its own only: what is exported is for a process that knows the kernels."""
+        pytest.importorskip("flatbuffers", reason="jax.export needs the flatbuffers package to serialise")
+        from jax import export
+
+        q, k, v, *_ = draw_inputs(rng, 20, 20)
+        run = jax.jit(lambda q, k, v: self.attention(q, k, v, splat.causal() & splat.window(5)))
+        expected = run(q, k, v)
+        gradient = jax.grad(lambda q: run(q, k, v).sum())(q)
+        with pytest.raises(ValueError, match="custom call"):
+            export.export(run)(q, k, v).serialize()
+        checks = bind_jax.export_checks()
+        read = export.deserialize(export.export(run, disabled_checks=checks)(q, k, v).serialize(vjp_order=1))
+        np.testing.assert_array_equal(read.call(q, k, v), expected)
+        np.testing.assert_array_equal(jax.grad(lambda q: read.call(q, k, v).sum())(q), gradient)
+
+
+@pytest.mark.parametrize(
+    ("pattern", "sizes", "options"),
+    [
+        ("window(9, 4)", {}, {}),
+        ("causal() & window(9) | sink(2)", {"heads": (4, 2)}, {}),
+        ("window(5) | strided(8)", {"head_dim": 20}, {}),
+        ("window(5) | strided(8)", {"head_dim": 20, "dtype": "float64"}, {}),
+        ("global_rows(3) | strided(4)", {"heads": (6, 1)}, {"logits_soft_cap": 3.0}),
+        ("global_rows(5)", {}, {}),
+        ("causal()", {"batch": 3}, {"kv_lengths": np.array([70, 1, 33])}),
+        ("random_blocks(8, 2, 1) | window(3)", {"head_dim": 33}, {"scale": 0.3}),
+        (splat.window(2) & splat.segments([0] * 20 + [-1] * 17 + [1] * 33), {}, {}),
+        ("dilated_window(3, 2, 4)", {"head_dim": 80}, {"query_offset": 5}),
+    ],
+)
+def test_all_gradients_in_one(
+    pattern: splat.Pattern | str,
+    sizes: dict[str, Any],
+    options: dict[str, Any],
+    rng: np.random.Generator,
+    monkeypatch: Any,
+) -> None:
+    """The kernel that is chosen where the heads keep all threads busy: as they do one."""
+    monkeypatch.setenv("NPROC", "1")
+    called = []
+    prepare = bind_jax.prepare
+    monkeypatch.setattr(bind_jax, "prepare", lambda facts: called.append(facts.kernel) or prepare(facts))
+    with jax.enable_x64(sizes.get("dtype") == "float64"):  # pyright: ignore[reportCallIssue]
+        inputs = draw_inputs(rng, 70, 70, **{"head_dim": 12, **sizes})
+        TestCpp().check(pattern, inputs, **options)
+    assert {"forward", "backward"} == set(called)
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments"),
+    [
+        ("test_holes_are_not_read", ["full()"]),
+        ("test_a_query_without_keys_may_hold_anything", []),
+        ("test_empty_rows", []),
+        ("test_nothing_past_the_lengths_is_read", [np.nan]),
+        ("test_results_are_the_same_every_time", []),
+        ("test_vmap", []),
+    ],
+)
+def test_of_the_suite_with_all_gradients_in_one(
+    name: str, arguments: list[Any], rng: np.random.Generator, monkeypatch: Any
+) -> None:
+    monkeypatch.setenv("NPROC", "1")
+    getattr(TestCpp(), name)(*arguments, rng)

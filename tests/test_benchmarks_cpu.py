@@ -1,0 +1,97 @@
+"""The suite `cpu`: how it counts samples, what stops a wrong case, and a rehearsal of every bar."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from benchmarks import run
+from benchmarks.cpu import NAMES, clock, gate, jax_side, native
+from benchmarks.cpu.clock import Sample, Turns
+from benchmarks.cpu.setting import PATTERNS, Case, Setting
+from benchmarks.report import Report
+from splat.codegen.cpp import compiler
+
+needs_compiler = pytest.mark.skipif(compiler.missing() is not None, reason=compiler.missing() or "")
+
+TINY = Case("window(16)", 64, 64, "float32")
+
+
+def test_rounds_take_turns_and_pause() -> None:
+    calls: list[str] = []
+    turns = clock.take_turns({"ours": lambda: calls.append("o"), "peer": lambda: calls.append("p")}, 4, 10.0)
+    assert "".join(calls[:8]) == "op" * 4
+    assert len(turns.made["ours"]) == len(turns.made["peer"]) == len(calls) // 2 <= 12
+    kept = json.loads(json.dumps(turns.to_json()))
+    assert kept["ms"]["ours"] == [one.ms for one in turns.made["ours"]]
+
+
+def test_a_spent_budget_leaves_three_rounds() -> None:
+    assert len(clock.take_turns({"ours": lambda: None}, 21, 0.0).made["ours"]) == clock.LEAST_ROUNDS
+    assert len(clock.take_turns({"ours": lambda: None}, 1, 0.0).made["ours"]) <= 3
+
+
+def test_disturbed_rounds_do_not_count_where_enough_are_clean() -> None:
+    clean, disturbed = (lambda ms: Sample(ms, 0.0)), (lambda ms: Sample(ms, ms))
+    enough = Turns({"ours": [clean(1.0)] * 3 + [disturbed(9.0)] * 4, "peer": [clean(3.0)] * 7}, 0.0)
+    assert enough.clean == "3/7"
+    assert (enough.samples["ours"].median_ms, enough.ratio("peer", "ours")) == (1.0, 3.0)
+    assert enough.spread("peer", "ours") == (3.0, 3.0)
+    few = Turns({"ours": [clean(1.0)] * 2 + [disturbed(9.0)] * 3, "peer": [clean(3.0)] * 5}, 0.0)
+    assert few.samples["ours"].median_ms == 9.0
+    assert (few.clean_of("ours"), few.clean_of("peer")) == ("2/5", "5/5")
+
+
+def test_every_combination_is_a_case_and_a_rehearsal_has_one() -> None:
+    cases = Setting().cases(PATTERNS, (4096, 16384), (64, 128))
+    assert len(set(cases)) == len(cases) == 40
+    assert [case.q_len for case in Setting(quick=True).cases(PATTERNS, (4096, 16384), (64, 128))] == [256, 256]
+    narrowed = Setting(only_texts=("causal()",), only_lengths=(4096,)).cases(PATTERNS, (4096, 16384), (64,))
+    assert {(case.text, case.q_len) for case in narrowed} == {("causal()", 4096)}
+
+
+def test_a_failure_is_a_row_and_a_missed_bar() -> None:
+    report = Report("test", "title", ("pattern", "positions", "H", "type", "ms", "bar"))
+    with Setting().attempt(report, TINY):
+        raise gate.WrongError("off by 1")
+    assert report.rows == [(*TINY.cells, "FAIL: WrongError: off by 1", "")]
+    assert report.verdict.startswith("0 of 1 bars met")
+
+
+@needs_compiler
+def test_the_gate_passes_what_is_right_and_stops_what_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert set(gate.check(TINY, 64, gradients=True)) == {"out", "d_query", "d_key", "d_value"}
+    gate._check.cache_clear()
+    monkeypatch.setattr(jax_side, "ready", lambda case, **_: lambda: np.full((1, 64, 8, 64), np.nan))
+    with pytest.raises(gate.WrongError, match="out is off by nan"):
+        gate.check(TINY, 64)
+
+
+@needs_compiler
+def test_the_rate_is_measured() -> None:
+    assert native.rate_gflops(1) > 0.1
+
+
+def test_only_is_for_this_suite(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        run.parse_arguments(["--suite", "waste", "--only", "linear"])
+    assert "--only names bars of the suite cpu: add --suite cpu" in capsys.readouterr().err
+
+
+@needs_compiler
+@pytest.mark.parametrize("name", NAMES)
+def test_rehearsal(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """PyTorch's peers only where they are all that there is to measure, and torch is installed."""
+    flex = [] if name == "causal" else ["--no-flex"]
+    assert run.main(["--suite", "cpu", "--quick", *flex, "--only", name, "--out", str(tmp_path), "--strict"]) == 0
+    printed = capsys.readouterr().out
+    assert "no bar applies here" in printed
+    if "skipped" not in printed or name in {"forward", "backward"}:
+        kept: dict[str, Any] = json.loads((tmp_path / f"cpu-{name}.json").read_text(encoding="utf-8"))
+        assert kept["samples"]
+        assert kept["machine"]["date"]
+        assert not any("error" in sample for sample in kept["samples"])
