@@ -50,15 +50,14 @@ template <class Kernel, class PassType> struct Runner {
   int num_tiles, heads;
   int64_t limit;  // of keys, where they are walked
 
-  void unit(int64_t index) {
-    const int64_t every = call.batch * call.num_kv_heads * grid.head_parts;
-    const int64_t bundle = index / every, rest = index % every;
-    const int64_t part = grid.last_first ? grid.units - 1 - bundle : bundle;
+  /// Unit `index` of a key head, those of all batch entries counted through.
+  void unit(int64_t every_head, int64_t index) {
+    const int64_t from_start = index / grid.head_parts;
+    const int64_t part = grid.last_first ? grid.units - 1 - from_start : from_start;
     const int64_t residue = part / grid.units_of_residue, first = part % grid.units_of_residue * grid.tiles_of_unit;
-    const int64_t batch = rest / (call.num_kv_heads * grid.head_parts);
-    const int64_t kv_head = rest / grid.head_parts % call.num_kv_heads;
+    const int64_t batch = every_head / call.num_kv_heads, kv_head = every_head % call.num_kv_heads;
     const int64_t group = Kernel::kKeysInLanes ? 1 : call.num_q_heads / call.num_kv_heads;
-    const int64_t head = rest % grid.head_parts * grid.heads;
+    const int64_t head = index % grid.head_parts * grid.heads;
     heads = (int)(group - head < grid.heads ? group - head : grid.heads);
     const int64_t left = grid.tiles_of_residue - first;
     num_tiles = (int)(left < grid.tiles_of_unit ? left : grid.tiles_of_unit);
@@ -239,6 +238,13 @@ Grid make_grid(const Call& call, const int32_t* groups, int64_t num_groups, int 
   return grid;
 }
 
+/// A permutation of [0, count) in which the first numbers, as many as there are threads, are far apart.
+inline int64_t apart(int64_t n, int64_t count, int64_t threads) {
+  const int64_t columns = ceil_div(count, threads), whole = count - (columns - 1) * threads;  // rows that are complete
+  const int64_t column = n / threads, row = n % threads;
+  return row < whole ? row * columns + column : whole * columns + (row - whole) * (columns - 1) + column;
+}
+
 template <class Kernel, class PassType>
 void run_pass(const Call& call, Pool& pool, const int32_t* const*& tables, const int64_t*& num_groups, bool first) {
   const int32_t* groups = *tables++;
@@ -251,11 +257,12 @@ void run_pass(const Call& call, Pool& pool, const int32_t* const*& tables, const
     auto* memory = (typename Kernel::Scratch*)scratch(sizeof(typename Kernel::Scratch));
     Runner<Kernel, PassType> runner{call, grid, groups, bounds, map, Kernel{call, *memory, first}};
     if constexpr (Kernel::kWholeHeads) {
-      if (first) Kernel::clear(call, index);
-      for (int64_t unit = 0; unit < units; ++unit)
-        runner.unit((unit / grid.head_parts * heads + index) * grid.head_parts + unit % grid.head_parts);
+      const int64_t head = apart(index, heads, pool.num_threads);
+      if (first) Kernel::clear(call, head);
+      for (int64_t unit = 0; unit < units; ++unit) runner.unit(head, unit);
     } else {
-      runner.unit(index);
+      // Neighbouring units lie in one head, so that threads write to memory that is far apart.
+      runner.unit(index / units, index % units);
     }
   });
 }
