@@ -1,6 +1,7 @@
-"""Measure: `python -m benchmarks.run [--suite planning waste xla] [--quick] [--out DIR]`.
+"""Measure: `python -m benchmarks.run [--suite planning waste xla cpu] [--quick] [--out DIR]`.
 
 Prints a table per suite, with the bars that apply and whether they are met; `--out` keeps the raw samples as JSON.
+`cpu` (generated C++ against its peers) takes about 40 minutes, and is measured when it is named.
 
 With `--device cuda`, the suites of the GPU: sas, models, paper (attention against FlexAttention and dense attention),
 planning (preparing patterns), tune (every configuration of every kernel). `--device cpu --quick` rehearses them without
@@ -18,6 +19,7 @@ from pathlib import Path
 import rich.console
 
 from benchmarks import peers
+from benchmarks.cpu import NAMES as CPU_BARS
 from benchmarks.report import Report, machine, write_json
 
 
@@ -47,11 +49,22 @@ def xla(given: argparse.Namespace) -> Iterator[Report]:
     yield suite.run_long(2048 if given.quick else 65536, 2 if given.quick else 5)
 
 
+def cpu(given: argparse.Namespace) -> Iterator[Report]:
+    """Generated C++ on this CPU, against its peers."""
+    from benchmarks.cpu import main as suite
+
+    yield from suite.run(given)
+
+
 SUITES: dict[str, Callable[[argparse.Namespace], Iterator[Report]]] = {
     "planning": planning,
     "waste": waste,
     "xla": xla,
+    "cpu": cpu,
 }
+
+#: Without --suite.
+SHORT_SUITES = ("planning", "waste", "xla")
 
 #: With --device; "planning" is short for "gpu-planning".
 DEVICE_SUITES = ("sas", "gpu-planning", "models", "paper", "tune")
@@ -60,13 +73,14 @@ DEVICE_SUITES = ("sas", "gpu-planning", "models", "paper", "tune")
 def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.run", description=(__doc__ or "").splitlines()[0])
     add = parser.add_argument
-    add("--suite", nargs="+", choices=(*SUITES, *DEVICE_SUITES), help="default: all of the host's, or sas on a device")
+    add("--suite", nargs="+", choices=(*SUITES, *DEVICE_SUITES), help="default: planning waste xla, or sas on a device")
     add("--quick", action="store_true", help="small sizes, to see that it works; few bars apply")
     add("--out", type=Path, metavar="DIR", help="write the raw samples there, as JSON")
     add("--no-flex", dest="flex", action="store_false", help="leave FlexAttention out")
     add("--flex-32768", action="store_true", help="create_block_mask at 32,768 too: it needs 20 GB")
     add("--strict", action="store_true", help="exit with 1 where a bar is missed")
-    device = parser.add_argument_group("GPU suites")
+    add("--only", nargs="+", choices=CPU_BARS, metavar="NAME", help=f"of the suite cpu: {', '.join(CPU_BARS)}")
+    device = parser.add_argument_group("GPU suites (--cases and --lengths: cpu, too)")
     add = device.add_argument
     add("--device", choices=("cuda", "cpu", "model"), help="cpu: a rehearsal, with --quick; model: predictions")
     add("--minutes", type=float, default=9.0, help="for everything; what does not fit is left out, and named (9)")
@@ -88,11 +102,13 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
 
 def _check(parser: argparse.ArgumentParser, given: argparse.Namespace) -> None:
     if given.suite is None:
-        given.suite = list(SUITES) if given.device is None else ["sas"]
+        given.suite = list(SHORT_SUITES) if given.device is None else ["sas"]
     if given.device is None:
         foreign = [name for name in given.suite if name not in SUITES]
         if foreign:
             parser.error(f"{', '.join(foreign)}: add --device cuda, or --device model for predictions")
+        if given.only and "cpu" not in given.suite:
+            parser.error("--only names bars of the suite cpu: add --suite cpu")
         return
     given.suite = ["gpu-planning" if name == "planning" else name for name in given.suite]
     foreign = [name for name in given.suite if name not in DEVICE_SUITES]
@@ -130,7 +146,8 @@ def reports(given: argparse.Namespace) -> Iterator[Report]:
 def main(arguments: list[str] | None = None) -> int:
     """Runs the suites asked for; the process's exit code."""
     given = parse_arguments(arguments)
-    console = rich.console.Console(width=None if sys.stdout.isatty() else 180 if given.device or given.show else 140)
+    wide = given.device or given.show or "cpu" in given.suite
+    console = rich.console.Console(width=None if sys.stdout.isatty() else 180 if wide else 140)
     if not given.show:
         facts = machine()
         versions = ", ".join(f"{name} {version}" for name, version in facts["packages"].items() if version)

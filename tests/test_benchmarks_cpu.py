@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
+import splat
 from benchmarks import run
-from benchmarks.cpu import NAMES, clock, gate, jax_side, native
+from benchmarks.cpu import NAMES, clock, gate, host, jax_side, native
 from benchmarks.cpu.clock import Sample, Turns
-from benchmarks.cpu.setting import PATTERNS, Case, Setting
+from benchmarks.cpu.setting import PATTERNS, THREADS, Case, Setting
 from benchmarks.report import Report
 from splat.codegen.cpp import compiler
 
@@ -60,6 +62,28 @@ def test_a_failure_is_a_row_and_a_missed_bar() -> None:
         raise gate.WrongError("off by 1")
     assert report.rows == [(*TINY.cells, "FAIL: WrongError: off by 1", "")]
     assert report.verdict.startswith("0 of 1 bars met")
+
+
+@pytest.mark.parametrize("text", PATTERNS[:-1])
+def test_the_gate_is_long_enough_to_see_the_pattern(text: str) -> None:
+    length = Setting().gate_length
+    dense = splat.parse(text).to_dense(length)
+    for other in (splat.full(), splat.causal()):
+        assert (dense != other.to_dense(length)).mean() > 0.1
+
+
+def test_second_threads_of_a_core_stand_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for number, text in enumerate(("0-1", "0-1", "2,4", "3", "2,4")):
+        folder = tmp_path / f"cpu{number}" / "topology"
+        folder.mkdir(parents=True)
+        (folder / "thread_siblings_list").write_text(f"{text}\n", encoding="ascii")
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1, 2, 3, 4, 7}, raising=False)
+    assert host.processors(tmp_path) == [0, 2, 3, 7, 1, 4]
+    set_to: list[list[int]] = []
+    monkeypatch.setattr(os, "sched_setaffinity", lambda _, cores: set_to.append(list(cores)), raising=False)
+    with host.confined():
+        assert len(set_to[-1]) == THREADS
+    assert sorted(set_to[-1]) == [0, 1, 2, 3, 4, 7]
 
 
 @needs_compiler

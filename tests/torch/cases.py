@@ -29,7 +29,7 @@ needs_device = pytest.mark.skipif(
 )
 
 #: Largest error relative to the largest value of the truth (but at least 1), by dtype of the inputs.
-TOLERANCE = {"float32": 5e-6, "bfloat16": 1.5e-2, "float16": 2e-3}
+TOLERANCE = {"float64": 1e-12, "float32": 5e-6, "bfloat16": 1.5e-2, "float16": 2e-3}
 
 
 class Inputs(NamedTuple):
@@ -96,7 +96,7 @@ def compare(found: Results, expected: Results, dtype: str) -> None:
     for name, given, b in zip(Results._fields, found, expected, strict=True):
         if given is None:
             continue
-        kind = "float32" if name == "lse" else dtype
+        kind = dtype if name != "lse" or dtype == "float64" else "float32"
         assert str(given.dtype) == f"torch.{kind}", name
         a = as_numpy(given)
         assert a.shape == b.shape, name

@@ -4,7 +4,8 @@
     p   = splat.causal() & splat.window(512) | splat.sink(4)
     out = splat.torch.attention(q, k, v, p)    # q [B, N, T, H], k and v [B, K, S, H], as torch's own attention
 
-Patterns are those of `splat`; the kernels are generated Triton, for NVIDIA and AMD GPUs. JAX is never imported.
+Patterns are those of `splat`; the kernels are generated: Triton for NVIDIA and AMD GPUs, C++ for
+CPUs. JAX is never imported.
 """
 
 from __future__ import annotations

@@ -33,8 +33,9 @@ def attention(
     """`softmax(scale * Q K^T over the pattern's pairs) V`, without ever forming Q K^T.
 
     Args:
-      query: [B, N, T, H], float32, bfloat16 or float16, on a CUDA or ROCm device; H at most 256. Any strides: a
-        transposed view of [B, T, N, H] is read where it lies. Only a last axis that is not contiguous is copied.
+      query: [B, N, T, H], float32, bfloat16 or float16, on a CPU, CUDA or ROCm device; float64, too, on CPUs; H at most
+        256 on GPUs. Any strides: a transposed view of [B, T, N, H] is read where it lies. Only a last axis that is not
+        contiguous is copied.
       key, value: [B, K, S, H]; N a multiple of K (grouped-query attention: query head n uses key head n // (N/K)).
       pattern: which (query, key) pairs attend; `per_head([...])` gives each query head its own.
       scale: of the scores, 1/sqrt(H) where None.
@@ -45,9 +46,9 @@ def attention(
       return_lse: also return the log-sum-exp of each row's scores; it has a gradient, too.
 
     Returns:
-      output [B, N, T, H] in the inputs' dtype; with `return_lse` also log-sum-exp [B, N, T] in float32. A row that
-      attends to nothing has output 0, log-sum-exp -inf and gradient 0. The output lies in memory as [B, T, N, H], so
-      that `out.transpose(1, 2).flatten(2)` copies nothing.
+      output [B, N, T, H] in the inputs' dtype; with `return_lse` also log-sum-exp [B, N, T] in float32 (float64 for
+      float64). A row that attends to nothing has output 0, log-sum-exp -inf and gradient 0. The output lies in memory
+      as [B, T, N, H], so that `out.transpose(1, 2).flatten(2)` copies nothing.
 
     Scores and softmax accumulate in float32; float32 products round to tf32 only where
     `torch.backends.cuda.matmul` allows it. Inside `torch.autocast` the inputs are cast as for PyTorch's own attention.
@@ -56,9 +57,9 @@ def attention(
 
     Raises:
       ArgumentError, PatternError: a bad argument, said before anything is compiled.
-      UnsupportedError: no GPU, no Triton, or a dtype, head dim or device that the kernels do not serve.
+      UnsupportedError: no C++ compiler (CPUs) or Triton (GPUs), or a dtype, head dim or device that is not served.
 
-    >>> import torch, splat, splat.torch  # on the CPU, with TRITON_INTERPRET=1
+    >>> import torch, splat, splat.torch
     >>> q = k = v = torch.ones(1, 2, 40, 16)
     >>> splat.torch.attention(q, k, v, splat.causal() & splat.window(8)).shape
     torch.Size([1, 2, 40, 16])

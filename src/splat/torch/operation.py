@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from splat.errors import UnsupportedError
+from splat.torch import validate
 
 _SCHEMA = (
     "(Tensor query, Tensor key, Tensor value, Tensor? kv_lengths, str pattern, float? scale, float? logits_soft_cap, "
@@ -42,12 +43,14 @@ def attend(
     logits_soft_cap: float | None,
     query_offset: int,
 ) -> tuple[Tensor, Tensor]:
-    """(output [B, N, T, H] lying in memory as [B, T, N, H], log-sum-exp float32 [B, N, T]); see `attention`."""
+    """(output [B, N, T, H] lying in memory as [B, T, N, H], log-sum-exp [B, N, T]); see `attention`."""
     if query.numel() == 0:
         out, lse = _like(query, query, kv_lengths)
         return out.zero_(), lse.zero_()
-    from splat.torch.programs import forward
-
+    if validate.is_native(query.device.type):
+        from splat.torch.native import forward
+    else:
+        from splat.torch.programs import forward
     return forward(query, key, value, kv_lengths, (pattern, scale, logits_soft_cap, query_offset))
 
 
@@ -72,8 +75,10 @@ def attend_backward(
     if query.numel() == 0 or (d_out is None and d_lse is None):
         made = _gradients_like(query, key, value, of_query, of_key_value)
         return made[0].zero_(), made[1].zero_(), made[2].zero_()
-    from splat.torch.programs import backward
-
+    if validate.is_native(query.device.type):
+        from splat.torch.native import backward
+    else:
+        from splat.torch.programs import backward
     static, wanted = (pattern, scale, logits_soft_cap, query_offset), (of_query, of_key_value)
     found = backward(query, key, value, kv_lengths, out, lse, d_out, d_lse, static, wanted)
     if of_query and of_key_value:
@@ -94,7 +99,9 @@ def _heads_inside(x: Tensor) -> Tensor:
 
 @attend.register_fake
 def _like(query: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
-    return _heads_inside(query), query.new_empty(query.shape[:-1], dtype=torch.float32)
+    return _heads_inside(query), query.new_empty(
+        query.shape[:-1], dtype=torch.promote_types(query.dtype, torch.float32)
+    )
 
 
 @attend_backward.register_fake

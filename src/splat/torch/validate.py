@@ -16,11 +16,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from splat.codegen.cpp import compiler
 from splat.codegen.triton import interpret
 from splat.errors import ArgumentError, UnsupportedError
 from splat.planning import kernels
 
+#: That GPU kernels serve, and C++ kernels.
 DTYPES = tuple(getattr(torch, name) for name in kernels.DTYPES)
+NATIVE_DTYPES = (*DTYPES, torch.float64)
 
 #: The oldest NVIDIA generation that the kernels are made for: Ampere, the first with bfloat16.
 OLDEST_CAPABILITY = (8, 0)
@@ -63,9 +66,10 @@ def check_arrays(query: Any, key: Any, value: Any) -> Sizes:
                 f"{name} must have shape {letters}, but shape {list(array.shape)} was given. A missing batch axis "
                 "needs [None]."
             )
-        if array.dtype not in DTYPES:
+        served = NATIVE_DTYPES if is_native(array.device.type) else DTYPES
+        if array.dtype not in served:
             raise UnsupportedError(
-                f"{name} must be one of {', '.join(map(name_of, DTYPES))}, but {name_of(array.dtype)} was given. "
+                f"{name} must be one of {', '.join(map(name_of, served))}, but {name_of(array.dtype)} was given. "
                 f"Convert it first, for example with {name}.bfloat16()."
             )
     if query.dtype != key.dtype or key.dtype != value.dtype:
@@ -101,7 +105,7 @@ def check_arrays(query: Any, key: Any, value: Any) -> Sizes:
             f"{num_kv_heads} were given (grouped-query attention shares one key head among equally many query heads). "
             "In PyTorch's layout heads are axis 1: [B, T, N, H] needs transpose(1, 2)."
         )
-    if head_dim > kernels.MAX_HEAD_DIM:
+    if head_dim > kernels.MAX_HEAD_DIM and not is_native(query.device.type):
         raise UnsupportedError(
             f"head dims up to {kernels.MAX_HEAD_DIM} are supported, but {head_dim} was given. Use "
             "torch.nn.functional.scaled_dot_product_attention for it."
@@ -123,21 +127,25 @@ def _check_device(device: torch.device) -> None:
 @known_when_traced
 def _device_refusal(kind: str, index: int | None) -> str | None:
     """Why kernels cannot run there, as a sentence with the remedy; None if they can."""
-    if importlib.util.find_spec("triton") is None:
-        return "splat.torch needs Triton, which is not installed: `pip install splat-attention[torch]`."
+    if is_native(kind):
+        missing = compiler.missing()
+        return None if missing is None else f"splat.torch compiles kernels for CPUs, but {missing}"
     if kind not in ("cuda", "cpu"):
         return (
-            f"splat.torch serves CUDA and ROCm GPUs, but the tensors are on {kind!r}. Use "
+            f"splat.torch serves CPUs, CUDA and ROCm GPUs, but the tensors are on {kind!r}. Use "
             "torch.nn.functional.scaled_dot_product_attention there."
         )
+    if importlib.util.find_spec("triton") is None:
+        return "splat.torch needs Triton, which is not installed: `pip install splat-attention[torch]`."
     if kind == "cpu":
-        if interpret.is_interpreted():
-            return None
-        return (
-            "splat.torch needs a GPU: move the tensors with .cuda(), or use splat.attention (JAX) on the CPU. For "
-            "tests, TRITON_INTERPRET=1 set before Python starts runs the kernels in Triton's interpreter, slowly."
-        )
+        return None
     return _gpu_refusal(index)
+
+
+@known_when_traced
+def is_native(kind: str) -> bool:
+    """Whether tensors on such a device go to C++ kernels. With TRITON_INTERPRET=1 those on CPUs do not, for tests."""
+    return kind == "cpu" and not interpret.is_interpreted()
 
 
 @lru_cache(maxsize=64)

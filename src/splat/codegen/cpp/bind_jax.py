@@ -17,7 +17,7 @@ import numpy as np
 
 from splat.codegen.base import Options
 from splat.codegen.cpp import compiler
-from splat.codegen.cpp.generate import KernelFacts, source
+from splat.codegen.cpp.generate import KernelFacts, library_name, source
 from splat.codegen.xla.kernels import vary_like
 from splat.errors import UnsupportedError
 
@@ -27,11 +27,6 @@ _lock = threading.Lock()
 
 #: Address of a library's entry -> the name that XLA knows it by.
 _targets: dict[int, str] = {}
-
-
-def library_name(facts: KernelFacts) -> str:
-    """What its compilation is called, for people: "forward_float32_h64"."""
-    return f"{facts.kernel}_{facts.dtype}_h{facts.head_dim}"
 
 
 def prepare(facts: KernelFacts) -> str:
@@ -98,4 +93,4 @@ def export_checks() -> list[jax.export.DisabledSafetyCheck]:
         return [jax.export.DisabledSafetyCheck.custom_call(name) for name in _targets.values()]
 
 
-__all__ = ["call", "export_checks", "library_name", "prepare", "prepare_all"]
+__all__ = ["call", "export_checks", "prepare", "prepare_all"]

@@ -12,7 +12,8 @@ import jax.numpy as jnp
 from splat import __version__
 from splat.codegen.base import Missing, Options, Request
 from splat.codegen.batching import vmappable
-from splat.codegen.cpp import amx, bind_jax, compiler, generate, threads
+from splat.codegen.cpp import bind_jax, compiler, generate, threads
+from splat.codegen.cpp.call import kernel_facts
 from splat.codegen.cpp.generate import KernelFacts
 from splat.codegen.cpp.lower import SCHEDULES, UNKNOWN, Holes, Lowered, PassFacts, Tables, holes_of, lower, passes_of
 from splat.codegen.xla.kernels import vary_like
@@ -143,12 +144,11 @@ def _gradient_kernels(call: _Call, query: Array, key: Array) -> tuple[str, ...]:
 
 
 def _facts(call: _Call, kernel: str, passes: tuple[PassFacts, ...], query: Array, lengths: Any) -> KernelFacts:
-    """With key lengths a query may be in no pair although the pattern has some."""
-    guard = call.holes.queries or lengths is not None if kernel == "d_key_value" else call.holes.keys
     soft_cap = call.options.logits_soft_cap is not None
-    dtype = str(query.dtype)
-    tiles = dtype == "bfloat16" and amx.is_granted()
-    return KernelFacts(kernel, dtype, query.shape[-1], soft_cap, guard, passes, tiles)
+    return kernel_facts(
+        kernel, passes, call.holes, dtype=str(query.dtype), head_dim=query.shape[-1], soft_cap=soft_cap,
+        lengths=lengths is not None,
+    )  # fmt: skip
 
 
 def _every_kernel(call: _Call, tables: Any, query: Array, lengths: Any, kernels: tuple[str, ...]) -> list[KernelFacts]:

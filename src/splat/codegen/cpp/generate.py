@@ -73,6 +73,11 @@ class KernelFacts:
         return sum(len(one.table_names) for one in self.passes)
 
 
+def library_name(facts: KernelFacts) -> str:
+    """What its compilation is called, for people: "forward_float32_h64"."""
+    return f"{facts.kernel}_{facts.dtype}_h{facts.head_dim}"
+
+
 @lru_cache(maxsize=512)
 def source(facts: KernelFacts) -> str:
     """The text of the kernel's translation unit."""

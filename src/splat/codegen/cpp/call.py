@@ -1,0 +1,105 @@
+"""Calls of compiled kernels through ctypes: `include/splat/call.hpp` in Python, for arrays of any framework."""
+
+from __future__ import annotations
+
+import ctypes
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from splat.codegen.base import Options
+from splat.codegen.cpp import amx, compiler
+from splat.codegen.cpp.generate import SCHEDULE_OF, KernelFacts, library_name, source
+from splat.codegen.cpp.lower import Holes, PassFacts, holes_of, passes_of
+from splat.planning import Plan
+
+#: Address, and elements from one batch entry, position and head to the next.
+Placed = tuple[int, int, int, int]
+
+
+class Array(ctypes.Structure):
+    """`splat::Array`."""
+
+    _fields_ = (("data", ctypes.c_void_p), *((name, ctypes.c_int64) for name in ("batch", "position", "head")))
+
+
+class Call(ctypes.Structure):
+    """`splat::Call`."""
+
+    _fields_ = (
+        *((name, ctypes.c_int64) for name in ("batch", "q_len", "kv_len", "num_q_heads", "num_kv_heads")),
+        ("scale", ctypes.c_double), ("soft_cap", ctypes.c_double),
+        *((name, Array) for name in ("query", "key", "value", "out", "d_out", "lse", "d_lse")),
+        *((name, Array) for name in ("d_query", "d_key", "d_value")),
+        ("kv_lengths", ctypes.c_void_p), ("tables", ctypes.c_void_p), ("num_groups", ctypes.c_void_p),
+    )  # fmt: skip
+
+
+def kernel_facts(
+    kernel: str,
+    passes: tuple[PassFacts, ...],
+    holes: Holes,
+    *,
+    dtype: str,
+    head_dim: int,
+    soft_cap: bool,
+    lengths: bool,
+) -> KernelFacts:
+    """Everything static about a kernel. With key lengths a query may be in no pair although the pattern has some."""
+    guard = holes.queries or lengths if kernel == "d_key_value" else holes.keys
+    tiles = dtype == "bfloat16" and amx.is_granted()
+    return KernelFacts(kernel, dtype, head_dim, soft_cap, guard, passes, tiles)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Prepared:
+    """A compiled kernel with the tables of a static plan of `nnz` pairs; several threads may call it at once."""
+
+    run: Any
+    nnz: int
+    template: Call
+    keep: tuple[Any, ...]
+
+    def __call__(
+        self, arrays: Mapping[str, Placed], kv_lengths: int | None, sizes: tuple[int, ...], threads: int
+    ) -> None:
+        """Runs the kernel.
+
+        Args:
+          arrays: by their names in `Call`.
+          kv_lengths: the address of int32 [batch].
+          sizes: batch, q_len, kv_len, num_q_heads, num_kv_heads.
+          threads: how many to use.
+        """
+        call = Call.from_buffer_copy(self.template)
+        call.batch, call.q_len, call.kv_len, call.num_q_heads, call.num_kv_heads = sizes
+        call.kv_lengths = kv_lengths
+        for name, placed in arrays.items():
+            setattr(call, name, Array(*placed))
+        self.run(ctypes.byref(call), threads)
+
+
+def prepare(plan: Plan, options: Options, kernel: str, *, lengths: bool) -> Prepared | None:
+    """Compiles and loads a kernel of a static plan; None where it has nothing to do.
+
+    Raises what `compiler.load` raises.
+    """
+    passes, tables = passes_of(plan, SCHEDULE_OF.get(kernel, kernel))
+    if not passes:
+        return None
+    p = plan.problem
+    soft_cap = options.logits_soft_cap is not None
+    facts = kernel_facts(
+        kernel, passes, holes_of(plan), dtype=p.dtype, head_dim=p.head_dim, soft_cap=soft_cap, lengths=lengths
+    )
+    library = compiler.load(library_name(facts), source(facts))
+    flat = [np.ascontiguousarray(table, np.int32) for one in tables for table in one]
+    pointers = (ctypes.c_void_p * len(flat))(*(table.ctypes.data for table in flat))
+    counts = (ctypes.c_int64 * len(tables))(*(len(one[0]) for one in tables))
+    call = Call(scale=options.scale, soft_cap=options.logits_soft_cap or 0.0)
+    call.tables, call.num_groups = ctypes.addressof(pointers), ctypes.addressof(counts)
+    run = library.splat_run
+    run.argtypes, run.restype = (ctypes.c_void_p, ctypes.c_int), ctypes.c_int
+    return Prepared(run, plan.nnz, call, (library, flat, pointers, counts))

@@ -1,0 +1,105 @@
+"""CPU tensors: the generated C++ kernels, called where the tensors lie."""
+
+from __future__ import annotations
+
+import math
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from splat.codegen.base import Options
+from splat.codegen.cpp.call import Placed, Prepared, prepare
+from splat.codegen.cpp.generate import gradient_kernels
+from splat.pattern import Pattern, parse
+from splat.planning import Plan, Problem, make_plan
+
+#: pattern, scale, logits_soft_cap, query_offset: as the operations have them.
+Static = tuple[str, float | None, float | None, int]
+
+#: Calls of fewer floating-point operations stay on their thread: starting others takes about 50 microseconds each.
+SMALL_FLOPS = 10_000_000
+
+
+def forward(
+    query: Tensor, key: Tensor, value: Tensor, lengths: Tensor | None, static: Static
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """(output [B, N, T, H], log-sum-exp [B, N, T])."""
+    batch, heads, q_len, width = query.shape
+    out = query.new_empty(batch, q_len, heads, width).transpose(1, 2)
+    lse = query.new_empty(batch, heads, q_len, dtype=torch.promote_types(query.dtype, torch.float32))
+    arrays = {"query": query, "key": key, "value": value, "out": out, "lse": lse}
+    if not _run("forward", arrays, lengths, static):
+        return out.zero_(), lse.fill_(-math.inf)
+    return out, lse
+
+
+def backward(
+    query: Tensor, key: Tensor, value: Tensor, lengths: Tensor | None, out: Tensor, lse: Tensor,
+    d_out: Tensor | None, d_lse: Tensor | None, static: Static, wanted: tuple[bool, bool],
+) -> list[Tensor]:  # fmt: skip
+    """The wanted gradients: of query [B, N, T, H]; of key and value [B, K, S, H]."""
+    d_out = torch.zeros_like(out) if d_out is None else d_out.to(out.dtype)
+    arrays = {"query": query, "key": key, "value": value, "out": out, "lse": lse, "d_out": d_out}
+    if d_lse is not None:
+        arrays["d_lse"] = d_lse.to(lse.dtype)
+    results = {name: like for name, like, here in (("d_query", query, wanted[0]), ("d_key", key, wanted[1]),
+                                                   ("d_value", value, wanted[1])) if here}  # fmt: skip
+    made = {name: like.new_empty(like.transpose(1, 2).shape).transpose(1, 2) for name, like in results.items()}
+    dtype = str(query.dtype).removeprefix("torch.")
+    kernels = gradient_kernels(dtype, query.shape[0] * key.shape[1], torch.get_num_threads())
+    if not all(wanted):
+        kernels = ("d_query",) if wanted[0] else ("d_key_value",)
+    for kernel in kernels:
+        names = {"d_query": ["d_query"], "d_key_value": ["d_key", "d_value"]}.get(kernel, list(made))
+        if not _run(kernel, arrays | {name: made[name] for name in names}, lengths, static):
+            for name in names:
+                made[name].zero_()
+    return list(made.values())
+
+
+def _run(kernel: str, arrays: dict[str, Tensor], lengths: Tensor | None, static: Static) -> bool:
+    """Runs a kernel; False where the plan has no pair at all."""
+    query, key = arrays["query"], arrays["key"]
+    batch, num_q_heads, q_len, width = query.shape
+    num_kv_heads, kv_len = key.shape[1], key.shape[2]
+    prepared = _prepared(kernel, static, q_len, kv_len, width, str(query.dtype), lengths is not None)
+    if prepared is None:
+        return False
+    kept = {name: _rows(x) for name, x in arrays.items()}
+    placed = {name: _place(x) for name, x in kept.items()}
+    sizes = (batch, q_len, kv_len, num_q_heads, num_kv_heads)
+    threads = torch.get_num_threads() if 4 * prepared.nnz * width * num_q_heads * batch > SMALL_FLOPS else 1
+    prepared(placed, None if lengths is None else lengths.data_ptr(), sizes, threads)
+    return True
+
+
+def _rows(x: Tensor) -> Tensor:
+    """The tensor, with a contiguous last axis where it has a head dim."""
+    return x if x.ndim == 3 or x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
+
+
+def _place(x: Tensor) -> Placed:
+    return x.data_ptr(), x.stride(0), x.stride(2), x.stride(1)
+
+
+@lru_cache(maxsize=256)
+def _prepared(
+    kernel: str, static: Static, q_len: int, kv_len: int, head_dim: int, dtype: str, lengths: bool
+) -> Prepared | None:
+    _, scale, cap, _ = static
+    scale = 1 / math.sqrt(head_dim) if scale is None else scale
+    plan = _plan(static, q_len, kv_len, head_dim, dtype.removeprefix("torch."))
+    return prepare(plan, Options(scale, cap), kernel, lengths=lengths)
+
+
+def _plan(static: Static, q_len: int, kv_len: int, head_dim: int, dtype: str) -> Plan:
+    text, _, _, offset = static
+    # One head and one sequence: the plan is the same for any number of them.
+    problem = Problem(_parsed(text), q_len, kv_len, head_dim, dtype=dtype)
+    return make_plan(problem, implementation="cpp", query_offset=offset)
+
+
+@lru_cache(maxsize=256)
+def _parsed(text: str) -> Pattern:
+    return parse(text)
