@@ -102,15 +102,17 @@ def interleave(
     turns: dict[str, list[tuple[float, ...]]] = {name: [] for name in functions}
     for _ in range(repetitions):
         for name, function in functions.items():
-            turns[name].append(_turn(function, turn_ms, clock))
+            calls = turn(function, turn_ms, clock)
+            turns[name].append(calls[1:] or calls)
     return {name: Samples(tuple(map(statistics.median, made)), tuple(made)) for name, made in turns.items()}
 
 
-def _turn(function: Callable[[], Any], turn_ms: float, clock: Clock) -> tuple[float, ...]:
+def turn(function: Callable[[], Any], turn_ms: float, clock: Clock = wall_ms) -> tuple[float, ...]:
+    """Calls that last `turn_ms` together, at least."""
     calls: list[float] = []
     while not calls or sum(calls) < turn_ms:
         calls.append(clock(function))
-    return tuple(calls[1:] or calls)
+    return tuple(calls)
 
 
 def ratio(numerator: Samples, denominator: Samples) -> float:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import time
 from pathlib import Path
 from typing import Any
 
@@ -25,11 +26,19 @@ TINY = Case("window(16)", 64, 64, "float32")
 
 def test_rounds_take_turns_and_pause() -> None:
     calls: list[str] = []
-    turns = clock.take_turns({"ours": lambda: calls.append("o"), "peer": lambda: calls.append("p")}, 4, 10.0)
+    turns = clock.take_turns({"ours": lambda: calls.append("o"), "peer": lambda: calls.append("p")}, 4, 10.0, turn_ms=0)
     assert "".join(calls[:8]) == "op" * 4
     assert len(turns.made["ours"]) == len(turns.made["peer"]) == len(calls) // 2 <= 12
     kept = json.loads(json.dumps(turns.to_json()))
     assert kept["ms"]["ours"] == [one.ms for one in turns.made["ours"]]
+
+
+def test_the_first_call_of_a_turn_does_not_count() -> None:
+    sleeps = iter([0.03, 0.002, 0.004, 0.003, 1e9])
+    one = clock.sample(lambda: time.sleep(next(sleeps)), turn_ms=38.0)
+    assert one.first_ms >= 30
+    assert 3 <= one.ms < 30
+    assert clock.sample(lambda: time.sleep(0.01), turn_ms=5.0).ms >= 10
 
 
 def test_a_spent_budget_leaves_three_rounds() -> None:

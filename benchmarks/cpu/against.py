@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from benchmarks.cpu import gate, jax_side, torch_side
-from benchmarks.cpu.clock import Call, Turns, take_turns
+from benchmarks.cpu.clock import TURN_MS, Call, Turns, take_turns
 from benchmarks.cpu.setting import BATCH, CASE_COLUMNS, DTYPES, HEADS, PATTERNS, THREADS, WINDOW, Case, Setting
 from benchmarks.report import Report
 
@@ -15,7 +15,8 @@ from benchmarks.report import Report
 DENSE_LONGEST = 4096
 
 CONDITIONS = (
-    f"batch {BATCH}, {HEADS} heads, {THREADS} threads; in turns; malloc keeps memory; times faster = ratio of medians"
+    f"batch {BATCH}, {HEADS} heads, {THREADS} threads; in turns of {TURN_MS:g} ms whose first call does not count; "
+    "malloc keeps memory; times faster = ratio of medians"
 )
 
 FORWARD_BARS = {"float32": 3.5, "bfloat16": 3.0}

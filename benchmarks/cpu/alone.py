@@ -57,10 +57,10 @@ def share(setting: Setting) -> Report:
 
 
 def _share_sample(ours: Call) -> tuple[Sample, float]:
-    """A call, and the rate around it; waiting counts whichever of the three did."""
+    """A turn, and the rate around it; waiting counts whichever of the three did."""
     rates: list[float] = []
     rate = lambda: rates.append(native.rate_gflops(THREADS))  # noqa: E731
-    made = [sample(rate), sample(ours, 0), sample(rate, 0)]
+    made = [sample(rate, turn_ms=0), sample(ours, 0), sample(rate, 0, 0)]
     return Sample(made[1].ms, sum(one.waited_ms for one in made)), sum(rates) / 2
 
 
@@ -78,7 +78,7 @@ def overhead(setting: Setting) -> Report:
             found = gate.check(case, 64)
             calls = {"ours": jax_side.ready(case, heads=heads), "empty": _empty(case, heads)}
             turns = {name: Batches(call, 5 if setting.quick else CALLS) for name, call in calls.items()}
-            taken = take_turns({name: turn.run for name, turn in turns.items()}, setting.rounds, setting.budget_s)
+            taken = take_turns({name: turn.run for name, turn in turns.items()}, setting.rounds, setting.budget_s, 0)
             medians = {name: statistics.median(turn.us) for name, turn in turns.items()}
             difference = medians["ours"] - medians["empty"]
             bar = setting.bar(OVERHEAD_BAR_US) if heads == 1 else None

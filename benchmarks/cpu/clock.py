@@ -13,7 +13,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.timing import Samples, wall_ms
+from benchmarks import timing
+from benchmarks.timing import Samples
 
 Call = Callable[[], Any]
 
@@ -21,6 +22,10 @@ Call = Callable[[], Any]
 PAUSE_S = 0.003
 
 LEAST_ROUNDS = 3
+
+#: What the calls of a turn last together, at least. Where that takes several, the first does not count: the caches are
+#: still as the function before has left them, threads sleep, and nobody runs attention once.
+TURN_MS = 50.0
 
 
 def quartiles(values: Sequence[float]) -> tuple[float, float]:
@@ -73,22 +78,24 @@ def waited_ms() -> float:
 
 @dataclasses.dataclass(frozen=True)
 class Sample:
-    """One call: its time, and how long its threads waited for a processor that others had."""
+    """Of a turn: the median call, how long its threads waited for a processor that others had, and the first call."""
 
     ms: float
     waited_ms: float
+    first_ms: float = float("nan")
 
     @property
     def clean(self) -> bool:
         return self.waited_ms <= 0.04 * self.ms + 0.03
 
 
-def sample(function: Call, pause_s: float = PAUSE_S) -> Sample:
-    """One call, after a pause."""
+def sample(function: Call, pause_s: float = PAUSE_S, turn_ms: float = TURN_MS) -> Sample:
+    """One turn, after a pause."""
     time.sleep(pause_s)
     before = waited_ms()
-    ms = wall_ms(function)
-    return Sample(ms, waited_ms() - before)
+    calls = timing.turn(function, turn_ms)
+    waited = (waited_ms() - before) / len(calls)
+    return Sample(statistics.median(calls[1:] or calls), waited, calls[0])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -140,14 +147,15 @@ class Turns:
         return {
             "ms": {name: [one.ms for one in made] for name, made in self.made.items()},
             "waited_ms": {name: [one.waited_ms for one in made] for name, made in self.made.items()},
+            "first_ms": {name: [one.first_ms for one in made] for name, made in self.made.items()},
             "median_ms": {name: samples.median_ms for name, samples in self.samples.items()},
             "clean_rounds": self.clean_rounds,
             "foreign": self.foreign,
         }
 
 
-def take_turns(functions: Mapping[str, Call], rounds: int, budget_s: float) -> Turns:
-    """One call of each function a round, until `rounds` of them are clean or the budget is spent.
+def take_turns(functions: Mapping[str, Call], rounds: int, budget_s: float, turn_ms: float = TURN_MS) -> Turns:
+    """One turn of each function a round, until `rounds` of them are clean or the budget is spent.
 
     The functions have been called before. At least `LEAST_ROUNDS` are made, or `rounds` if that is less, and at most
     three times as many as are wanted.
@@ -159,7 +167,7 @@ def take_turns(functions: Mapping[str, Call], rounds: int, budget_s: float) -> T
         while clean < rounds and done < 3 * rounds:
             if done >= min(LEAST_ROUNDS, rounds) and time.perf_counter() - begin > budget_s:
                 break
-            samples = {name: sample(function) for name, function in functions.items()}
+            samples = {name: sample(function, turn_ms=turn_ms) for name, function in functions.items()}
             for name, one in samples.items():
                 made[name].append(one)
             clean += all(one.clean for one in samples.values())

@@ -70,30 +70,29 @@ SPLAT_INLINE void lanes_to_tiles(const bfloat16* from, int64_t position, const L
   }
 }
 
-/// A tiles of packed rows, transposed: [count / 32][Dp / 16] tiles; element [d][2 r], [d][2 r + 1] of rows r, 16 + r.
+/// A tiles of 32 packed rows, transposed: [Dp / 16] tiles; element [d][2 r], [d][2 r + 1] of rows r, 16 + r.
 /// Returns whether all of them are finite.
-template <int Dp> SPLAT_INLINE bool pack_transposed(const bfloat16* packed, int count, char* tiles) {
+template <int Dp> SPLAT_INLINE bool pack_transposed(const bfloat16* packed, char* tiles) {
   typedef uint16_t Half __attribute__((vector_size(32)));
   typedef uint16_t Halves __attribute__((vector_size(64)));
   Halves largest = {};  // magnitude
-  for (int chunk = 0; chunk < count; chunk += 32, packed += 32 * Dp)
-    for (int d = 0; d < Dp; d += 16, tiles += kTileBytes) {
-      Vec<float> square[16];
-      SPLAT_UNROLL
-      for (int r = 0; r < 16; ++r) {
-        Half a, b;
-        memcpy(&a, packed + r * Dp + d, sizeof a);
-        memcpy(&b, packed + (16 + r) * Dp + d, sizeof b);
-        const Vec<uint32_t> low = __builtin_convertvector(a, Vec<uint32_t>);
-        const Vec<uint32_t> high = __builtin_convertvector(b, Vec<uint32_t>) << 16;
-        square[r] = bits_as<Vec<float>>(low | high);
-        const Halves magnitude = bits_as<Halves>(square[r]) & 0x7fff;
-        largest = largest > magnitude ? largest : magnitude;
-      }
-      transpose<float>(square);
-      SPLAT_UNROLL
-      for (int n = 0; n < 16; ++n) memcpy(tiles + n * 64, &square[n], 64);
+  for (int d = 0; d < Dp; d += 16, tiles += kTileBytes) {
+    Vec<float> square[16];
+    SPLAT_UNROLL
+    for (int r = 0; r < 16; ++r) {
+      Half a, b;
+      memcpy(&a, packed + r * Dp + d, sizeof a);
+      memcpy(&b, packed + (16 + r) * Dp + d, sizeof b);
+      const Vec<uint32_t> low = __builtin_convertvector(a, Vec<uint32_t>);
+      const Vec<uint32_t> high = __builtin_convertvector(b, Vec<uint32_t>) << 16;
+      square[r] = bits_as<Vec<float>>(low | high);
+      const Halves magnitude = bits_as<Halves>(square[r]) & 0x7fff;
+      largest = largest > magnitude ? largest : magnitude;
     }
+    transpose<float>(square);
+    SPLAT_UNROLL
+    for (int n = 0; n < 16; ++n) memcpy(tiles + n * 64, &square[n], 64);
+  }
   return !any<float>(bits_as<Vec<int32_t>>((Halves)(largest >= 0x7f80)));
 }
 

@@ -14,8 +14,10 @@ template <class Facts> struct Backward {
   static constexpr int D = Facts::head_dim, W = kWidth<T>, Dp = (D + W - 1) / W * W, kVectors = kMaxVectors;
   static constexpr bool kKeysInLanes = false, kGuard = Facts::guard, kFill = Facts::fill, kOwnSegments = false;
   static constexpr bool kUnpacks = true, kWholeHeads = true;
-  static constexpr int kTiles = kTilesOf<(3 * D + 2 * Dp) * kLanes * (int)sizeof(T)>;
-  static constexpr int kChunk = kChunkOf<(D + Dp) * (int)sizeof(T)>;
+  // Every row that is walked is read and written twice for each unit that it is walked by: more tiles and fewer rows at
+  // once than elsewhere.
+  static constexpr int kTiles = within(1, (640 << 10) / ((3 * D + 2 * Dp) * kLanes * (int)sizeof(T)), 16);
+  static constexpr int kChunk = within(64, (96 << 10) / (2 * (D + Dp) * (int)sizeof(T)) / 32 * 32, 4096);
 
   struct State {
     alignas(64) T query[D * kLanes], d_out[D * kLanes], sum[D * kLanes];  // [d][lane]
@@ -35,6 +37,11 @@ template <class Facts> struct Backward {
   const T *key, *value;
   int64_t from, step;
   int count;
+  int64_t untouched;  // of dK and dV, the rows from here on hold nothing yet
+
+  /// Before and after all units of a key head.
+  void open(int64_t batch_, int64_t kv_head_) { batch = batch_, kv_head = kv_head_, untouched = first ? 0 : call.kv_len; }
+  void close() { clear(call.kv_len); }
 
   void start(int64_t batch_, int64_t kv_head_, int64_t q_head_) { batch = batch_, kv_head = kv_head_, q_head = q_head_; }
   int walked_heads() const { return 1; }
@@ -44,9 +51,6 @@ template <class Facts> struct Backward {
     State& s = memory.tiles[tile];
     const int64_t h = q_head + head;
     const Scalar *query = at<Scalar>(call.query, batch, h), *d_out = at<Scalar>(call.d_out, batch, h);
-    rows_to_lanes<Scalar, D>(query, call.query.position, rows, (T)lane_factor<Facts>(call), s.query);
-    rows_to_lanes<Scalar, D>(d_out, call.d_out.position, rows, (T)1, s.d_out);
-    memset(s.sum, 0, sizeof s.sum);
     for (int lane = 0; lane < kLanes; ++lane) {
       const int64_t row = rows.at[lane];
       s.base[lane] = row < 0 ? kInfinity<T> : base_of(at<T>(call.lse, batch, h)[row * call.lse.position]);
@@ -59,7 +63,12 @@ template <class Facts> struct Backward {
       for (int d = 0; d < D; ++d) query_row[d] = query[row * call.query.position + d] * (T)call.scale;
       memcpy(d_out_row, d_out + row * call.d_out.position, D * sizeof(T));
     }
-    if (!first)
+    LaneRows own;  // the copies, which lie together
+    for (int lane = 0; lane < kLanes; ++lane) own.at[lane] = lane;
+    rows_to_lanes<T, D>(s.query_rows, Dp, own, (T)(Facts::soft_cap ? 1 / call.soft_cap : kLog2e<double>), s.query);
+    rows_to_lanes<T, D>(s.d_out_rows, Dp, own, (T)1, s.d_out);
+    if (first) memset(s.sum, 0, sizeof s.sum);
+    else
       rows_to_lanes<Scalar, D>(at<Scalar>(call.d_query, batch, h), call.d_query.position, rows,
                                call.scale ? (T)(1 / call.scale) : (T)0, s.sum);
   }
@@ -68,11 +77,17 @@ template <class Facts> struct Backward {
     from = from_, step = step_, count = count_;
     key = walked_rows<Scalar, D>(call.key, batch, kv_head, from, step, count, memory.key);
     value = walked_rows<Scalar, D>(call.value, batch, kv_head, from, step, count, memory.value);
+    clear(step == 1 ? from : from + step * (count - 1) + 1);
+    const int64_t left = step == 1 ? untouched - from : count;
+    const int touched = (int)(left < count ? left : count);
     const T *const d_key = at<T>(call.d_key, batch, kv_head), *const d_value = at<T>(call.d_value, batch, kv_head);
-    for (int n = 0; n < count; ++n) {
+    for (int n = 0; n < touched; ++n) {
       memcpy(memory.d_key + n * Dp, d_key + (from + step * n) * call.d_key.position, D * sizeof(T));
       memcpy(memory.d_value + n * Dp, d_value + (from + step * n) * call.d_value.position, D * sizeof(T));
     }
+    memset(memory.d_key + touched * Dp, 0, (size_t)(count - touched) * Dp * sizeof(T));
+    memset(memory.d_value + touched * Dp, 0, (size_t)(count - touched) * Dp * sizeof(T));
+    if (touched < count) untouched = from + count;
   }
 
   void unpack() {
@@ -110,19 +125,20 @@ template <class Facts> struct Backward {
     if (!kFill) return;
     for (int64_t b = 0; b < call.batch; ++b) {
       clear_rows<Scalar, D>(call.d_query, b, call.num_q_heads, 0, call.q_len);
-      for (int64_t h = 0; h < call.num_kv_heads; ++h) clear(call, b * call.num_kv_heads + h);
-    }
-  }
-  /// Before a key head's first unit.
-  static void clear(const Call& call, int64_t head) {
-    const int64_t batch = head / call.num_kv_heads, h = head % call.num_kv_heads;
-    for (int64_t n = 0; n < call.kv_len; ++n) {
-      memset(at<T>(call.d_key, batch, h) + n * call.d_key.position, 0, D * sizeof(T));
-      memset(at<T>(call.d_value, batch, h) + n * call.d_value.position, 0, D * sizeof(T));
+      clear_rows<Scalar, D>(call.d_key, b, call.num_kv_heads, 0, call.kv_len);
+      clear_rows<Scalar, D>(call.d_value, b, call.num_kv_heads, 0, call.kv_len);
     }
   }
 
  private:
+  /// Sets what is untouched before row `to` to 0.
+  void clear(int64_t to) {
+    T *const d_key = at<T>(call.d_key, batch, kv_head), *const d_value = at<T>(call.d_value, batch, kv_head);
+    for (; untouched < to; ++untouched) {
+      memset(d_key + untouched * call.d_key.position, 0, D * sizeof(T));
+      memset(d_value + untouched * call.d_value.position, 0, D * sizeof(T));
+    }
+  }
   /// One text for all widths: they differ in a number only.
   static __attribute__((noinline)) void spread_rows(const T* p, int n, int lanes, const T* rows, T* out) {
     spread<T, Dp>(p, n, lanes, rows, out, Dp);

@@ -28,7 +28,7 @@ template <class Facts> struct ForwardAmx {
   };
   struct Scratch {
     State tiles[kTiles];
-    alignas(64) bfloat16 key[kChunk * Dp], rows[kChunk * Dp];
+    alignas(64) bfloat16 key[kChunk * Dp], rows[32 * Dp];
     alignas(64) char value[kChunk / 32 * kSlices * kTileBytes];       // A tiles [chunk][slice]
     alignas(64) char scores[2][4 * kTileBytes];                       // C tiles [first, second 16 keys][group]
     alignas(64) char p[kMost * 2 * kTileBytes];                       // B tiles [chunk][group]
@@ -68,8 +68,13 @@ template <class Facts> struct ForwardAmx {
 
   void pack(int, int64_t from, int64_t step, int count) {
     pack_row_major<D, Dp>(at<Scalar>(call.key, batch, kv_head), call.key.position, from, step, count, memory.key);
-    pack_row_major<D, Dp>(at<Scalar>(call.value, batch, kv_head), call.value.position, from, step, count, memory.rows);
-    finite = pack_transposed<Dp>(memory.rows, count, memory.value);
+    finite = true;
+    for (int n = 0; n < count; n += 32) {
+      const int rest = count - n < 32 ? count - n : 32;
+      pack_row_major<D, Dp>(at<Scalar>(call.value, batch, kv_head), call.value.position, from + step * n, step, rest,
+                            memory.rows);
+      finite &= pack_transposed<Dp>(memory.rows, memory.value + n / 32 * kSlices * kTileBytes);
+    }
   }
 
   /// The columns of one half of the lanes, two groups, in the chunk of columns [from, to).

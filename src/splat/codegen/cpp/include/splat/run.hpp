@@ -14,6 +14,7 @@
 //   end(tile, head, rows)
 //   kUnpacks, unpack()         whether, and how, what was packed is put back after its blocks
 //   kWholeHeads                whether a key head is one thread's, because its units write to the same rows
+//   open(batch, kv_head), close()   before the first and after the last unit of a key head, where kWholeHeads
 //   kOwnSegments               instead of block: tile<edges>(tile, spans, from, to, mask) works on columns [from, to)
 #pragma once
 #include "splat/walk.hpp"
@@ -234,7 +235,7 @@ Grid make_grid(const Call& call, const int32_t* groups, int64_t num_groups, int 
     const Span &a = ((const Span*)groups)[w], &b = ((const Span*)groups)[(num_groups - 1) * PassType::kWalks + w];
     first += a.x3 - a.x0, last += b.x3 - b.x0;
   }
-  grid.last_first = last > first;
+  grid.last_first = last > first && !Kernel::kWholeHeads;
   return grid;
 }
 
@@ -258,8 +259,9 @@ void run_pass(const Call& call, Pool& pool, const int32_t* const*& tables, const
     Runner<Kernel, PassType> runner{call, grid, groups, bounds, map, Kernel{call, *memory, first}};
     if constexpr (Kernel::kWholeHeads) {
       const int64_t head = apart(index, heads, pool.num_threads);
-      if (first) Kernel::clear(call, head);
+      runner.kernel.open(head / call.num_kv_heads, head % call.num_kv_heads);
       for (int64_t unit = 0; unit < units; ++unit) runner.unit(head, unit);
+      runner.kernel.close();
     } else {
       // Neighbouring units lie in one head, so that threads write to memory that is far apart.
       runner.unit(index / units, index % units);
