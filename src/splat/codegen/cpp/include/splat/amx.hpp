@@ -37,62 +37,63 @@ struct Tiles {
   ~Tiles() { asm volatile("tilerelease"); }
 };
 
-/// bfloat16 rows, padded with zeros: [count to the next multiple of 32][Dp].
-template <int D, int Dp>
-SPLAT_INLINE void pack_row_major(const bfloat16* from, int64_t position, int64_t first, int64_t step, int count,
-                                 bfloat16* to) {
-  const bfloat16* row = from + first * position;
-  for (int n = 0; n < count; ++n, row += step * position, to += Dp) {
-    memcpy(to, row, D * sizeof *to);
-    if constexpr (Dp > D) memset(to + D, 0, (Dp - D) * sizeof *to);
-  }
-  if (const int rest = -count & 31) memset(to, 0, (size_t)rest * Dp * sizeof *to);
+/// 32 rows of Dp numbers, `step` numbers from one to the next.
+struct Rows {
+  const bfloat16* at;
+  int64_t step;
+};
+
+/// Rows of D numbers, of which `count` are there; where not all are, or D is less than Dp, copies with zeros.
+template <int D, int Dp> SPLAT_INLINE Rows padded(Rows rows, int count, bfloat16* memory) {
+  if (D == Dp && count == 32) return rows;
+  memset(memory, 0, 32 * Dp * sizeof *memory);
+  for (int n = 0; n < count; ++n) memcpy(memory + n * Dp, rows.at + n * rows.step, D * sizeof *memory);
+  return {memory, Dp};
 }
 
-/// B tiles of lanes: [group][Dp / 32] tiles whose element [i][lane] holds d = 32 n + 2 i and the next.
+/// Rows of the lanes: [lane][Dp], padded with zeros.
 template <int D, int Dp>
-SPLAT_INLINE void lanes_to_tiles(const bfloat16* from, int64_t position, const LaneRows& rows, char* tiles) {
-  for (int group = 0; group < kGroups; ++group) {
-    for (int d = 0; d < Dp; d += 32, tiles += kTileBytes) {
+SPLAT_INLINE void pack_lanes(const bfloat16* from, int64_t position, const LaneRows& rows, bfloat16* to) {
+  for (int lane = 0; lane < kLanes; ++lane, to += Dp) {
+    const int64_t at = rows.at[lane];
+    if (at < 0 || Dp > D) memset(to, 0, Dp * sizeof *to);
+    if (at >= 0) memcpy(to, from + at * position, D * sizeof *to);
+  }
+}
+
+/// B tiles of 32 rows, [Dp / 32][first, second 16 rows]: element [i][2 n], [i][2 n + 1] is row n's d = 2 i and the
+/// next.
+template <int Dp> SPLAT_INLINE void rows_to_columns(Rows rows, char* tiles) {
+  for (int d = 0; d < Dp; d += 32)
+    for (int half = 0; half < 2; ++half, tiles += kTileBytes) {
       Vec<float> square[16];
       SPLAT_UNROLL
-      for (int n = 0; n < 16; ++n) {
-        const int32_t at = rows.at[group * kGroup + n];
-        alignas(64) bfloat16 part[32] = {};
-        if (at < 0) square[n] = Vec<float>{};
-        else if (d + 32 <= D) memcpy(&square[n], from + at * position + d, 64);
-        else memcpy(part, from + at * position + d, (D - d) * sizeof *part), memcpy(&square[n], part, 64);
-      }
+      for (int n = 0; n < 16; ++n) memcpy(&square[n], rows.at + (half * 16 + n) * rows.step + d, 64);
       transpose<float>(square);
       SPLAT_UNROLL
       for (int n = 0; n < 16; ++n) memcpy(tiles + n * 64, &square[n], 64);
     }
-  }
 }
 
-/// A tiles of 32 packed rows, transposed: [Dp / 16] tiles; element [d][2 r], [d][2 r + 1] of rows r, 16 + r.
-/// Returns whether all of them are finite.
-template <int Dp> SPLAT_INLINE bool pack_transposed(const bfloat16* packed, char* tiles) {
+/// B tiles of 32 rows, [Dp / 16]: element [r][2 d], [r][2 d + 1] is that of rows r and 16 + r. Returns whether all
+/// of them are finite.
+template <int Dp> SPLAT_INLINE bool pair_rows(Rows rows, char* tiles) {
   typedef uint16_t Half __attribute__((vector_size(32)));
   typedef uint16_t Halves __attribute__((vector_size(64)));
   Halves largest = {};  // magnitude
-  for (int d = 0; d < Dp; d += 16, tiles += kTileBytes) {
-    Vec<float> square[16];
+  for (int r = 0; r < 16; ++r)
     SPLAT_UNROLL
-    for (int r = 0; r < 16; ++r) {
+    for (int d = 0; d < Dp; d += 16) {
       Half a, b;
-      memcpy(&a, packed + r * Dp + d, sizeof a);
-      memcpy(&b, packed + (16 + r) * Dp + d, sizeof b);
+      memcpy(&a, rows.at + r * rows.step + d, sizeof a);
+      memcpy(&b, rows.at + (16 + r) * rows.step + d, sizeof b);
       const Vec<uint32_t> low = __builtin_convertvector(a, Vec<uint32_t>);
       const Vec<uint32_t> high = __builtin_convertvector(b, Vec<uint32_t>) << 16;
-      square[r] = bits_as<Vec<float>>(low | high);
-      const Halves magnitude = bits_as<Halves>(square[r]) & 0x7fff;
+      const Vec<uint32_t> pair = low | high;
+      const Halves magnitude = bits_as<Halves>(pair) & 0x7fff;
       largest = largest > magnitude ? largest : magnitude;
+      memcpy(tiles + d / 16 * kTileBytes + r * 64, &pair, sizeof pair);
     }
-    transpose<float>(square);
-    SPLAT_UNROLL
-    for (int n = 0; n < 16; ++n) memcpy(tiles + n * 64, &square[n], 64);
-  }
   return !any<float>(bits_as<Vec<int32_t>>((Halves)(largest >= 0x7f80)));
 }
 

@@ -1,8 +1,18 @@
-// Attention in bfloat16 on matrix tiles: what forward.hpp computes, 32 keys by 32 queries at a time.
+// Attention in bfloat16 on matrix tiles: what forward.hpp computes, 32 queries by 32 keys at a time.
 //
-// The exponentials take longer than the products, so that the products of the next 32 keys are put between them. Weights
-// are taken against a base that is set once, 2^40 above the largest score of some keys, and hardly ever changes: a weight
-// of 2 or more is seen in its bits, and the keys are done again with a larger base.
+//     scores   S[query][key]  =  sum_d    Q[query][d] * K[key][d]      rows of Q as they are, keys transposed
+//     output   O[query][d]   +=  sum_key  P[query][key] * V[key][d]    rows of P as they are, pairs of V's rows
+//
+// The exponentials take longer than the products, which are put between them: while the weights of one chunk of 32 keys
+// are made, so are the scores of the next one, and a part of the output of some chunks before, 32 columns wide:
+//
+//     weights      P0       P1       P2        P3        P4        P5        P6        P7
+//     scores       S1       S2       S3        S4        S5        S6        S7
+//     output                         O[:, :32] O[:, 32:] O[:, :32] O[:, 32:] O[:, :32] O[:, 32:] ...      64 columns
+//                                    +=  P0 V0 + P1 V1   +=  P2 V2 + P3 V3   +=  P4 V4 + P5 V5
+//
+// Weights are taken against a base that is set once, 2^40 above the largest score of a chunk, and hardly ever changes: a
+// weight of 2 or more is seen in its bits, and the chunk's weights are made again with a larger base.
 #pragma once
 #include "splat/amx.hpp"
 #include "splat/run.hpp"
@@ -14,25 +24,33 @@ template <class Facts> struct ForwardAmx {
   using T = float;
   using V = Vec<float>;
   static constexpr int D = Facts::head_dim, Dp = (D + 31) / 32 * 32, kSteps = Dp / 32, kSlices = Dp / 16;
+  static constexpr int kBatch = kSteps;  // chunks whose output is made at once: as many as it has parts
   static constexpr bool kKeysInLanes = false, kGuard = Facts::guard, kFill = Facts::fill, kOwnSegments = true;
   static constexpr bool kUnpacks = false, kWholeHeads = false;
-  static constexpr int kVectors = kMaxVectors, kTiles = kTilesOf<(4 + 2) * Dp * kLanes>;
-  static constexpr int kChunk = kChunkOf<2 * 2 * Dp>, kMost = 8;  // chunks of 32 keys in a block
+  static constexpr int kVectors = kMaxVectors;
+  static constexpr int kTiles = within(1, (896 << 10) / ((4 + 2) * Dp * kLanes), 16);
+  static constexpr int kChunk = kChunkOf<2 * 2 * Dp>;
+  static constexpr int kPart = 32;  // lanes that are worked on at once
   static constexpr float kHeadroom = 40;
 
   struct State {
-    alignas(64) char query[kGroups * kSteps * kTileBytes];  // B tiles [group][step]
-    alignas(64) float sum[Dp * kLanes];                     // [d][lane]
-    alignas(64) float base[kLanes], total[kLanes];          // weights are 2^(score - base)
-    bool known[2];                                          // whether `base` is set, in each half of the lanes
+    alignas(64) bfloat16 query[kLanes * Dp];
+    alignas(64) float sum[kLanes * Dp];       // [lane][d]
+    // Of weights, 16 parts that are still to be added up; `current` says which of two holds them.
+    alignas(64) float total[2][kLanes * 16];
+    alignas(64) float base[kLanes];  // weights are 2^(score - base)
+    // Of each part of the lanes.
+    bool known[kLanes / kPart], summed[kLanes / kPart];  // whether `base` is set, and `sum`
+    int current[kLanes / kPart];
   };
   struct Scratch {
     State tiles[kTiles];
-    alignas(64) bfloat16 key[kChunk * Dp], rows[32 * Dp];
-    alignas(64) char value[kChunk / 32 * kSlices * kTileBytes];       // A tiles [chunk][slice]
-    alignas(64) char scores[2][4 * kTileBytes];                       // C tiles [first, second 16 keys][group]
-    alignas(64) char p[kMost * 2 * kTileBytes];                       // B tiles [chunk][group]
-    alignas(64) char clean[kMost * kSlices * kTileBytes];
+    alignas(64) char key[kChunk / 32 * kSteps * 2 * kTileBytes];   // B tiles [chunk][step][first, second 16 keys]
+    alignas(64) char value[kChunk / 32 * kSlices * kTileBytes];    // B tiles [chunk][slice]
+    alignas(64) bfloat16 rows[32 * Dp];
+    alignas(64) char scores[2][4 * kTileBytes];                    // C tiles [group][first, second 16 keys]
+    alignas(64) char p[2 * kBatch][2 * kTileBytes];                // A tiles [group]
+    alignas(64) char clean[2 * kBatch][kSlices * kTileBytes];
   };
 
   const Call& call;
@@ -52,33 +70,37 @@ template <class Facts> struct ForwardAmx {
 
   void begin(int tile, int head, const LaneRows& rows) {
     State& s = memory.tiles[tile];
-    lanes_to_tiles<D, Dp>(at<Scalar>(call.query, batch, q_head + head), call.query.position, rows, s.query);
-    s.known[0] = s.known[1] = !first;
-    memset(s.sum, 0, sizeof s.sum);
-    memset(s.total, 0, sizeof s.total);
+    pack_lanes<D, Dp>(at<Scalar>(call.query, batch, q_head + head), call.query.position, rows, s.query);
+    for (int part = 0; part < kLanes / kPart; ++part) s.known[part] = s.summed[part] = !first, s.current[part] = 0;
+    memset(s.total[0], 0, sizeof s.total[0]);
     for (int lane = 0; lane < kLanes; ++lane) s.base[lane] = -kInfinity<T>;
     if (first) return;
-    rows_to_lanes<Scalar, D>(at<Scalar>(call.out, batch, q_head + head), call.out.position, rows, 1, s.sum);
+    const Scalar* out = at<Scalar>(call.out, batch, q_head + head);
     const T* lse = at<T>(call.lse, batch, q_head + head);
     for (int lane = 0; lane < kLanes; ++lane) {
-      s.base[lane] = rows.at[lane] < 0 ? -kInfinity<T> : lse[rows.at[lane] * call.lse.position] * kLog2e<T>;
-      s.total[lane] = s.base[lane] == -kInfinity<T> ? 0 : 1;
+      const int64_t row = rows.at[lane];
+      memset(s.sum + lane * Dp, 0, Dp * sizeof(float));
+      if (row < 0) continue;
+      for (int d = 0; d < D; ++d) s.sum[lane * Dp + d] = to_compute(out[row * call.out.position + d]);
+      s.base[lane] = lse[row * call.lse.position] * kLog2e<T>;
+      s.total[0][lane * 16] = s.base[lane] == -kInfinity<T> ? 0 : 1;
     }
   }
 
   void pack(int, int64_t from, int64_t step, int count) {
-    pack_row_major<D, Dp>(at<Scalar>(call.key, batch, kv_head), call.key.position, from, step, count, memory.key);
     finite = true;
     for (int n = 0; n < count; n += 32) {
-      const int rest = count - n < 32 ? count - n : 32;
-      pack_row_major<D, Dp>(at<Scalar>(call.value, batch, kv_head), call.value.position, from + step * n, step, rest,
-                            memory.rows);
-      finite &= pack_transposed<Dp>(memory.rows, memory.value + n / 32 * kSlices * kTileBytes);
+      auto rows = [&](const Array& array) {
+        const Rows here{at<Scalar>(array, batch, kv_head) + (from + step * n) * array.position, step * array.position};
+        return padded<D, Dp>(here, count - n < 32 ? count - n : 32, memory.rows);
+      };
+      rows_to_columns<Dp>(rows(call.key), memory.key + n / 32 * kSteps * 2 * kTileBytes);
+      finite &= pair_rows<Dp>(rows(call.value), memory.value + n / 32 * kSlices * kTileBytes);
     }
   }
 
-  /// The columns of one half of the lanes, two groups, in the chunk of columns [from, to).
-  template <class M> struct Half {
+  /// The columns of one part of the lanes, two groups, in the chunk of columns [from, to).
+  template <class M> struct Part {
     const M& mask;
     int lane, from, to;
     Span span[2];
@@ -87,61 +109,112 @@ template <class Facts> struct ForwardAmx {
       const int x = from + 32 * chunk;
       return x + 32 <= to && x >= span[0].x1 && x >= span[1].x1 && x + 32 <= span[0].x2 && x + 32 <= span[1].x2;
     }
-    /// Which lanes of a group have column x.
-    template <bool kEdges> SPLAT_INLINE Vec<int32_t> keep(int x, int group) const {
-      const Span& s = span[group];
-      if (x < s.x0 || x >= s.x3 || x >= to) return Vec<int32_t>{};
-      if constexpr (!kEdges) return ~Vec<int32_t>{};
-      else return x >= s.x1 && x < s.x2 ? ~Vec<int32_t>{} : mask.keep(x, lane + group * kGroup);
+    /// Which of 16 columns from x on a row has.
+    template <bool kEdges> SPLAT_INLINE Vec<int32_t> keep(int x, int row) const {
+      static constexpr Vec<int32_t> kNumbers = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+      const Span& s = span[row / kGroup];
+      const Vec<int32_t> at = kNumbers + x, some = (at >= s.x0) & (at < (s.x3 < to ? s.x3 : to));
+      if constexpr (kEdges) return some & mask.keep_columns(at, lane + row);
+      else return some;
     }
   };
 
   template <bool kEdges, class M>
   void tile(int index, const Span* const (&spans)[kGroups], int from, int to, const M& mask) {
-    for (int part = 0; part < 2; ++part) {
-      Half<M> half{mask, part * 32, from, to, {}};
+    for (int lane = 0; lane < kLanes; lane += kPart) {
+      Part<M> part{mask, lane, from, to, {}};
       int low = 1 << 30, high = -(1 << 30);
       for (int g = 0; g < 2; ++g) {
-        if (!spans[2 * part + g] || spans[2 * part + g]->x0 >= spans[2 * part + g]->x3) continue;
-        half.span[g] = *spans[2 * part + g];
-        if (half.span[g].x0 < low) low = half.span[g].x0;
-        if (half.span[g].x3 > high) high = half.span[g].x3;
+        const Span* span = spans[lane / kGroup + g];
+        if (!span || span->x0 >= span->x3) continue;
+        part.span[g] = *span;
+        if (span->x0 < low) low = span->x0;
+        if (span->x3 > high) high = span->x3;
       }
       if (low < from) low = from;
       if (high > to) high = to;
       if (low >= high) continue;
-      const int begin = (low - from) / 32, end = (high - from + 31) / 32, parts = (end - begin + kMost - 1) / kMost;
-      const int size = (end - begin + parts - 1) / parts;
-      for (int c = begin; c < end; c += size) block<kEdges>(memory.tiles[index], half, c, c + size < end ? size : end - c);
+      chunks<kEdges>(memory.tiles[index], part, (low - from) / 32, (high - from + 31) / 32);
     }
   }
 
   void end(int tile, int head, const LaneRows& rows) {
     State& s = memory.tiles[tile];
-    alignas(64) T factor[kLanes];
-    finish_softmax(s.base, s.total, rows, factor, at<T>(call.lse, batch, q_head + head), call.lse.position);
-    lanes_to_rows<Scalar, D>(s.sum, factor, rows, at<Scalar>(call.out, batch, q_head + head), call.out.position);
+    alignas(64) T total[kLanes], factor[kLanes];
+    for (int lane = 0; lane < kLanes; lane += 16) add_up(s.total[s.current[lane / kPart]] + lane * 16, total + lane);
+    for (int part = 0; part < kLanes / kPart; ++part)
+      if (!s.summed[part]) memset(s.sum + part * kPart * Dp, 0, kPart * Dp * sizeof(float));
+    finish_softmax(s.base, total, rows, factor, at<T>(call.lse, batch, q_head + head), call.lse.position);
+    Scalar* out = at<Scalar>(call.out, batch, q_head + head);
+    for (int lane = 0; lane < kLanes; ++lane) {
+      if (rows.at[lane] < 0) continue;
+      const float* sum = s.sum + lane * Dp;
+      Scalar* row = out + rows.at[lane] * call.out.position;
+      const V times = splat_of(factor[lane]);
+      for (int d = 0; d < D / 16 * 16; d += 16) store_as<Scalar>(row + d, load(sum + d) * times);
+      for (int d = D / 16 * 16; d < D; ++d) row[d] = from_compute<Scalar>(sum[d] * factor[lane]);
+    }
   }
 
  private:
-  /// The products of 32 keys and 32 queries, step by step: `between(n)` is called after each of the 4 kSteps products.
-  template <class Between> SPLAT_INLINE void products(const State& s, int lane, int chunk, char* to, Between&& between) {
-    const char* query = s.query + lane / kGroup * kSteps * kTileBytes;
-    const bfloat16* key = memory.key + chunk * 32 * Dp;
-    tile_zero<0>(), tile_zero<1>(), tile_zero<2>(), tile_zero<3>();
-    SPLAT_UNROLL
-    for (int n = 0; n < kSteps; ++n) {
-      tile_load<4>(key + n * 32, Dp * 2);
-      tile_load<6>(query + n * kTileBytes, 64);
-      tile_dot<0, 4, 6>(), between(4 * n);
-      tile_load<7>(query + (kSteps + n) * kTileBytes, 64);
-      tile_dot<1, 4, 7>(), between(4 * n + 1);
-      tile_load<5>(key + 16 * Dp + n * 32, Dp * 2);
-      tile_dot<2, 5, 6>(), between(4 * n + 2);
-      tile_dot<3, 5, 7>(), between(4 * n + 3);
-    }
+  // -- products on tiles, one by one: `n` is known to the compiler --
+
+  /// Of the scores of a chunk, [group][first, second 16 keys].
+  static constexpr int kScores = 4 * kSteps;
+  SPLAT_INLINE void score_product(const State& s, int lane, int chunk, char* to, int n) {
+    const bfloat16* query = s.query + lane * Dp + n / 4 * 32;
+    const char* key = memory.key + (chunk * kSteps + n / 4) * 2 * kTileBytes;
+    if (n == 0) tile_zero<0>(), tile_zero<1>(), tile_zero<2>(), tile_zero<3>();
+    if (n % 4 == 0) tile_load<4>(query, Dp * 2), tile_load<6>(key, 64), tile_dot<0, 4, 6>();
+    if (n % 4 == 1) tile_load<7>(key + kTileBytes, 64), tile_dot<1, 4, 7>();
+    if (n % 4 == 2) tile_load<5>(query + 16 * Dp, Dp * 2), tile_dot<2, 5, 6>();
+    if (n % 4 == 3) tile_dot<3, 5, 7>();
+    if (n + 1 < kScores) return;
     tile_store<0>(to, 64), tile_store<1>(to + kTileBytes, 64);
     tile_store<2>(to + 2 * kTileBytes, 64), tile_store<3>(to + 3 * kTileBytes, 64);
+  }
+
+  /// Chunks that have weights, to be multiplied by their values; `part` columns of 32 have been.
+  struct Batch {
+    int chunk, count, part;
+    bool is_first;  // nothing has been summed before
+  };
+  /// Of weights and values, added to 32 columns of the sums.
+  static constexpr int kSums = 4 * kBatch;
+  SPLAT_INLINE void sum_product(State& s, int lane, const Batch& batch, int n) {
+    constexpr int64_t kRow = Dp * sizeof(float);
+    if (n / 4 >= batch.count) return;
+    float *const sum = s.sum + lane * Dp + batch.part * 32, *const second = sum + 16 * Dp;
+    const int slot = (batch.chunk + n / 4) % (2 * kBatch);
+    const char* const p = memory.p[slot];
+    const char* const values = finite ? memory.value + (batch.chunk + n / 4) * kSlices * kTileBytes : memory.clean[slot];
+    const char* const v = values + batch.part * 2 * kTileBytes;
+    if (n == 0) {
+      if (batch.is_first) {
+        tile_zero<0>(), tile_zero<1>(), tile_zero<2>(), tile_zero<3>();
+      } else {
+        tile_load<0>(sum, kRow), tile_load<1>(sum + 16, kRow), tile_load<2>(second, kRow), tile_load<3>(second + 16, kRow);
+      }
+    }
+    if (n % 4 == 0) tile_load<4>(p, 64), tile_load<6>(v, 64), tile_dot<0, 4, 6>();
+    if (n % 4 == 1) tile_load<7>(v + kTileBytes, 64), tile_dot<1, 4, 7>();
+    if (n % 4 == 2) tile_load<5>(p + kTileBytes, 64), tile_dot<2, 5, 6>();
+    if (n % 4 == 3) tile_dot<3, 5, 7>();
+    if (n % 4 < 3 || n / 4 + 1 < batch.count) return;
+    tile_store<0>(sum, kRow), tile_store<1>(sum + 16, kRow), tile_store<2>(second, kRow), tile_store<3>(second + 16, kRow);
+  }
+  /// What is left of a batch.
+  void finish(State& s, int lane, Batch& batch) {
+    if (!batch.count) return;
+    for (; batch.part < kSteps; ++batch.part)
+      for (int n = 0; n < 4 * batch.count; ++n) sum_product(s, lane, batch, n);
+    s.summed[lane / kPart] = true;
+    batch.count = 0;
+  }
+
+  /// Of a row of queries: its products with the first or second 16 keys.
+  static SPLAT_INLINE V product(const char* scores, int row, int half) {
+    return load((const float*)(scores + (row / 16 * 2 + half) * kTileBytes) + row % 16 * 16);
   }
 
   SPLAT_INLINE V score(V product) const {
@@ -149,154 +222,138 @@ template <class Facts> struct ForwardAmx {
     else return product * scale;
   }
   SPLAT_INLINE V weight(V product, V base) const { return exp2<T, true>(score(product) - base); }
-  /// Row r of a weight tile: keys r and 16 + r, rounded to bfloat16.
+  /// A row of a weight tile: keys r and 16 + r side by side, rounded to bfloat16.
   static SPLAT_INLINE Vec<uint32_t> paired(V a, V b) {
     return ((bits_as<Vec<uint32_t>>(a) + 0x8000u) >> 16) | ((bits_as<Vec<uint32_t>>(b) + 0x8000u) & 0xffff0000u);
   }
 
-  /// What the weights of a block add up to, in each group of lanes, and all their bits.
-  struct Sums {
-    V total[2];
-    Vec<uint32_t> seen;
+  /// What the weights of a chunk are made of and go to.
+  template <class M> struct Chunk {
+    const Part<M>& part;
+    int x;  // its first column
+    const float *base, *before;
+    const char* scores;
+    char* p;
+    float* total;
+    Vec<uint32_t> seen;  // all bits of all weights
+
+    template <bool kMasked, bool kEdges> SPLAT_INLINE void row(const ForwardAmx& kernel, int row) {
+      const V of_row = splat_of(base[row]);
+      V a = kernel.weight(product(scores, row, 0), of_row), b = kernel.weight(product(scores, row, 1), of_row);
+      if constexpr (kMasked) {
+        a = part.template keep<kEdges>(x, row) ? a : V{};
+        b = part.template keep<kEdges>(x + 16, row) ? b : V{};
+      }
+      const Vec<uint32_t> pair = paired(a, b);
+      seen |= pair;
+      memcpy(p + row / 16 * kTileBytes + row % 16 * 64, &pair, sizeof pair);
+      store(total + row * 16, load(before + row * 16) + (a + b));
+    }
   };
 
-  SPLAT_INLINE void weights_row(const char* scores, char* p, int r, int group, V base, Sums& sums) const {
-    const V a = weight(load((const float*)(scores + group * kTileBytes) + r * 16), base);
-    const V b = weight(load((const float*)(scores + (2 + group) * kTileBytes) + r * 16), base);
-    const Vec<uint32_t> pair = paired(a, b);
-    sums.total[group] += a + b;
-    sums.seen |= pair;
-    memcpy(p + group * kTileBytes + r * 64, &pair, sizeof pair);
-  }
-
+  /// Chunks [begin, end) of a part of a tile.
   template <bool kEdges, class M>
-  void masked_weights(const Half<M>& half, int chunk, const char* scores, char* p, const V (&base)[2],
-                      Sums& sums) const {
-    for (int group = 0; group < 2; ++group)
-      for (int r = 0; r < 16; ++r) {
-        V w[2];
-        for (int k = 0; k < 2; ++k) {
-          const Vec<int32_t> keep = half.template keep<kEdges>(half.from + 32 * chunk + 16 * k + r, group);
-          const V product = load((const float*)(scores + (2 * k + group) * kTileBytes) + r * 16);
-          w[k] = keep ? weight(product, base[group]) : V{};
-        }
-        const Vec<uint32_t> pair = paired(w[0], w[1]);
-        sums.total[group] += w[0] + w[1];
-        sums.seen |= pair;
-        memcpy(p + group * kTileBytes + r * 64, &pair, sizeof pair);
+  __attribute__((noinline)) void chunks(State& s, const Part<M>& part, int begin, int end) {
+    const int lane = part.lane, number = lane / kPart;
+    Batch batch = {}, coming = {begin, 0, 0, false};
+    auto advance = [&] {
+      finish(s, lane, batch);
+      batch = {coming.chunk, coming.count, 0, !s.summed[number]};
+      coming = {coming.chunk + coming.count, 0, 0, false};
+    };
+    for (int n = 0; n < kScores; ++n) score_product(s, lane, begin, memory.scores[begin & 1], n);
+    for (int k = begin; k < end; ++k) {
+      const int x = part.from + 32 * k, slot = k % (2 * kBatch);
+      const bool full = part.is_full(k);
+      if (coming.count == kBatch) advance();
+      if (!s.known[number]) raise<kEdges>(s, part, x, full, memory.scores[k & 1]);
+      for (bool accept = false;; accept = true) {
+        const int now = s.current[number];
+        Chunk<M> chunk{part, x, s.base + lane, s.total[now] + lane * 16, memory.scores[k & 1], memory.p[slot],
+                       s.total[!now] + lane * 16, {}};
+        const int next = !accept && k + 1 < end ? k + 1 : -1;
+        if (full) weights<false, kEdges>(s, chunk, next, batch);
+        else weights<true, kEdges>(s, chunk, next, batch);
+        if (accept || !any<float>(bits_as<Vec<int32_t>>(chunk.seen & 0x40004000u))) break;
+        advance(), advance();  // weights against the present base
+        raise<kEdges>(s, part, x, full, memory.scores[k & 1]);
       }
+      s.current[number] = !s.current[number];
+      if (!finite) clean_values<kEdges>(part, x, memory.value + k * kSlices * kTileBytes, memory.clean[slot]);
+      ++coming.count;
+    }
+    advance(), advance();
   }
 
-  template <bool kEdges, class M>
-  __attribute__((noinline)) void block(State& s, const Half<M>& half, int chunk, int count) {
-    if (!s.known[half.lane / 32]) {
-      int best = 0;
-      while (best + 1 < count && !half.is_full(chunk + best)) ++best;
-      if (!half.is_full(chunk + best)) best = 0;
-      raise<kEdges>(s, half, chunk + best, 1);
-      s.known[half.lane / 32] = true;
+  /// A chunk's weights, between the scores of chunk `next`, if it is one, and the next part of a batch.
+  template <bool kMasked, bool kEdges, class M>
+  SPLAT_INLINE void weights(State& s, Chunk<M>& chunk, int next, Batch& batch) {
+    const int lane = chunk.part.lane;
+    constexpr int kAll = kScores + kSums;
+    char* const scores = memory.scores[chunk.scores == memory.scores[0]];
+    const bool sums = batch.part < kSteps;
+    SPLAT_UNROLL
+    for (int n = 0; n < kAll; ++n) {
+      if (n < kScores && next >= 0) score_product(s, lane, next, scores, n);
+      if (n >= kScores && sums) sum_product(s, lane, batch, n - kScores);
+      SPLAT_UNROLL
+      for (int row = n * kPart / kAll; row < (n + 1) * kPart / kAll; ++row)
+        chunk.template row<kMasked, kEdges>(*this, row);
     }
-    if (!weights<kEdges>(s, half, chunk, count, false)) {
-      raise<kEdges>(s, half, chunk, count);
-      weights<kEdges>(s, half, chunk, count, true);
-    }
-    const char* value = memory.value + chunk * kSlices * kTileBytes;
-    if (!finite) value = clean_values<kEdges>(half, chunk, count);
-    sum_up(s, half.lane, value, count);
+    if (sums) ++batch.part;
   }
 
-  /// Weights of `count` chunks, added to the lanes' totals; false, and nothing added, where one is too large for the base
-  /// and not accepted as it is.
+  /// A base `kHeadroom` above all scores of a chunk; what was summed is scaled down to it.
   template <bool kEdges, class M>
-  bool weights(State& s, const Half<M>& half, int chunk, int count, bool accept) {
-    const V base[2] = {load(s.base + half.lane), load(s.base + half.lane + kGroup)};
-    Sums sums = {};
-    products(s, half.lane, chunk, memory.scores[0], [](int) {});
-    for (int k = 0; k < count; ++k) {
-      char *const now = memory.scores[k & 1], *const next = memory.scores[~k & 1], *const p = memory.p + k * 2 * kTileBytes;
-      const bool more = k + 1 < count;
-      if (half.is_full(chunk + k)) {
-        constexpr int kRowsOf = 32 / (4 * kSteps) > 0 ? 32 / (4 * kSteps) : 1;  // between two products
-        if (more) {
-          products(s, half.lane, chunk + k + 1, next, [&](int n) {
-            SPLAT_UNROLL
-            for (int i = 0; i < kRowsOf; ++i) {
-              const int row = n * kRowsOf + i;
-              if (row < 32) weights_row(now, p, row & 15, row >> 4, base[row >> 4], sums);
-            }
-          });
+  __attribute__((noinline)) void raise(State& s, const Part<M>& part, int x, bool full, const char* scores) {
+    const int number = part.lane / kPart;
+    for (int row = 0; row < kPart; row += 16) {
+      V square[16], most = splat_of(-kInfinity<T>);
+      for (int n = 0; n < 16; ++n) {
+        V a = score(product(scores, row + n, 0)), b = score(product(scores, row + n, 1));
+        if (!full) {
+          a = part.template keep<kEdges>(x, row + n) ? a : splat_of(-kInfinity<T>);
+          b = part.template keep<kEdges>(x + 16, row + n) ? b : splat_of(-kInfinity<T>);
         }
-        for (int row = more ? 4 * kSteps * kRowsOf : 0; row < 32; ++row)
-          weights_row(now, p, row & 15, row >> 4, base[row >> 4], sums);
-      } else {
-        if (more) products(s, half.lane, chunk + k + 1, next, [](int) {});
-        masked_weights<kEdges>(half, chunk + k, now, p, base, sums);
+        square[n] = larger<T>(a, larger<T>(b, most));
+      }
+      transpose<float>(square);
+      SPLAT_UNROLL
+      for (int n = 0; n < 16; ++n) most = larger<T>(square[n], most);
+      float* const base = s.base + part.lane + row;
+      const V old = load(base), next = larger<T>(old, most + kHeadroom);
+      store(base, next);
+      alignas(64) float factor[16];
+      store(factor, next == old ? splat_of(1.f) : exp2<T>(old - next));
+      for (int n = 0; n < 16; ++n) {
+        const int lane = part.lane + row + n;
+        float *const total = s.total[s.current[number]] + lane * 16, *const sum = s.sum + lane * Dp;
+        store(total, load(total) * factor[n]);
+        for (int d = 0; d < Dp && s.summed[number]; d += 16) store(sum + d, load(sum + d) * factor[n]);
       }
     }
-    if (!accept && any<float>(bits_as<Vec<int32_t>>(sums.seen & 0x40004000u))) return false;
-    for (int group = 0; group < 2; ++group) {
-      float* const total = s.total + half.lane + group * kGroup;
-      store(total, load(total) + sums.total[group]);
-    }
-    return true;
+    s.known[number] = true;
   }
 
-  /// A base `kHeadroom` above all scores of `count` chunks; what was summed is scaled down to it.
-  template <bool kEdges, class M>
-  __attribute__((noinline)) void raise(State& s, const Half<M>& half, int chunk, int count) {
-    V most[2] = {splat_of(-kInfinity<T>), splat_of(-kInfinity<T>)};
-    for (int k = 0; k < count; ++k) {
-      const bool full = half.is_full(chunk + k);
-      products(s, half.lane, chunk + k, memory.scores[0], [](int) {});
-      for (int group = 0; group < 2; ++group)
-        for (int r = 0; r < 32; ++r) {
-          V product = load((const float*)(memory.scores[0] + (r / 16 * 2 + group) * kTileBytes) + r % 16 * 16);
-          product = score(product);
-          if (!full) {
-            const Vec<int32_t> keep = half.template keep<kEdges>(half.from + 32 * (chunk + k) + r, group);
-            product = keep ? product : splat_of(-kInfinity<T>);
-          }
-          most[group] = larger<T>(product, most[group]);
-        }
-    }
-    for (int group = 0; group < 2; ++group) {
-      const int lane = half.lane + group * kGroup;
-      const V old = load(s.base + lane), next = larger<T>(old, most[group] + kHeadroom);
-      const V factor = next == old ? splat_of(1.f) : exp2<T>(old - next);
-      store(s.base + lane, next);
-      if (!s.known[half.lane / 32]) continue;
-      store(s.total + lane, load(s.total + lane) * factor);
-      for (int d = 0; d < Dp; ++d) store(s.sum + d * kLanes + lane, load(s.sum + d * kLanes + lane) * factor);
-    }
+  /// The sums of 16 rows of 16 numbers.
+  static SPLAT_INLINE void add_up(const float* rows, float* to) {
+    V square[16], sum = {};
+    SPLAT_UNROLL
+    for (int n = 0; n < 16; ++n) square[n] = load(rows + n * 16);
+    transpose<float>(square);
+    SPLAT_UNROLL
+    for (int n = 0; n < 16; ++n) sum += square[n];
+    store(to, sum);
   }
 
-  /// The value tiles without the keys that no lane has, so that nothing of them reaches a result.
-  template <bool kEdges, class M> const char* clean_values(const Half<M>& half, int chunk, int count) {
-    memcpy(memory.clean, memory.value + chunk * kSlices * kTileBytes, count * kSlices * kTileBytes);
-    for (int n = 0; n < 32 * count; ++n) {
+  /// Value tiles of a chunk without the keys that no row has, so that nothing of them reaches a result.
+  template <bool kEdges, class M> void clean_values(const Part<M>& part, int x, const char* value, char* to) const {
+    memcpy(to, value, kSlices * kTileBytes);
+    for (int half = 0; half < 2; ++half) {
       Vec<int32_t> some = {};
-      for (int group = 0; group < 2; ++group) some |= half.template keep<kEdges>(half.from + 32 * chunk + n, group);
-      if (any<float>(some)) continue;
-      auto* tiles = (uint16_t*)(memory.clean + n / 32 * kSlices * kTileBytes);
-      for (int d = 0; d < Dp; ++d) tiles[d * 32 + n % 16 * 2 + n % 32 / 16] = 0;
-    }
-    return memory.clean;
-  }
-
-  SPLAT_INLINE void sum_up(State& s, int lane, const char* value, int count) {
-    constexpr int64_t kRow = kLanes * sizeof(float);
-    for (int n = 0; n < kSlices; n += 2) {
-      float* const sum = s.sum + n * 16 * kLanes + lane;
-      tile_load<0>(sum, kRow), tile_load<1>(sum + kGroup, kRow);
-      tile_load<2>(sum + 16 * kLanes, kRow), tile_load<3>(sum + 16 * kLanes + kGroup, kRow);
-      for (int k = 0; k < count; ++k) {
-        const char *const p = memory.p + k * 2 * kTileBytes, *const v = value + (k * kSlices + n) * kTileBytes;
-        tile_load<4>(v, 64), tile_load<6>(p, 64), tile_dot<0, 4, 6>();
-        tile_load<7>(p + kTileBytes, 64), tile_dot<1, 4, 7>();
-        tile_load<5>(v + kTileBytes, 64), tile_dot<2, 5, 6>(), tile_dot<3, 5, 7>();
-      }
-      tile_store<0>(sum, kRow), tile_store<1>(sum + kGroup, kRow);
-      tile_store<2>(sum + 16 * kLanes, kRow), tile_store<3>(sum + 16 * kLanes + kGroup, kRow);
+      for (int row = 0; row < kPart; ++row) some |= part.template keep<kEdges>(x + half * 16, row);
+      for (int r = 0; r < 16; ++r)
+        for (int d = 0; d < Dp && !some[r]; ++d) ((uint16_t*)to)[d / 16 * 512 + r * 32 + d % 16 * 2 + half] = 0;
     }
   }
 

@@ -138,6 +138,7 @@ template <class Kernel, class PassType> struct Runner {
         if (b > to) to = b;
       }
       if (from >= to) continue;
+      if constexpr (Kernel::kOwnSegments) from = (int32_t)floor_to(from, 32);  // the same parts, wherever a unit begins
       kernel.pack(head, residue + kStride * from, kStride, to - from);
       for (int t = 0; t < num_tiles; ++t)
         if (low[t] < to && high[t] > from) tile<WalkType>(t, number, n, from, to < high[t] ? to : high[t]);

@@ -58,21 +58,33 @@ struct Mask<T, Walk<kStride, kFull, kEdges, Tests...>> {
     ((out |= keep_one<Tests>(x, lane, n++)), ...);
     return out;
   }
+  /// Which of some columns a lane has.
+  SPLAT_INLINE Vec<Int<T>> keep_columns(Vec<Int<T>> x, int lane) const {
+    Vec<Int<T>> out = {};
+    int n = 0;
+    ((out |= keep_of<Tests>(x, splat_of(bounds[n * 2][lane]), splat_of(bounds[n * 2 + 1][lane])), ++n), ...);
+    return out;
+  }
 
  private:
   template <class One> void gather_one(const int32_t* table, int64_t num_rows, const LaneRows& rows, int n) {
     for (int side = 0; side < 2; ++side) {
       const int32_t* from = table + (One::kBound * 2 + side) * num_rows;
+      if (sizeof(T) == 4 && rows.complete && rows.at[kLanes - 1] == rows.at[0] + kLanes - 1) {  // neighbours, ascending
+        memcpy(bounds[n * 2 + side], from + rows.at[0], sizeof bounds[0]);
+        continue;
+      }
       for (int lane = 0; lane < kLanes; ++lane)  // no column is kept in a lane without a row
         bounds[n * 2 + side][lane] = rows.at[lane] >= 0 ? from[rows.at[lane]] : (side ? -(1 << 30) : 1 << 30);
     }
   }
   template <class One> SPLAT_INLINE Vec<Int<T>> keep_one(int x, int lane, int n) const {
-    const Vec<Int<T>> at = splat_of((Int<T>)x);
-    if constexpr (One::kLower && One::kUpper)
-      return (at >= load(bounds[n * 2] + lane)) & (at < load(bounds[n * 2 + 1] + lane));
-    else if constexpr (One::kLower) return at >= load(bounds[n * 2] + lane);
-    else return at < load(bounds[n * 2 + 1] + lane);
+    return keep_of<One>(splat_of((Int<T>)x), load(bounds[n * 2] + lane), load(bounds[n * 2 + 1] + lane));
+  }
+  template <class One> static SPLAT_INLINE Vec<Int<T>> keep_of(Vec<Int<T>> x, Vec<Int<T>> lower, Vec<Int<T>> upper) {
+    if constexpr (One::kLower && One::kUpper) return (x >= lower) & (x < upper);
+    else if constexpr (One::kLower) return x >= lower;
+    else return x < upper;
   }
 };
 
