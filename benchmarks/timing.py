@@ -110,8 +110,10 @@ def interleave(
 def turn(function: Callable[[], Any], turn_ms: float, clock: Clock = wall_ms) -> tuple[float, ...]:
     """Calls that last `turn_ms` together, at least."""
     calls: list[float] = []
-    while not calls or sum(calls) < turn_ms:
+    left = turn_ms
+    while not calls or left > 0:
         calls.append(clock(function))
+        left -= calls[-1]
     return tuple(calls)
 
 

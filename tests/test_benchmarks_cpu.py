@@ -42,8 +42,8 @@ def test_the_first_call_of_a_turn_does_not_count() -> None:
 
 
 def test_a_spent_budget_leaves_three_rounds() -> None:
-    assert len(clock.take_turns({"ours": lambda: None}, 21, 0.0).made["ours"]) == clock.LEAST_ROUNDS
-    assert len(clock.take_turns({"ours": lambda: None}, 1, 0.0).made["ours"]) <= 3
+    assert len(clock.take_turns({"ours": lambda: None}, 21, 0.0, 0.0).made["ours"]) == clock.LEAST_ROUNDS
+    assert len(clock.take_turns({"ours": lambda: None}, 1, 0.0, 0.0).made["ours"]) <= 3
 
 
 def test_disturbed_rounds_do_not_count_where_enough_are_clean() -> None:

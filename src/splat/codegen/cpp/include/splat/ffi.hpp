@@ -10,6 +10,9 @@
 // its compute type; kv_lengths int32 [batch]; tables as call.hpp says. Attributes: scale and soft_cap, float64.
 #pragma once
 #include <string.h>
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
 
 #include "splat/call.hpp"
 #include "splat/threads.hpp"
@@ -70,6 +73,15 @@ inline Pool threads_of(XLA_FFI_CallFrame* frame) {
   return {(int)num_threads, schedule, frame};
 }
 
+/// Results are in memory that nobody has touched, often: it comes in fewer, larger pages, where the system has some.
+inline void advise_large_pages(void* data, int64_t bytes) {
+#if defined(__linux__) && defined(MADV_HUGEPAGE)
+  constexpr int64_t kPage = 2 << 20;
+  const int64_t begin = ((int64_t)data + kPage - 1) / kPage * kPage, end = ((int64_t)data + bytes) / kPage * kPage;
+  if (end > begin) madvise((void*)begin, end - begin, MADV_HUGEPAGE);  // only advice: what it returns does not matter
+#endif
+}
+
 /// Reads a call frame; what does not fit ends up in `message`.
 class Reader {
  public:
@@ -104,7 +116,10 @@ class Reader {
   }
 
   template <class T, class... Sizes> T* result(const char* name, Sizes&... sizes) {
-    return good() ? array<T>(name, (XLA_FFI_Buffer*)frame_->rets.rets[result_++], sizes...) : nullptr;
+    if (!good()) return nullptr;
+    T* const data = array<T>(name, (XLA_FFI_Buffer*)frame_->rets.rets[result_++], sizes...);
+    if (good()) advise_large_pages(data, sizeof(T) * (sizes * ...));
+    return data;
   }
 
   double attribute(const char* name) {
