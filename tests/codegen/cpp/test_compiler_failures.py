@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import os
 import pty
+import re
 import signal
 import subprocess
 import sys
@@ -15,6 +17,7 @@ import pytest
 
 from splat.codegen import cache
 from splat.codegen.cpp import compiler
+from splat.codegen.cpp.progress import Progress
 from splat.errors import ArgumentError, CompileError, SplatError
 from tests.codegen.cpp.compiling import REAL, SOURCE, Wrapper, build_elsewhere, temporary, wait_for
 
@@ -201,6 +204,24 @@ def test_progress_on_a_terminal(wrapper: Wrapper, setting: str) -> None:
     start = "splat: compiling backward H64 with my c++ ..."
     lines = text.decode().replace("\r\n", "\n")
     assert lines.count("\n") == {"": 1, "0": 0, "1": 2}[setting]
-    assert lines.count(f"\r{start} 0.") == (0 if setting else lines.count(start) - 1)
-    assert lines.startswith("" if setting == "0" else start)
+    assert lines.count(f"\r\x1b[K{start} 0.") == (0 if setting else lines.count(start))
+    assert lines.removeprefix("\r\x1b[K").startswith("" if setting == "0" else start)
     assert setting or lines.count("\r") >= 2
+
+
+def test_what_is_compiled_side_by_side_shares_a_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    monkeypatch.delenv("SPLAT_PROGRESS", raising=False)
+    monkeypatch.setattr(sys, "stderr", terminal := Terminal())
+    with Progress("d_query", "g++"):
+        with Progress("d_key_value", "g++") as second:
+            second.tick()
+        terminal.write("|")
+    first, then, *_, last = re.sub(r"\d+\.\d s", "N s", terminal.getvalue()).split("\r\x1b[K")[1:]
+    assert first == "splat: compiling d query with g++ ... N s"
+    assert then == f"{first} (and 1 more)"
+    assert last == f"{first}\n"
+    assert "splat: compiling d key value with g++ ... N s\n" in re.sub(r"\d+\.\d s", "N s", terminal.getvalue())

@@ -5,13 +5,18 @@ from __future__ import annotations
 import contextlib
 import re
 import sys
+import threading
 import time
 
 from splat import config
 
+#: What is being compiled now: on a terminal they share the last line.
+_present: list[Progress] = []
+_lock = threading.Lock()
+
 
 class Progress:
-    """The line on stderr that says what is compiled: rewritten in place on a terminal, else one at start and end."""
+    """Says what is compiled: rewritten in place on a terminal, else a line at start and one at end."""
 
     def __init__(self, name: str, compiler: str):
         said = config.progress()
@@ -26,16 +31,36 @@ class Progress:
         self._began = time.monotonic()
 
     def __enter__(self) -> Progress:
-        self._write(self._text if self._in_place else f"{self._text}\n")
+        if not self._in_place:
+            self._write(f"{self._text}\n")
+            return self
+        with _lock:
+            _present.append(self)
+            self._redraw()
         return self
 
     def tick(self) -> None:
         if self._in_place:
-            self._write(f"\r{self._text} {time.monotonic() - self._began:.1f} s")
+            with _lock:
+                self._redraw()
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        took = f"{self._text} {time.monotonic() - self._began:.1f} s"
-        self._write(f"\r{took}\n" if self._in_place else f"{took}\n")
+        if not self._in_place:
+            self._write(f"{self._line()}\n")
+            return
+        with _lock:
+            _present.remove(self)
+            self._write(f"\r\x1b[K{self._line()}\n")
+            self._redraw()
+
+    def _line(self) -> str:
+        return f"{self._text} {time.monotonic() - self._began:.1f} s"
+
+    def _redraw(self) -> None:
+        if _present:
+            others = len(_present) - 1
+            more = f" (and {others} more)" if others else ""
+            self._write(f"\r\x1b[K{_present[0]._line()}{more}")
 
     def _write(self, text: str) -> None:
         if self._on:
