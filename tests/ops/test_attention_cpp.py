@@ -97,3 +97,21 @@ def test_of_the_suite_with_all_gradients_in_one(
 ) -> None:
     monkeypatch.setenv("NPROC", "1")
     getattr(TestCpp(), name)(*arguments, rng)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("threads", ["1", "2"])
+def test_large_results(dtype: str, threads: str, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch) -> None:
+    """More than a second-level cache holds: they are stored past the caches, by all kernels that can."""
+    monkeypatch.setenv("NPROC", threads)
+    drawn = draw_inputs(rng, 4100, 4100, batch=1, heads=(4, 4), head_dim=64)
+    q, k, v, cotangent = (jax.numpy.asarray(x, dtype) for x in drawn[:4])
+    assert q.size * q.dtype.itemsize >= 2 << 20
+
+    def run(implementation: str) -> Any:
+        pattern = splat.parse("window(9) | strided(64)")
+        out, vjp = jax.vjp(lambda q, k, v: splat.attention(q, k, v, pattern, implementation=implementation), q, k, v)
+        return [np.asarray(x, np.float32) for x in (out, *vjp(cotangent))]
+
+    for ours, wanted in zip(run("cpp"), run("xla"), strict=True):
+        np.testing.assert_allclose(ours, wanted, atol=2e-5 if dtype == "float32" else 4e-2)

@@ -61,6 +61,13 @@ SPLAT_INLINE void pack_lanes(const bfloat16* from, int64_t position, const LaneR
   }
 }
 
+/// 32 numbers, rounded.
+SPLAT_INLINE Vec<float> bfloat16s(Vec<float> first, Vec<float> second) {
+  Vec<float> out;
+  asm("vcvtne2ps2bf16 %1, %2, %0" : "=v"(out) : "v"(first), "v"(second));
+  return out;
+}
+
 /// B tiles of 32 rows, [Dp / 32][first, second 16 rows]: element [i][2 n], [i][2 n + 1] is row n's d = 2 i and the
 /// next.
 template <int Dp> SPLAT_INLINE void rows_to_columns(Rows rows, char* tiles) {

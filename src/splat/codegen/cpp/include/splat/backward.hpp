@@ -27,7 +27,7 @@ template <class Facts> struct Backward {
   struct Scratch {
     State tiles[kTiles];
     alignas(64) T key[kChunk * D], value[kChunk * D], d_key[kChunk * Dp], d_value[kChunk * Dp];
-    alignas(64) T p[64 * kLanes], ds[64 * kLanes];
+    alignas(64) T p[kBlockColumns * kLanes], ds[kBlockColumns * kLanes];
   };
 
   const Call& call;
@@ -118,7 +118,8 @@ template <class Facts> struct Backward {
     alignas(64) T factor[kLanes];
     for (int lane = 0; lane < kLanes; ++lane) factor[lane] = (T)call.scale;
     lanes_to_rows<Scalar, D>(memory.tiles[tile].sum, factor, rows, at<Scalar>(call.d_query, batch, q_head + head),
-                             call.d_query.position);
+                             call.d_query.position,
+                             is_past_caches<Scalar, D>(call.d_query, call.batch, call.q_len, call.num_q_heads));
   }
 
   static void prepare(const Call& call) {

@@ -18,7 +18,7 @@ template <class Facts> struct DKeyValue {
   };
   struct Scratch {
     State tiles[kTiles];
-    alignas(64) T query[kChunk * D], d_out[kChunk * D], base[kChunk], delta[kChunk], p[64 * kLanes], ds[64 * kLanes];
+    alignas(64) T query[kChunk * D], d_out[kChunk * D], base[kChunk], delta[kChunk], p[kBlockColumns * kLanes], ds[kBlockColumns * kLanes];
   };
 
   const Call& call;
@@ -78,9 +78,11 @@ template <class Facts> struct DKeyValue {
     const State& s = memory.tiles[tile];
     alignas(64) T factor[kLanes];
     for (int lane = 0; lane < kLanes; ++lane) factor[lane] = (T)call.scale;
-    lanes_to_rows<Scalar, D>(s.d_key, factor, rows, at<Scalar>(call.d_key, batch, kv_head), call.d_key.position);
+    lanes_to_rows<Scalar, D>(s.d_key, factor, rows, at<Scalar>(call.d_key, batch, kv_head), call.d_key.position,
+                             is_past_caches<Scalar, D>(call.d_key, call.batch, call.kv_len, call.num_kv_heads));
     for (int lane = 0; lane < kLanes; ++lane) factor[lane] = 1;
-    lanes_to_rows<Scalar, D>(s.d_value, factor, rows, at<Scalar>(call.d_value, batch, kv_head), call.d_value.position);
+    lanes_to_rows<Scalar, D>(s.d_value, factor, rows, at<Scalar>(call.d_value, batch, kv_head), call.d_value.position,
+                             is_past_caches<Scalar, D>(call.d_value, call.batch, call.kv_len, call.num_kv_heads));
   }
 
   /// Keys past their sequence's length are in no tile.

@@ -1,7 +1,7 @@
 // Attention: out = softmax(scale * Q K^T) V over the pairs of the plan, and the rows' log-sum-exp.
 #pragma once
 #include "splat/run.hpp"
-#if defined(SPLAT_AVX512) && defined(__AMX_BF16__)
+#if defined(SPLAT_AVX512) && defined(__AVX512BF16__) && defined(__AMX_BF16__)
 #include "splat/forward_amx.hpp"
 #endif
 
@@ -22,7 +22,7 @@ template <class Facts> struct Forward {
   };
   struct Scratch {
     State tiles[kTiles];
-    alignas(64) T key[kChunk * D], value[kChunk * D], p[64 * kLanes];
+    alignas(64) T key[kChunk * D], value[kChunk * D], p[kBlockColumns * kLanes];
   };
 
   const Call& call;
@@ -111,7 +111,8 @@ template <class Facts> struct Forward {
     State& s = memory.tiles[tile];
     alignas(64) T factor[kLanes];
     finish_softmax(s.most, s.total, rows, factor, at<T>(call.lse, batch, q_head + head), call.lse.position);
-    lanes_to_rows<Scalar, D>(s.sum, factor, rows, at<Scalar>(call.out, batch, q_head + head), call.out.position);
+    lanes_to_rows<Scalar, D>(s.sum, factor, rows, at<Scalar>(call.out, batch, q_head + head), call.out.position,
+                             is_past_caches<Scalar, D>(call.out, call.batch, call.q_len, call.num_q_heads));
   }
 
   static void prepare(const Call& call) {
@@ -149,7 +150,7 @@ template <class Facts> struct Forward {
 };
 
 template <class Facts, class... Passes> void forward(const Call& call, Pool& pool) {
-#if defined(SPLAT_AVX512) && defined(__AMX_BF16__)
+#if defined(SPLAT_AVX512) && defined(__AVX512BF16__) && defined(__AMX_BF16__)
   if constexpr (Facts::amx) run<ForwardAmx<Facts>, Passes...>(call, pool);
   else
 #endif

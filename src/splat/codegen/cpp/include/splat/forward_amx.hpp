@@ -146,11 +146,17 @@ template <class Facts> struct ForwardAmx {
       if (!s.summed[part]) memset(s.sum + part * kPart * Dp, 0, kPart * Dp * sizeof(float));
     finish_softmax(s.base, total, rows, factor, at<T>(call.lse, batch, q_head + head), call.lse.position);
     Scalar* out = at<Scalar>(call.out, batch, q_head + head);
+    const bool past_caches = is_past_caches<Scalar, D>(call.out, call.batch, call.q_len, call.num_q_heads);
     for (int lane = 0; lane < kLanes; ++lane) {
       if (rows.at[lane] < 0) continue;
       const float* sum = s.sum + lane * Dp;
       Scalar* row = out + rows.at[lane] * call.out.position;
       const V times = splat_of(factor[lane]);
+      if (past_caches) {
+        for (int d = 0; d < D; d += 32)
+          store_past_caches((float*)(row + d), bfloat16s(load(sum + d) * times, load(sum + d + 16) * times));
+        continue;
+      }
       for (int d = 0; d < D / 16 * 16; d += 16) store_as<Scalar>(row + d, load(sum + d) * times);
       for (int d = D / 16 * 16; d < D; ++d) row[d] = from_compute<Scalar>(sum[d] * factor[lane]);
     }

@@ -15,6 +15,10 @@ constexpr int kLanes = 64;  // of a row tile
 constexpr int kGroup = 16;  // of a group: what spans are exact for
 constexpr int kGroups = kLanes / kGroup;
 
+/// Room for the columns of a block. Its scores pass through the second-level cache: that costs less than reading and
+/// writing the sums more often.
+constexpr int kBlockColumns = 192;
+
 /// Vectors of a lane block: with R rows they fill the registers.
 constexpr int kMaxVectors = kRegisters == 32 ? 4 : 2;
 template <int NV> constexpr int kRows = kRegisters == 32 ? (NV == 4 ? 6 : NV == 3 ? 8 : NV == 2 ? 12 : 16) : NV == 2 ? 6 : 10;

@@ -24,8 +24,8 @@ namespace splat {
 constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 constexpr int64_t floor_to(int64_t a, int64_t b) { return (a >= 0 ? a / b : -ceil_div(-a, b)) * b; }
 
-/// Most columns in a block, so that its scores stay in the nearest cache: a multiple of the micro-kernel's rows.
-template <int NV> constexpr int kBlock = 64 / kRows<NV> * kRows<NV>;
+/// Most columns in a block: a multiple of the micro-kernel's rows.
+template <int NV> constexpr int kBlock = kBlockColumns / kRows<NV> * kRows<NV>;
 
 /// The units of a pass.
 struct Grid {

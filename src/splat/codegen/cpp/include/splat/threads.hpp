@@ -49,6 +49,13 @@ class FlushSubnormals {
   FlushSubnormals(const FlushSubnormals&) = delete;
 };
 
+/// What this thread has stored past the caches becomes visible before what it stores from here on.
+inline void arrive() {
+#if defined(__x86_64__)
+  asm volatile("sfence" ::: "memory");
+#endif
+}
+
 /// One parallel loop. It outlives the call: the last thread that knows it frees it.
 struct Parallel {
   int64_t next, done;  // units taken, units finished
@@ -63,6 +70,7 @@ struct Parallel {
     FlushSubnormals flush;
     int64_t mine = 0;
     for (int64_t unit; (unit = __atomic_fetch_add(&next, 1, __ATOMIC_RELAXED)) < units; ++mine) run(body, unit);
+    arrive();
     if (mine && __atomic_add_fetch(&done, mine, __ATOMIC_ACQ_REL) == units) {
       pthread_mutex_lock(&mutex);
       pthread_cond_broadcast(&finished);
@@ -104,6 +112,7 @@ inline void run_units(Pool& pool, int64_t units, void (*run)(const void*, int64_
   if (!loop) {
     FlushSubnormals flush;
     for (int64_t unit = 0; unit < units; ++unit) run(body, unit);
+    arrive();
     return;
   }
   *loop = {0, 0, units, 1, run, body, PTHREAD_MUTEX_INITIALIZER, PTHREAD_COND_INITIALIZER};

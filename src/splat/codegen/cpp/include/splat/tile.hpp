@@ -51,12 +51,33 @@ SPLAT_INLINE void rows_to_lanes(const Scalar* from, int64_t position, const Lane
   }
 }
 
+/// Whether results go past the caches: rows are whole lines, and all of them more than a second-level cache holds, so
+/// that who needs them next would not find them there either.
+template <class Scalar, int D>
+SPLAT_INLINE bool is_past_caches(const Array& array, int64_t batch, int64_t positions, int64_t heads) {
+#ifdef SPLAT_AVX512
+  constexpr int kLine = 64 / (int)sizeof(Scalar);
+  return D % kLine == 0 && (uintptr_t)array.data % 64 == 0 &&
+         (array.batch | array.position | array.head) % kLine == 0 &&
+         batch * positions * heads * D * (int64_t)sizeof(Scalar) >= 2 << 20;
+#else
+  return false;
+#endif
+}
+
 /// array[row of the lane][d] = lanes[d][lane] * factor[lane]; lanes without a row are left out.
 template <class Scalar, int D>
 SPLAT_INLINE void lanes_to_rows(const Compute<Scalar>* lanes, const Compute<Scalar>* factor, const LaneRows& rows,
-                                Scalar* to, int64_t position) {
+                                Scalar* to, int64_t position, bool past_caches) {
   using T = Compute<Scalar>;
   constexpr int W = kWidth<T>, whole = D / W * W;
+  auto put = [&](Scalar* at, Vec<T> v) {
+#ifdef SPLAT_AVX512
+    if constexpr (sizeof(Scalar) == sizeof(T))
+      if (past_caches) return store_past_caches(at, v);
+#endif
+    store_as<Scalar>(at, v);
+  };
   for (int lane = 0; lane < kLanes; lane += W) {
     const Vec<T> times = load(factor + lane);
     for (int d = 0; d < whole; d += W) {
@@ -66,7 +87,7 @@ SPLAT_INLINE void lanes_to_rows(const Compute<Scalar>* lanes, const Compute<Scal
       transpose<T>(square);
       SPLAT_UNROLL
       for (int n = 0; n < W; ++n)
-        if (rows.at[lane + n] >= 0) store_as<Scalar>(to + rows.at[lane + n] * position + d, square[n]);
+        if (rows.at[lane + n] >= 0) put(to + rows.at[lane + n] * position + d, square[n]);
     }
     for (int d = whole; d < D; ++d)
       for (int n = 0; n < W; ++n)

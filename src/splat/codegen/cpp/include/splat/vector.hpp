@@ -47,6 +47,12 @@ template <class T> SPLAT_INLINE Vec<T> load(const T* from) {
   return v;
 }
 template <class T> SPLAT_INLINE void store(T* to, Vec<T> v) { memcpy(to, &v, sizeof v); }
+#ifdef SPLAT_AVX512
+/// A vector to where a line of memory begins, past all caches: the line is not read first, as it is for `store`.
+template <class T> SPLAT_INLINE void store_past_caches(T* to, Vec<T> v) {
+  asm("vmovntps %1, %0" : "=m"(*(char(*)[64])to) : "v"(v));
+}
+#endif
 template <class T> SPLAT_INLINE Vec<T> splat_of(T x) { return x - Vec<T>{}; }
 template <class To, class From> SPLAT_INLINE To bits_as(From v) {
   static_assert(sizeof(To) == sizeof(From), "");
