@@ -44,7 +44,7 @@ from splat.pattern import (
 )
 
 if TYPE_CHECKING:
-    from splat.acsr import ACSR
+    from splat.acsr import ACSR, build
     from splat.ops import attention, dot_product_attention, emit, plan
     from splat.planning import Plan
 
@@ -54,6 +54,7 @@ _LAZY = {
     "ACSR": "splat.acsr",
     "Plan": "splat.planning",
     "attention": "splat.ops",
+    "build": "splat.acsr",
     "dot_product_attention": "splat.ops",
     "emit": "splat.ops",
     "plan": "splat.ops",
@@ -71,6 +72,7 @@ __all__ = [
     "UnsupportedError",
     "attention",
     "blocked",
+    "build",
     "causal",
     "dilated_window",
     "dot_product_attention",

@@ -33,6 +33,15 @@ def test_every_stage_keeps_the_pairs(case: Case) -> None:
     np.testing.assert_array_equal(acsr.row_nnz, mask.sum(axis=1))
     assert acsr.nnz == mask.sum()
     assert acsr.density == mask.mean()
+    cols, here = acsr.columns(), acsr.has_value()
+    assert cols.shape == here.shape == (mask.shape[0], acsr.width)
+    np.testing.assert_array_equal(here, cols >= 0)
+    found = np.zeros_like(mask)
+    found[np.nonzero(here)[0], cols[here]] = True
+    np.testing.assert_array_equal(found, mask)
+    for offset, one in zip(acsr.offsets, acsr.components, strict=True):
+        np.testing.assert_array_equal(here[:, offset : offset + one.width].sum(axis=1), one.count)
+    assert len({acsr, build(case.pattern, *sizes)}) == 1
     columns = build_transposed(case.pattern, *sizes)
     columns.validate()
     assert columns.shape == mask.T.shape

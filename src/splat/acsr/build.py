@@ -10,11 +10,13 @@ from splat.acsr.format import ACSR, Component
 from splat.pattern.core import Array, Axis, Pattern, Run, is_runtime_array
 
 
-def build(pattern: Pattern, q_len: int, kv_len: int, query_offset: Any = 0) -> ACSR:
+def build(pattern: Pattern, q_len: int, kv_len: int | None = None, query_offset: Any = 0) -> ACSR:
     """The matrix of `pattern`: row i is position `i + query_offset`, column j is position j.
 
-    `query_offset` may be a traced scalar; then (or with run-time arrays in the pattern) so are start and count.
+    `kv_len` is `q_len` where None. `query_offset` may be a traced scalar; then (or with run-time arrays in the pattern)
+    so are start and count.
     """
+    kv_len = q_len if kv_len is None else kv_len
     runs = pattern.runs(Axis(query_offset, q_len), Axis(0, kv_len))
     return ACSR((q_len, kv_len), tuple(_component(run, 0) for run in runs))
 

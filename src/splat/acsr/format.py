@@ -8,11 +8,20 @@ The paper stores one affine run per row. Here a matrix is a short tuple of compo
                 mask[i, component.start[i] + component.stride * t] = True     # each pair is named once
 
 Metadata is O(rows), whatever the number of non-zeros.
+
+Values, where there are some, are row-compressed: [..., rows, width], each row's components one after the other, each as
+wide as its largest count. The pair that component c names as number t of row i has its value at
+
+    values[..., i, acsr.offsets[c] + t]
+
+What lies past a row's count is padding: never read, written as 0.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import hashlib
+import itertools
 from functools import cached_property
 
 import numpy as np
@@ -43,6 +52,16 @@ class Component:
     @property
     def is_static(self) -> bool:
         return isinstance(self.start, np.ndarray) and isinstance(self.count, np.ndarray)
+
+    @cached_property
+    def width(self) -> int:
+        """The largest count. Raises PatternError where it is not known yet."""
+        if not self.is_static:
+            raise PatternError(
+                "the width of this ACSR's values is not known yet: its counts are run-time arrays. Build it from a "
+                "pattern of NumPy arrays and Python numbers."
+            )
+        return int(self.count.max(initial=0))
 
     @cached_property
     def has_empty_rows(self) -> bool:
@@ -103,6 +122,29 @@ class ACSR:
     def density(self) -> float:
         return self.nnz / max(self.shape[0] * self.shape[1], 1)
 
+    @cached_property
+    def offsets(self) -> tuple[int, ...]:
+        """Where each component's values begin in a row."""
+        return tuple(itertools.accumulate((c.width for c in self.components[:-1]), initial=0))[: len(self.components)]
+
+    @cached_property
+    def width(self) -> int:
+        """Values of a row, padding counted: the sum of the components' largest counts."""
+        return sum(c.width for c in self.components)
+
+    def has_value(self) -> np.ndarray:
+        """Which entries of values are not padding, bool [rows, width]."""
+        parts = [np.arange(c.width, dtype=np.int32) < np.asarray(c.count)[:, None] for c in self.components]
+        return np.concatenate(parts, axis=1) if parts else np.zeros((self.shape[0], 0), bool)
+
+    def columns(self) -> np.ndarray:
+        """The column of each value, int32 [rows, width]; -1 in padding. For tests and conversion: O(non-zeros)."""
+        parts = []
+        for c in self.components:
+            t = np.arange(c.width, dtype=np.int32)
+            parts.append(np.where(t < c.count[:, None], c.start[:, None] + np.int32(c.stride) * t, np.int32(-1)))
+        return np.concatenate(parts, axis=1) if parts else np.zeros((self.shape[0], 0), np.int32)
+
     @property
     def metadata_bytes(self) -> int:
         """Bytes of all start and count arrays."""
@@ -157,7 +199,17 @@ class ACSR:
             for a, b in zip(self.components, other.components, strict=True)
         )
 
-    __hash__ = None  # type: ignore[assignment]  # compares by its numbers
+    @cached_property
+    def digest(self) -> str:
+        """A hash of all numbers; of equal ones for equal matrices of one form."""
+        state = hashlib.sha256(repr((self.shape, [c.stride for c in self.components])).encode())
+        for c in self.components:
+            state.update(np.ascontiguousarray(c.count).tobytes())
+            state.update(np.ascontiguousarray(_used(c)).tobytes())
+        return state.hexdigest()
+
+    def __hash__(self) -> int:
+        return hash(self.digest)
 
     def __str__(self) -> str:
         rows, cols = self.shape

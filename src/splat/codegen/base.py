@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any, Protocol
 
+from splat.acsr import ACSR
 from splat.planning import Plan
 
 
@@ -34,6 +35,11 @@ class Missing(str):
     __slots__ = ()
 
 
+def accumulator(dtype: Any) -> str:
+    """The dtype that scores, values and sums have for arrays of a dtype: float64 for float64, else float32."""
+    return "float64" if str(dtype) == "float64" else "float32"
+
+
 @dataclasses.dataclass(frozen=True)
 class Options:
     """Static arguments of one attention call."""
@@ -57,6 +63,26 @@ class Implementation(Protocol):
 
     def attention(self, plan: Plan, options: Options, query: Any, key: Any, value: Any, kv_lengths: Any) -> Any:
         """(output in the query's dtype [B, T, N, H], log-sum-exp float32 or float64 [B, T, N]); differentiable."""
+        ...
+
+    # Operations on values. `acsr` is static; arrays have one batch axis, of any length; values have the accumulation
+    # dtype of the other arrays' dtype (`accumulator`), [batch, rows, acsr.width]. What lies in padding is not read, and
+    # written as 0. Nothing here is differentiable: `splat.ops.values` makes it so.
+
+    def sddmm(self, acsr: ACSR, rows: Any, columns: Any) -> Any:
+        """Values: the dot products of rows [B, T, H] and columns [B, S, H], for the pairs of the matrix."""
+        ...
+
+    def softmax(self, acsr: ACSR, values: Any) -> Any:
+        """Values: each row's exponentials over their sum."""
+        ...
+
+    def spmm(self, acsr: ACSR, values: Any, dense: Any) -> Any:
+        """The matrix of the values times dense [B, S, H]: [B, T, H] in dense's dtype."""
+        ...
+
+    def spmm_transposed(self, acsr: ACSR, values: Any, dense: Any) -> Any:
+        """The transposed matrix of the values times dense [B, T, H]: [B, S, H] in dense's dtype."""
         ...
 
     def emit(self, plan: Plan, options: Options, kernel: str | None = None) -> str:
