@@ -45,7 +45,7 @@ from splat.pattern import (
 
 if TYPE_CHECKING:
     from splat.acsr import ACSR, build
-    from splat.ops import attention, dot_product_attention, emit, plan
+    from splat.ops import attention, dot_product_attention, emit, plan, sddmm, softmax, spmm, spmm_transposed
     from splat.planning import Plan
 
 __version__ = "0.1.0"
@@ -58,6 +58,10 @@ _LAZY = {
     "dot_product_attention": "splat.ops",
     "emit": "splat.ops",
     "plan": "splat.ops",
+    "sddmm": "splat.ops",
+    "softmax": "splat.ops",
+    "spmm": "splat.ops",
+    "spmm_transposed": "splat.ops",
 }
 
 __all__ = [
@@ -90,9 +94,13 @@ __all__ = [
     "per_head",
     "plan",
     "random_blocks",
+    "sddmm",
     "segments",
     "sink",
     "sliding_window",
+    "softmax",
+    "spmm",
+    "spmm_transposed",
     "strided",
     "window",
 ]

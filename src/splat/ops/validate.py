@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
+from splat.acsr import ACSR
 from splat.errors import ArgumentError, UnsupportedError
 from splat.pattern import Pattern, PerHead
 
@@ -39,11 +40,7 @@ def check_arrays(query: Any, key: Any, value: Any) -> Sizes:
                 f"{name} must have shape {letters}, but {given} was given. PyTorch's [B, N, T, H] needs "
                 "swapaxes(1, 2); a missing batch axis needs [None]."
             )
-        if str(array.dtype) not in DTYPES:
-            raise UnsupportedError(
-                f"{name} must be one of {', '.join(DTYPES)}, but {array.dtype} was given. Convert it first, for "
-                f"example with {name}.astype(jnp.bfloat16)."
-            )
+        check_dtype(name, array)
     if not query.dtype == key.dtype == value.dtype:
         raise ArgumentError(
             f"query, key and value must have one dtype, but {query.dtype}, {key.dtype} and {value.dtype} were given"
@@ -70,6 +67,30 @@ def check_arrays(query: Any, key: Any, value: Any) -> Sizes:
             f"{num_kv_heads} were given (grouped-query attention shares one key head among equally many query heads)"
         )
     return Sizes(batch, q_len, kv_len, num_q_heads, num_kv_heads, head_dim)
+
+
+def check_dtype(name: str, array: Any) -> None:
+    """Raises UnsupportedError where there is nothing for the array's dtype."""
+    if str(array.dtype) not in DTYPES:
+        raise UnsupportedError(
+            f"{name} must be one of {', '.join(DTYPES)}, but {array.dtype} was given. Convert it first, for "
+            f"example with {name}.astype(jnp.bfloat16)."
+        )
+
+
+def check_acsr(acsr: Any) -> ACSR:
+    """The matrix, after checking that it is one whose numbers are known."""
+    if not isinstance(acsr, ACSR):
+        raise ArgumentError(
+            f"acsr must be a splat.ACSR, such as splat.build(pattern, q_len, kv_len) makes, but {type(acsr).__name__} "
+            "was given"
+        )
+    if not acsr.is_static:
+        raise ArgumentError(
+            "acsr must have known numbers, but its start and count are run-time arrays. Build it outside of jit, from "
+            "NumPy arrays and Python numbers; splat.attention takes run-time patterns."
+        )
+    return acsr
 
 
 def check_pattern(pattern: Any, num_q_heads: int) -> Pattern:

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from splat.codegen.base import Options, Request
 from splat.codegen.devices import device_target
-from splat.codegen.xla import kernels
+from splat.codegen.xla import kernels, values
 from splat.codegen.xla.tables import PassSpec, Tables, lower
 from splat.errors import ArgumentError, SplatError, UnsupportedError
 from splat.planning import Plan, Schedule
@@ -68,6 +68,11 @@ class XlaImplementation:
         every = jax.tree.leaves((query, key, value, tables, kv_lengths))
         query, key, value = (kernels.vary_like(x, *every) for x in (query, key, value))
         return _function(program)(query, key, value, tables, kv_lengths)
+
+    sddmm = staticmethod(values.sddmm)
+    softmax = staticmethod(values.softmax)
+    spmm = staticmethod(values.spmm)
+    spmm_transposed = staticmethod(values.spmm_transposed)
 
     def emit(self, plan: Plan, options: Options, kernel: str | None = None) -> str:
         """StableHLO of the forward, as text."""

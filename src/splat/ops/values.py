@@ -1,0 +1,259 @@
+"""The paper's three operations on values of a sparse matrix: R-SDDMM, R-softmax, R-SpMM (section 3), and a transposed
+product.
+
+The products are bilinear, and each is the others' derivative, so that they are JAX primitives with those rules: forward
+and reverse mode, of any order, are made of the same kernels.
+
+    C = sddmm(A, B)            dA = spmm(dC, B)               dB = spmm_transposed(dC, A)
+    Y = spmm(P, B)             dP = sddmm(dY, B)              dB = spmm_transposed(P, dY)
+    Y = spmm_transposed(P, A)  dP = sddmm(A, dY)              dA = spmm(P, dY)
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from functools import lru_cache, partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.extend.core import Primitive
+from jax.interpreters import ad, batching, mlir
+
+from splat.acsr import ACSR
+from splat.codegen import Request, choose
+from splat.codegen.base import accumulator
+from splat.codegen.devices import platform_of
+from splat.codegen.registry import load
+from splat.errors import ArgumentError
+from splat.ops import validate
+
+Array = Any
+
+
+def sddmm(query: Any, key: Any, acsr: ACSR, *, implementation: str | None = None) -> Array:
+    """R-SDDMM: `query @ key.T` for the pairs of a sparse matrix only (sampled dense-dense matrix product).
+
+    Args:
+      query: [..., T, H], float32, bfloat16, float16 or float64.
+      key: [..., S, H], of the same dtype. Leading axes broadcast.
+      acsr: the pairs, T x S; see `splat.build`.
+      implementation: "triton" (GPUs), "cpp" (CPUs), "xla", or None for the best that can serve.
+
+    Returns:
+      values [..., T, acsr.width], float32 (float64 for float64): `acsr.columns()` says which column each belongs to;
+      padding is 0. Multiply `query` by the scale that scores are to have.
+
+    Raises:
+      ArgumentError, UnsupportedError: before anything is compiled.
+
+    >>> import jax, splat
+    >>> acsr = splat.build(splat.causal() & splat.window(2), 5)
+    >>> splat.sddmm(jax.numpy.ones((5, 4)), jax.numpy.ones((5, 4)), acsr)[:2]
+    Array([[4., 0., 0.],
+           [4., 4., 0.]], dtype=float32)
+    """
+    acsr = validate.check_acsr(acsr)
+    query, key = _arrays(query=query, key=key)
+    _check_dense("query", query, acsr.shape[0], "rows")
+    _check_dense("key", key, acsr.shape[1], "columns")
+    if query.dtype != key.dtype or query.shape[-1] != key.shape[-1]:
+        raise ArgumentError(
+            f"query and key must agree in dtype and head dim (the last axis), but {query.dtype}{list(query.shape)} and "
+            f"{key.dtype}{list(key.shape)} were given"
+        )
+    return _bind(_sddmm_p, acsr, query, key, ("query", "key"), implementation)
+
+
+def softmax(values: Any, acsr: ACSR, *, implementation: str | None = None) -> Array:
+    """R-softmax: of each row, over the pairs of a sparse matrix.
+
+    Args:
+      values: [..., T, acsr.width], float32 or float64 (16-bit ones become float32).
+      acsr, implementation: as in `sddmm`.
+
+    Returns:
+      values like those given; rows without any pair, and padding, are 0. Padding is not read.
+
+    Raises:
+      ArgumentError, UnsupportedError: before anything is compiled.
+    """
+    acsr = validate.check_acsr(acsr)
+    (values,) = _arrays(values=values)
+    values = _check_values(values, acsr)
+    flat = values.reshape(math.prod(values.shape[:-2]), *values.shape[-2:])
+    return _softmax(_choose(flat, str(flat.dtype), 1, acsr, implementation), flat).reshape(values.shape)
+
+
+def spmm(values: Any, acsr: ACSR, dense: Any, *, implementation: str | None = None) -> Array:
+    """R-SpMM: the sparse matrix of the values times a dense one.
+
+    Args:
+      values: [..., T, acsr.width], of float32 for a `dense` of up to 32 bits, else float64 (others are converted).
+      acsr, implementation: as in `sddmm`.
+      dense: [..., S, H], float32, bfloat16, float16 or float64. Leading axes broadcast.
+
+    Returns:
+      [..., T, H] in `dense`'s dtype; sums are made in the values' dtype. Padding is not read.
+
+    Raises:
+      ArgumentError, UnsupportedError: before anything is compiled.
+    """
+    return _product(_spmm_p, values, acsr, dense, 1, implementation)
+
+
+def spmm_transposed(values: Any, acsr: ACSR, dense: Any, *, implementation: str | None = None) -> Array:
+    """The transposed sparse matrix of the values times a dense one: [..., T, H] -> [..., S, H]; else as `spmm`."""
+    return _product(_spmm_transposed_p, values, acsr, dense, 0, implementation)
+
+
+def _product(primitive, values: Any, acsr: ACSR, dense: Any, axis: int, implementation: str | None) -> Array:
+    acsr = validate.check_acsr(acsr)
+    values, dense = _arrays(values=values, dense=dense)
+    _check_dense("dense", dense, acsr.shape[axis], ("rows", "columns")[axis])
+    values = _check_values(values, acsr).astype(accumulator(dense.dtype))
+    return _bind(primitive, acsr, values, dense, ("values", "dense"), implementation)
+
+
+# -- arguments ---------------------------------------------------------------------------------------------------------
+
+
+def _arrays(**given: Any) -> list[Array]:
+    out = []
+    for name, x in given.items():
+        array = x if isinstance(x, jax.Array) else jnp.asarray(x)
+        validate.check_dtype(name, array)
+        if array.ndim < 2:
+            raise ArgumentError(f"{name} must have at least two axes, but shape {list(array.shape)} was given")
+        out.append(array)
+    return out
+
+
+def _check_dense(name: str, array: Array, length: int, what: str) -> None:
+    if array.shape[-2] != length or array.shape[-1] == 0:
+        raise ArgumentError(
+            f"{name} must have shape [..., {length}, head dim], because acsr has {length} {what}, but "
+            f"{list(array.shape)} was given. Positions come last but one: [B, T, N, H] needs swapaxes(1, 2)."
+        )
+
+
+def _check_values(values: Array, acsr: ACSR) -> Array:
+    """Values in the dtype that they are computed in."""
+    wanted = (acsr.shape[0], acsr.width)
+    if values.shape[-2:] != wanted:
+        raise ArgumentError(
+            f"values must have shape [..., {wanted[0]}, {wanted[1]}], which is [..., rows, width] of acsr, but "
+            f"{list(values.shape)} was given. acsr.values_of(dense) makes values of a dense matrix."
+        )
+    return values.astype(accumulator(values.dtype))
+
+
+def _choose(array: Array, dtype: str, head_dim: int, acsr: ACSR, implementation: str | None) -> _Static:
+    return _Static(acsr, choose(Request(platform_of(array), dtype, head_dim), implementation).name)
+
+
+def _bind(primitive, acsr: ACSR, left: Array, right: Array, names: tuple[str, str], implementation) -> Array:
+    try:
+        leading = jnp.broadcast_shapes(left.shape[:-2], right.shape[:-2])
+    except ValueError:
+        raise ArgumentError(
+            f"the leading axes of {names[0]} {list(left.shape)} and {names[1]} {list(right.shape)} must broadcast"
+        ) from None
+    static = _choose(left, str(right.dtype), right.shape[-1], acsr, implementation)
+    left, right = (
+        jnp.broadcast_to(x, (*leading, *x.shape[-2:])).reshape(math.prod(leading), *x.shape[-2:]) for x in (left, right)
+    )
+    out = primitive.bind(left, right, static=static)
+    return out.reshape(*leading, *out.shape[1:])
+
+
+# -- primitives: operands and results have one batch axis --------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class _Static:
+    """What is static about a call."""
+
+    acsr: ACSR
+    implementation: str
+
+
+def _run(name: str, static: _Static, *arrays: Array) -> Array:
+    """What the implementation computes; zeros where there is nothing to compute."""
+    result = _shape(name, static.acsr, *arrays)
+    if 0 in result.shape or not static.acsr.nnz:
+        return jnp.zeros(result.shape, result.dtype)
+    return getattr(load(static.implementation), name)(static.acsr, *arrays)
+
+
+def _shape(name: str, acsr: ACSR, *arrays: Any) -> jax.ShapeDtypeStruct:
+    last = arrays[-1]
+    if name in ("sddmm", "softmax"):
+        return jax.ShapeDtypeStruct((last.shape[0], acsr.shape[0], acsr.width), jnp.dtype(accumulator(last.dtype)))
+    rows = acsr.shape[0 if name == "spmm" else 1]
+    return jax.ShapeDtypeStruct((last.shape[0], rows, last.shape[-1]), last.dtype)
+
+
+def _primitive(name: str) -> Primitive:
+    """A primitive `splat_<name>` that calls the implementation's method `name`."""
+    primitive = Primitive(f"splat_{name}")
+
+    @lru_cache(maxsize=256)
+    def jitted(static: _Static) -> Any:
+        return jax.jit(partial(_run, name, static))
+
+    def batch(arrays: Any, axes: Any, *, static: _Static) -> tuple[Array, int]:
+        size = next(x.shape[axis] for x, axis in zip(arrays, axes, strict=True) if axis is not None)
+        folded = []
+        for x, axis in zip(arrays, axes, strict=True):
+            moved = jnp.broadcast_to(x, (size, *x.shape)) if axis is None else jnp.moveaxis(x, axis, 0)
+            folded.append(moved.reshape(size * moved.shape[1], *moved.shape[2:]))
+        out = primitive.bind(*folded, static=static)
+        return out.reshape(size, out.shape[0] // size, *out.shape[1:]), 0
+
+    def abstract(*avals: Any, static: _Static) -> Any:
+        shape = _shape(name, static.acsr, *avals)
+        return jax.core.ShapedArray(shape.shape, shape.dtype)
+
+    primitive.def_impl(lambda *arrays, static: jitted(static)(*arrays))
+    primitive.def_abstract_eval(abstract)
+    batching.primitive_batchers[primitive] = batch
+    lowered = mlir.lower_fun(lambda *arrays, static: _run(name, static, *arrays), multiple_results=False)
+    mlir.register_lowering(primitive, lowered)
+    return primitive
+
+
+_sddmm_p, _softmax_p, _spmm_p, _spmm_transposed_p = map(_primitive, ("sddmm", "softmax", "spmm", "spmm_transposed"))
+
+ad.defbilinear(
+    _sddmm_p,
+    lambda ct, query, key, *, static: _spmm_p.bind(ct, key, static=static),
+    lambda ct, query, key, *, static: _spmm_transposed_p.bind(ct, query, static=static),
+)
+ad.defbilinear(
+    _spmm_p,
+    lambda ct, values, dense, *, static: _sddmm_p.bind(ct, dense, static=static),
+    lambda ct, values, dense, *, static: _spmm_transposed_p.bind(values, ct, static=static),
+)
+ad.defbilinear(
+    _spmm_transposed_p,
+    lambda ct, values, dense, *, static: _sddmm_p.bind(dense, ct, static=static),
+    lambda ct, values, dense, *, static: _spmm_p.bind(values, ct, static=static),
+)
+
+
+@partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _softmax(static: _Static, values: Array) -> Array:
+    return _softmax_p.bind(values, static=static)
+
+
+@_softmax.defjvp
+def _softmax_jvp(static: _Static, primals: Any, tangents: Any) -> tuple[Array, Array]:
+    out = _softmax(static, *primals)
+    # Padding has weight 0; what its tangent holds is not looked at.
+    tangent = jnp.where(out == 0, 0, tangents[0])
+    return out, out * (tangent - jnp.sum(out * tangent, axis=-1, keepdims=True))
+
+
+__all__ = ["sddmm", "softmax", "spmm", "spmm_transposed"]

@@ -1,0 +1,50 @@
+"""Operations on values: the suite for each implementation, and what is refused before anything is compiled."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import splat
+from splat.errors import ArgumentError, UnsupportedError
+from tests.values_suite import ValuesSuite
+
+
+class TestXla(ValuesSuite):
+    implementation = "xla"
+
+
+ACSR = splat.build(splat.window(2), 8)
+ONES = np.ones((8, 4), np.float32)
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (lambda: splat.sddmm(ONES, ONES, splat.window(2)), ArgumentError, "acsr must be a splat.ACSR"),
+        (lambda: splat.sddmm(ONES[:7], ONES, ACSR), ArgumentError, r"query must have shape \[..., 8, head dim\]"),
+        (lambda: splat.sddmm(ONES, ONES[:7], ACSR), ArgumentError, "key must have shape .* acsr has 8 columns"),
+        (lambda: splat.sddmm(ONES, ONES[:, :3], ACSR), ArgumentError, "agree in dtype and head dim"),
+        (lambda: splat.sddmm(ONES, jnp.ones((8, 4), "bfloat16"), ACSR), ArgumentError, "agree in dtype"),
+        (lambda: splat.sddmm(ONES[0], ONES, ACSR), ArgumentError, "at least two axes"),
+        (lambda: splat.sddmm(np.ones((8, 4), np.int32), ONES, ACSR), UnsupportedError, "query must be one of float32"),
+        (lambda: splat.spmm(ONES, ACSR, ONES), ArgumentError, r"values must have shape \[..., 8, 5\]"),
+        (lambda: splat.softmax(ONES, ACSR), ArgumentError, r"values must have shape \[..., 8, 5\]"),
+        (lambda: splat.spmm(np.ones((2, 8, 5)), ACSR, np.ones((3, 8, 4))), ArgumentError, "must broadcast"),
+        (lambda: splat.spmm_transposed(np.ones((8, 5)), ACSR, ONES[:5]), ArgumentError, "acsr has 8 rows"),
+        (lambda: splat.sddmm(ONES, ONES, ACSR, implementation="cuda"), ArgumentError, "implementation must be None"),
+    ],
+)
+def test_refused(call, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        call()
+
+
+def test_run_time_numbers_are_refused() -> None:
+    def run(offset):
+        return splat.sddmm(ONES, ONES, splat.build(splat.causal(), 8, 8, offset))
+
+    with pytest.raises(ArgumentError, match="acsr must have known numbers"):
+        jax.jit(run)(3)
