@@ -1,0 +1,1 @@
+"""Benchmarks behind a green correctness gate: `splat bench SUITE`. One registry of cases, raw samples kept."""
