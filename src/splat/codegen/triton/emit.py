@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from splat import __version__
+from splat.acsr import ACSR
 from splat.codegen.base import Options, Request
 from splat.codegen.devices import compute_capability, device_target, nearest_target
 from splat.codegen.triton import bind_jax, interpret, record
@@ -17,6 +18,7 @@ from splat.codegen.triton.lower import PassSpec, Tables, lower
 from splat.codegen.triton.offline import Failure, Job, compile_all
 from splat.codegen.triton.offline_model import ARCHITECTURES
 from splat.codegen.triton.program import UNKNOWN, Binding, Passes, Program, Sizes, guards_of, passes_of
+from splat.codegen.triton.values import Operations
 from splat.errors import ArgumentError, SplatError, UnsupportedError
 from splat.planning import Plan, find
 from splat.planning.kernels import DTYPES, INTERPRETER, MAX_HEAD_DIM, OLDEST_CAPABILITY
@@ -75,6 +77,21 @@ class TritonImplementation:
         if kv_lengths is not None:
             kv_lengths = bind_jax.vary_like(kv_lengths, *arrays)
         return _function(call)(query, key, value, tables, kv_lengths)
+
+    def sddmm(self, acsr: ACSR, rows: Any, columns: Any) -> Any:
+        return self._operations().sddmm(acsr, rows, columns)
+
+    def softmax(self, acsr: ACSR, values: Any) -> Any:
+        return self._operations().softmax(acsr, values)
+
+    def spmm(self, acsr: ACSR, values: Any, dense: Any) -> Any:
+        return self._operations().spmm(acsr, values, dense)
+
+    def spmm_transposed(self, acsr: ACSR, values: Any, dense: Any) -> Any:
+        return self._operations().spmm_transposed(acsr, values, dense)
+
+    def _operations(self) -> Operations:
+        return Operations(find(self.target()).arch, bind_jax.launch, jnp.asarray, _allows_tf32())
 
     def emit(self, plan: Plan, options: Options, kernel: str | None = None) -> str:
         """The generated kernels' source, in the order of their launches: all, or one of `record.NAMES`."""
@@ -140,9 +157,7 @@ _SCHEDULES = ("forward", "d_query", "d_key_value")
 
 def _static(plan: Plan, options: Options) -> tuple[_Call, list[list[Tables]] | None]:
     """What is static about the call, and the tables that are not."""
-    arch = find(plan.target).arch
-    precision = jax.config.jax_default_matmul_precision  # pyright: ignore[reportAttributeAccessIssue]
-    tf32 = str(precision).lower() in ("tensorfloat32", "tf32_tf32_f32")
+    arch, tf32 = find(plan.target).arch, _allows_tf32()
     if plan.is_static:
         return _Call(options, arch, tf32, plan), None
     specs, tables, refused = [], [], None
@@ -156,6 +171,11 @@ def _static(plan: Plan, options: Options) -> tuple[_Call, list[list[Tables]] | N
         specs.append(found)
         tables.append(jax.tree.map(jnp.asarray, made))
     return _Call(options, arch, tf32, None, tuple(specs), refused), tables
+
+
+def _allows_tf32() -> bool:
+    precision = jax.config.jax_default_matmul_precision  # pyright: ignore[reportAttributeAccessIssue]
+    return str(precision).lower() in ("tensorfloat32", "tf32_tf32_f32")
 
 
 def _passes(call: _Call, tables: Any, which: str) -> Passes:

@@ -1,0 +1,223 @@
+"""R-SDDMM, R-softmax and R-SpMM: launches of `kernels.values`, for any binding, and for JAX.
+
+Values are float32 [B, rows, acsr.width]. Products are made in the dtype of the dense arrays, with float32 sums: R-SpMM
+rounds values to bfloat16 or float16 first, as attention kernels do (with float16 they must lie within 65504).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+from collections.abc import Callable
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+
+from splat.acsr import ACSR, build
+from splat.codegen.triton.kernels import values as kernels
+from splat.codegen.triton.launch import Kernel, Launch, Launcher, Output
+from splat.codegen.triton.lower_values import Phases, Spmm, has_holes, lower_sddmm, lower_spmm
+from splat.errors import ArgumentError, UnsupportedError
+from splat.pattern import parse
+from splat.pattern.core import ceil_div
+from splat.planning.kernels import ARCHITECTURES, DTYPES, INTERPRETER, KernelConfig
+
+Array = Any
+
+OPERATIONS = ("sddmm", "softmax", "spmm", "spmm_transposed")
+
+_C = KernelConfig
+
+#: Of arrays of 16 bits: (architecture, operation) -> largest head dim (padded to a power of two) -> configurations.
+_TABLE: dict[tuple[str, str], dict[int, tuple[KernelConfig, ...]]] = {
+    (arch, operation): {64: (_C(64, 64, 4, 2),), 128: (_C(64, 64, 4, 2),), 256: (_C(64, 32, 8, 2),)}
+    for arch in ARCHITECTURES
+    for operation in ("sddmm", "spmm", "spmm_transposed")
+}
+
+#: float32, on every architecture.
+_SINGLE: dict[int, tuple[KernelConfig, ...]] = {
+    64: (_C(32, 32, 4, 1),),
+    128: (_C(32, 16, 4, 1),),
+    256: (_C(16, 16, 4, 1),),
+}
+
+#: Elements of a program of R-softmax, and the longest row that it reads as a whole.
+_SOFTMAX_ELEMENTS, _SOFTMAX_WHOLE = 4096, 8192
+
+
+def configs_of(arch: str, operation: str, head_dim: int, dtype: str) -> tuple[KernelConfig, ...]:
+    """The configurations to choose from."""
+    if arch == INTERPRETER:
+        return (_C(32, 16, 4, 1), _C(16, 16, 4, 1))
+    known = _SINGLE if dtype == "float32" else _TABLE[arch, operation]
+    return next(known[width] for width in sorted(known) if head_dim <= width)
+
+
+@lru_cache
+def _kernel(name: str) -> Kernel:
+    function = getattr(kernels, name)
+    return Kernel(name, inspect.getsource(function.fn), function)
+
+
+@dataclasses.dataclass(frozen=True)
+class Operations:
+    """The operations of `splat.codegen.base.Implementation` on arrays of some framework.
+
+    Attributes:
+      arch: what the kernels are for.
+      launch: carries out a launch.
+      table: a NumPy int32 table as an array of the framework.
+      allow_tf32: whether float32 matrix products may round their inputs to tf32.
+      configs: to choose from, instead of the table's.
+    """
+
+    arch: str
+    launch: Launcher
+    table: Callable[[np.ndarray], Any]
+    allow_tf32: bool = False
+    configs: tuple[KernelConfig, ...] = ()
+
+    def sddmm(self, acsr: ACSR, rows: Array, columns: Array) -> Array:
+        self._check(rows, columns)
+        (batch, num_rows, head_dim), num_cols = rows.shape, columns.shape[1]
+        lowered = lower_sddmm(acsr, self._configs("sddmm", rows))
+        constants = self._constants(lowered.config, lowered.phases, head_dim, max(num_rows, num_cols))
+        return self._launch(
+            "splat_sddmm", lowered.num_slots * batch, (rows, columns, *map(self.table, lowered.tables)),
+            (lowered.num_slots, num_rows, num_cols, acsr.width), Output((batch, num_rows, acsr.width), "float32"),
+            constants | dict(STRIDE=lowered.stride, PADDED=lowered.padded), lowered.config,
+        )  # fmt: skip
+
+    def softmax(self, acsr: ACSR, values: Array) -> Array:
+        self._check(values)
+        batch, num_rows, width = values.shape
+        whole = width <= _SOFTMAX_WHOLE
+        block = max(16, 1 << (width - 1).bit_length()) if whole else _SOFTMAX_ELEMENTS
+        if self.arch == INTERPRETER:  # so that small problems show both forms
+            whole = width <= 64
+            block = 64
+        rows = max(1, _SOFTMAX_ELEMENTS // block)
+        blocks = ceil_div(num_rows, rows)
+        counts = np.stack([np.broadcast_to(c.count, (num_rows,)) for c in acsr.components]).astype(np.int32)
+        return self._launch(
+            "splat_softmax", blocks * batch,
+            (values, self.table(counts), self.table(np.array(acsr.offsets, np.int32))), (blocks, num_rows, width),
+            Output(values.shape, "float32"),
+            dict(COMPONENTS=len(acsr.components), ROWS=rows, BLOCK=block, WHOLE=whole), _C(0, 0, 4, 1),
+        )  # fmt: skip
+
+    def spmm(self, acsr: ACSR, values: Array, dense: Array) -> Array:
+        return self._spmm(acsr, values, dense, transposed=False)
+
+    def spmm_transposed(self, acsr: ACSR, values: Array, dense: Array) -> Array:
+        return self._spmm(acsr, values, dense, transposed=True)
+
+    def _spmm(self, acsr: ACSR, values: Array, dense: Array, *, transposed: bool) -> Array:
+        self._check(dense)
+        operation = "spmm_transposed" if transposed else "spmm"
+        groups = lower_spmm(acsr, self._configs(operation, dense), transposed)
+        guard = has_holes(acsr, transposed)
+        result = None
+        for group in groups:
+            dtype = str(dense.dtype) if group is groups[-1] else "float32"
+            result = self._add(acsr, group, (values, dense, result), dtype, transposed=transposed, guard=guard)
+        return result
+
+    def _add(self, acsr: ACSR, group: Spmm, arrays: Any, dtype: str, *, transposed: bool, guard: bool) -> Array:
+        """The sum of one group of components and of what earlier ones made, in the order of the groups."""
+        values, dense, earlier = arrays
+        batch, num_in, head_dim = dense.shape
+        num_out = acsr.shape[1 if transposed else 0]
+        constants = self._constants(group.config, group.phases, head_dim, max(num_in, num_out))
+        constants |= dict(
+            STEP=group.step, STRIDE=group.stride, VALUE_STRIDE=group.value_stride, TRANSPOSED=transposed,
+            WALKS=group.num_walks, UNROLL=group.is_unrolled, RESUME=earlier is not None, GUARD=guard,
+            TILE_ROWS=group.tile_rows,
+        )  # fmt: skip
+        read = (values, dense, values if earlier is None else earlier, *map(self.table, group.tables))
+        return self._launch(
+            "splat_spmm", group.num_slots * batch, read, (group.num_slots, num_out, num_in, acsr.width),
+            Output((batch, num_out, head_dim), dtype), constants, group.config,
+        )  # fmt: skip
+
+    # -- one launch ----------------------------------------------------------------------------------------------------
+
+    def _configs(self, operation: str, array: Array) -> tuple[KernelConfig, ...]:
+        return self.configs or configs_of(self.arch, operation, array.shape[-1], str(array.dtype))
+
+    def _constants(self, config: KernelConfig, phases: Phases, head_dim: int, length: int) -> dict[str, Any]:
+        return dict(
+            LEFT=phases.left, FULL=phases.full, RIGHT=phases.right, BLOCK_Q=config.block_q, BLOCK_KV=config.block_kv,
+            HEAD_DIM=head_dim, WIDTH=max(16, 1 << (head_dim - 1).bit_length()), WIDE=head_dim * length >= 1 << 31,
+            PRECISION="tf32" if self.allow_tf32 else "ieee",
+        )  # fmt: skip
+
+    def _launch(
+        self, name: str, programs: int, arrays: Any, scalars: Any, output: Output, constants: Any, config: KernelConfig
+    ) -> Array:
+        one = Launch(
+            _kernel(name), programs, arrays, scalars, (output,), constants, config.num_warps, config.num_stages
+        )
+        return self.launch(one)[0]
+
+    @staticmethod
+    def _check(*arrays: Array) -> None:
+        for array in arrays:
+            if str(array.dtype) not in DTYPES:
+                raise UnsupportedError(
+                    f"the triton implementation serves {', '.join(DTYPES)}, not {array.dtype}. Convert the inputs, or "
+                    "use implementation='xla'."
+                )
+
+
+# -- to look at --------------------------------------------------------------------------------------------------------
+
+
+def launches(
+    acsr: ACSR, operation: str, *, arch: str = "sm_90", head_dim: int = 64, dtype: str = "bfloat16", batch: int = 1,
+    config: tuple[int, int, int, int] | None = None,
+) -> list[Launch]:  # fmt: skip
+    """What an operation would launch; arrays are stand-ins: `Output` values.
+
+    Args:
+      config: block_q, block_kv, num_warps and num_stages, instead of the table's choice.
+    """
+    if operation not in OPERATIONS:
+        raise ArgumentError(f"operation must be one of {', '.join(OPERATIONS)}, but {operation!r} was given")
+    made: list[Launch] = []
+
+    def launch(one: Launch) -> tuple[Output, ...]:
+        made.append(one)
+        return one.outputs
+
+    rows, columns = (Output((batch, length, head_dim), dtype) for length in acsr.shape)
+    values = Output((batch, acsr.shape[0], acsr.width), "float32")
+    given = {
+        "sddmm": (rows, columns), "softmax": (values,), "spmm": (values, columns), "spmm_transposed": (values, rows),
+    }  # fmt: skip
+    chosen = () if config is None else (_C(*config),)
+    operations = Operations(arch, launch, lambda table: Output(table.shape, "int32"), configs=chosen)
+    getattr(operations, operation)(acsr, *given[operation])
+    return made
+
+
+def sample(operation: str, pattern: str, length: int = 8192, **sizes: Any) -> Launch:
+    """An operation's last launch, for compiling it in another process; arguments as `launches`."""
+    return launches(build(parse(pattern), length, length), operation, **sizes)[-1]
+
+
+def source(acsr: ACSR, operation: str, **sizes: Any) -> str:
+    """The text of an operation's kernels, headed by what is compiled into them; arguments as `launches`."""
+    texts: dict[str, str] = {}
+    for one in launches(acsr, operation, **sizes):
+        used = ", ".join(f"{name}={value}" for name, value in one.constants.items())
+        facts = f"# {one.programs} programs, {one.num_warps} warps, {one.num_stages} stages: {used}\n"
+        texts[one.kernel.source] = texts.get(one.kernel.source, "") + facts
+    about = "".join(f"# {line}\n" for line in [operation, *str(acsr).splitlines()])
+    library = inspect.getsource(kernels)
+    return about + "".join(texts.values()) + "\n" + library
+
+
+__all__ = ["OPERATIONS", "Operations", "configs_of", "launches", "sample", "source"]
