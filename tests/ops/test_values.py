@@ -8,12 +8,18 @@ import numpy as np
 import pytest
 
 import splat
+from splat.codegen.cpp import compiler
 from splat.errors import ArgumentError, UnsupportedError
 from tests.values_suite import ValuesSuite
 
 
 class TestXla(ValuesSuite):
     implementation = "xla"
+
+
+@pytest.mark.skipif(compiler.missing() is not None, reason=f"nothing can be compiled here: {compiler.missing()}")
+class TestCpp(ValuesSuite):
+    implementation = "cpp"
 
 
 ACSR = splat.build(splat.window(2), 8)
@@ -23,7 +29,11 @@ ONES = np.ones((8, 4), np.float32)
 @pytest.mark.parametrize(
     ("call", "error", "message"),
     [
-        (lambda: splat.sddmm(ONES, ONES, splat.window(2)), ArgumentError, "acsr must be a splat.ACSR"),
+        (
+            lambda: splat.sddmm(ONES, ONES, splat.window(2)),  # pyright: ignore[reportArgumentType]
+            ArgumentError,
+            "acsr must be a splat.ACSR",
+        ),
         (lambda: splat.sddmm(ONES[:7], ONES, ACSR), ArgumentError, r"query must have shape \[..., 8, head dim\]"),
         (lambda: splat.sddmm(ONES, ONES[:7], ACSR), ArgumentError, "key must have shape .* acsr has 8 columns"),
         (lambda: splat.sddmm(ONES, ONES[:, :3], ACSR), ArgumentError, "agree in dtype and head dim"),

@@ -18,6 +18,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.core import ShapedArray
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 
@@ -214,7 +215,7 @@ def _primitive(name: str) -> Primitive:
 
     def abstract(*avals: Any, static: _Static) -> Any:
         shape = _shape(name, static.acsr, *avals)
-        return jax.core.ShapedArray(shape.shape, shape.dtype)
+        return ShapedArray(shape.shape, shape.dtype)
 
     primitive.def_impl(lambda *arrays, static: jitted(static)(*arrays))
     primitive.def_abstract_eval(abstract)

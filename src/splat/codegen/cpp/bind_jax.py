@@ -34,8 +34,12 @@ def prepare(facts: KernelFacts) -> str:
 
     Raises what `compiler.load` raises, and UnsupportedError where the library cannot be called by XLA.
     """
-    text = source(facts)
-    library = compiler.load(library_name(facts), text)
+    return register(facts.kernel, library_name(facts), source(facts))
+
+
+def register(kernel: str, name: str, text: str) -> str:
+    """The name that XLA knows a translation unit's `splat_ffi` by; see `prepare`. `name` is for people."""
+    library = compiler.load(name, text)
     try:
         entry = library.splat_ffi
     except AttributeError:
@@ -50,11 +54,11 @@ def prepare(facts: KernelFacts) -> str:
             # XLA refuses one name for two addresses. The library's path holds the digest of all that it was made from;
             # one path is loaded once, so that its digest names one address.
             digest = hashlib.sha256(f"{library._name}\n{text}".encode()).hexdigest()[:16]
-            name = f"splat_{facts.kernel}_{digest}"
-            if name in _targets.values():
-                name = f"{name}_{len(_targets)}"
-            jax.ffi.register_ffi_target(name, jax.ffi.pycapsule(entry), platform="cpu")
-            _targets[address] = name
+            target = f"splat_{kernel}_{digest}"
+            if target in _targets.values():
+                target = f"{target}_{len(_targets)}"
+            jax.ffi.register_ffi_target(target, jax.ffi.pycapsule(entry), platform="cpu")
+            _targets[address] = target
         return _targets[address]
 
 
@@ -93,4 +97,4 @@ def export_checks() -> list[jax.export.DisabledSafetyCheck]:
         return [jax.export.DisabledSafetyCheck.custom_call(name) for name in _targets.values()]
 
 
-__all__ = ["call", "export_checks", "prepare", "prepare_all"]
+__all__ = ["call", "export_checks", "prepare", "prepare_all", "register"]

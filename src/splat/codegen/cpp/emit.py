@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from splat import __version__
 from splat.codegen.base import Missing, Options, Request
 from splat.codegen.batching import vmappable
-from splat.codegen.cpp import bind_jax, compiler, generate, threads
+from splat.codegen.cpp import bind_jax, compiler, generate, threads, values
 from splat.codegen.cpp.call import kernel_facts
 from splat.codegen.cpp.generate import KernelFacts
 from splat.codegen.cpp.lower import SCHEDULES, UNKNOWN, Holes, Lowered, PassFacts, Tables, holes_of, lower, passes_of
@@ -61,6 +61,11 @@ class CppImplementation:
         if kv_lengths is not None:
             kv_lengths = vary_like(kv_lengths, *arrays)
         return _function(call)(query, key, value, tables, kv_lengths)
+
+    sddmm = staticmethod(values.sddmm)
+    softmax = staticmethod(values.softmax)
+    spmm = staticmethod(values.spmm)
+    spmm_transposed = staticmethod(values.spmm_transposed)
 
     def emit(self, plan: Plan, options: Options, kernel: str | None = None) -> str:
         """The generated translation units, all or one of them."""

@@ -27,12 +27,12 @@ BLOCK = 64
 
 
 class Tiles(NamedTuple):
-    """Row tiles of a component, NumPy: rows [tiles, BLOCK] (`num_rows`: none), lower and count there, x0 and residue
+    """Row tiles of a component, NumPy: rows [tiles, BLOCK] (`num_rows`: none), lower and counts there, x0 and residue
     [tiles], the longest span, and the position of each row in the tiles."""
 
     rows: np.ndarray
     lower: np.ndarray
-    count: np.ndarray
+    counts: np.ndarray
     x0: np.ndarray
     residue: np.ndarray
     span: int
@@ -77,8 +77,8 @@ class _Tile(NamedTuple):
     columns: Array
     number: Array  # of the value, [BLOCK, X]
     keep: Array
-    first: Array  # x0 of the tile's rows in the span [BLOCK]
-    count: Array
+    first: Array  # of the values, where it lies in the span, [BLOCK]
+    counts: Array
 
 
 def _over_tiles(acsr: ACSR, number: int, body: Any, carry: Any = None) -> Any:
@@ -125,7 +125,7 @@ def sddmm(acsr: ACSR, rows: Array, columns: Array) -> Array:
             t = jnp.arange(width, dtype=jnp.int32)
             index = jnp.clip(tile.first[:, None] + t, 0, scores.shape[-1] - 1)
             taken = jnp.take_along_axis(scores, index[None], axis=-1)
-            return carry, jnp.where(t < tile.count[:, None], taken, 0)
+            return carry, jnp.where(t < tile.counts[:, None], taken, 0)
 
         parts.append(_by_row(acsr, number, _over_tiles(acsr, number, body)[1]))
     return jnp.concatenate(parts, axis=-1)
@@ -164,7 +164,7 @@ def spmm_transposed(acsr: ACSR, values: Array, dense: Array) -> Array:
         own = _part(acsr, number, values)
 
         def body(total: Array, tile: _Tile, own=own) -> Any:
-            taken = jnp.where((tile.count > 0)[:, None], _rows(dense, tile.rows), 0).astype(values.dtype)
+            taken = jnp.where((tile.counts > 0)[:, None], _rows(dense, tile.rows), 0).astype(values.dtype)
             made = _dot("brx,brh->bxh", _matrix(own, tile), taken)
             return total.at[:, tile.columns].add(made, mode="drop", unique_indices=True), None
 

@@ -58,6 +58,19 @@ inline bool succeeded(XLA_FFI_CallFrame* frame, XLA_FFI_Error* error) {
   return false;
 }
 
+/// Whether the frame only asked for the version that this was made for, and has its answer.
+inline bool answered(XLA_FFI_CallFrame* frame) {
+  for (auto* one = frame->extension_start; one; one = one->next) {
+    if (one->type != XLA_FFI_Extension_Metadata) continue;
+    auto* metadata = ((XLA_FFI_Metadata_Extension*)one)->metadata;
+    metadata->api_version.major_version = XLA_FFI_API_MAJOR;
+    metadata->api_version.minor_version = XLA_FFI_API_MINOR;
+    metadata->traits = 0;
+    return true;
+  }
+  return false;
+}
+
 /// XLA's threads; for as long as the call.
 inline Pool threads_of(XLA_FFI_CallFrame* frame) {
   int64_t num_threads = 1;
@@ -170,14 +183,7 @@ template <Kind kKind, class Facts, class... Passes> class Handler {
 
  public:
   static XLA_FFI_Error* handle(XLA_FFI_CallFrame* frame, void (*run)(const Call&, Pool&)) {
-    for (auto* one = frame->extension_start; one; one = one->next) {
-      if (one->type != XLA_FFI_Extension_Metadata) continue;
-      auto* metadata = ((XLA_FFI_Metadata_Extension*)one)->metadata;
-      metadata->api_version.major_version = XLA_FFI_API_MAJOR;
-      metadata->api_version.minor_version = XLA_FFI_API_MINOR;
-      metadata->traits = 0;
-      return nullptr;
-    }
+    if (answered(frame)) return nullptr;
     Reader reader(frame);
     Call call = {};
     const int32_t* tables[kTables];
