@@ -17,7 +17,8 @@ import numpy as np
 from splat.acsr import ACSR, build
 from splat.codegen.triton.kernels import values as kernels
 from splat.codegen.triton.launch import Kernel, Launch, Launcher, Output
-from splat.codegen.triton.lower_values import Phases, Spmm, has_holes, lower_sddmm, lower_spmm
+from splat.codegen.triton.values_lower import Spmm, has_holes, lower_sddmm, lower_spmm
+from splat.codegen.triton.values_tiles import Phases
 from splat.errors import ArgumentError, UnsupportedError
 from splat.pattern import parse
 from splat.pattern.core import ceil_div

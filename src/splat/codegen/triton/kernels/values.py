@@ -10,7 +10,7 @@ component's offset less the row's lower bound: one sum per row, whatever the pat
     COUNTS   [components, rows], OFFSETS [components]   R-softmax
 
 A phase's TEST says what a masked tile compares: "lower", "upper" or "both"; "none": every row has every column. A phase
-that no tile has is "absent".
+that no tile has is "absent". R-SpMM has "rows" where a component is not regular seen from its columns.
 """
 
 import triton
@@ -201,6 +201,33 @@ def add_products(acc, VALUES, SHIFT, X, at, columns, inside, begin, end, stop, r
 
 
 @triton.jit
+def load_bound(TABLE, which, rows, num_rows):
+    """int32 [rows]: one row of a table; 0 past the end, which is no pair's."""
+    return tl.load(TABLE + which * num_rows + rows, mask=rows < num_rows, other=0)
+
+
+@triton.jit
+def add_products_by_row(acc, VALUES, SHIFT, BOUNDS, X, walk, columns, residues, inside, begin, end, num_rows, width,
+                        VALUE_STRIDE: tl.constexpr, BLOCK_KV: tl.constexpr, HEAD_DIM: tl.constexpr,
+                        WIDTH: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+    """Transposed `add_products` of rows [begin, end), where columns are not regular: it looks at each row's bounds."""
+    for x in tl.range(begin, end, BLOCK_KV):
+        row = x + tl.arange(0, BLOCK_KV)
+        lower = load_bound(BOUNDS, 3 * walk, row, num_rows)
+        upper = load_bound(BOUNDS, 3 * walk + 1, row, num_rows)
+        keep = (columns[:, None] >= lower[None, :]) & (columns[:, None] < upper[None, :]) & inside[:, None]
+        if VALUE_STRIDE > 1:
+            keep = keep & (residues[:, None] == load_bound(BOUNDS, 3 * walk + 2, row, num_rows)[None, :])
+        shift = load_bound(SHIFT, walk, row, num_rows)
+        source = (VALUES + row.to(tl.int64) * width + shift)[None, :] + columns[:, None]
+        p = tl.load(source, mask=keep, other=0.0)  # [BLOCK_Q, BLOCK_KV]
+        v = load_lattice(X, x, end, HEAD_DIM, 1, BLOCK_KV, HEAD_DIM, WIDTH, True, WIDE, False)
+        v = tl.where((tl.max(keep.to(tl.int32), 0) > 0)[:, None], v, 0.0).to(v.dtype)
+        acc = tl.dot(p.to(v.dtype), v, acc, input_precision=PRECISION)
+    return acc
+
+
+@triton.jit
 def add_walk(acc, VALUES, X, TILES, BOUNDS, SHIFTS, SOURCES, walk, slot, rows, columns, num_out, num_values, width,
              WALKS: tl.constexpr, LEFT: tl.constexpr, FULL: tl.constexpr, RIGHT: tl.constexpr, STRIDE: tl.constexpr,
              TRANSPOSED: tl.constexpr, GUARD: tl.constexpr, BLOCK_KV: tl.constexpr, HEAD_DIM: tl.constexpr,
@@ -260,7 +287,13 @@ def splat_spmm(VALUES, X, EARLIER, TILES, ROWS, BOUNDS, SHIFTS, SOURCES, num_slo
     values = VALUES + entry * num_values * width
     x = X + entry * num_in * HEAD_DIM
     acc = tl.zeros([BLOCK_Q, WIDTH], tl.float32)
-    if UNROLL:
+    if LEFT == "rows":
+        for walk in tl.range(WALKS):
+            x0, x1, _, _, _, _ = span(TILES, slot, walk, WALKS)
+            acc = add_products_by_row(acc, values, SHIFTS, BOUNDS, x, walk, columns, rows % VALUE_STRIDE,
+                                      rows < num_out, x0, x1, num_in, width, VALUE_STRIDE, BLOCK_KV, HEAD_DIM, WIDTH,
+                                      WIDE, PRECISION)  # fmt: skip
+    elif UNROLL:
         for walk in tl.static_range(WALKS):
             acc = add_walk(acc, values, x, TILES, BOUNDS, SHIFTS, SOURCES, walk, slot, rows, columns, num_out,
                            num_values, width, WALKS, LEFT, FULL, RIGHT, STRIDE, TRANSPOSED, GUARD, BLOCK_KV, HEAD_DIM,

@@ -1,0 +1,269 @@
+"""Operations on values in the form the kernels want: launches' static facts and tables, from an ACSR alone.
+
+Components that agree in row tiles and stride share a launch of R-SpMM; R-SDDMM takes all of them in one, since each
+writes values of its own. Matrices are static, so that all of this is NumPy, and remembered.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from splat.acsr import ACSR, Component
+from splat.codegen.triton.values_tiles import (
+    Phases,
+    Tiled,
+    area,
+    best_tiling,
+    bounds_of,
+    groupings,
+    longest_first,
+    narrowed,
+    padded_rows,
+    phases_of,
+    shifts_of,
+    tile,
+    work_of,
+)
+from splat.errors import IrregularPatternError
+from splat.geometry import RowTiles, align_by_step
+from splat.planning.kernels import KernelConfig
+
+#: Up to so many walks are written out one after the other; more are a loop.
+UNROLLED_WALKS = 3
+
+#: What a tile costs more where each row's bounds are looked at.
+_MASKED = 1.5
+
+
+# -- R-SDDMM -----------------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Sddmm:
+    """One launch of `splat_sddmm`.
+
+    Attributes:
+      stride: of all components, or 0.
+      padded: whether some row has less values than its component is wide.
+      tables: TASKS, ROWS, BOUNDS.
+    """
+
+    config: KernelConfig
+    num_slots: int
+    stride: int
+    phases: Phases
+    padded: bool
+    tables: tuple[np.ndarray, ...]
+
+
+@lru_cache(maxsize=64)
+def lower_sddmm(acsr: ACSR, configs: tuple[KernelConfig, ...]) -> Sddmm:
+    numbers = [n for n, component in enumerate(acsr.components) if component.width]
+    choices = [
+        (config, [best_tiling(acsr.components[n], acsr.shape[0], config) for n in numbers]) for config in configs
+    ]
+    config, tiled = min(choices, key=lambda choice: sum(one.cost for one in choice[1]))
+    tasks = [_tasks(acsr, n, one) for n, one in zip(numbers, tiled, strict=True)]
+    rows = [padded_rows(one.tiles, config.block_q) for one in tiled]
+    order = longest_first(np.concatenate([work_of(one) for one in tiled]))
+    table, row_table = np.concatenate(tasks)[order], np.concatenate(rows)[order]
+    here = np.any(row_table < acsr.shape[0], axis=1)
+    table, row_table = table[here], row_table[here]
+    strides = {acsr.components[n].stride for n in numbers}
+    padded = bool((table[:, 9] < table[:, 10]).any())
+    bounds = bounds_of(acsr.components, acsr.shape[0])
+    stride = strides.pop() if len(strides) == 1 else 0
+    return Sddmm(config, len(table), stride, phases_of(tiled), padded, (table, row_table, bounds))
+
+
+def _tasks(acsr: ACSR, number: int, one: Tiled) -> np.ndarray:
+    """TASKS of a component: int32 [tiles, 11]."""
+    component, tiles = one.component, one.tiles
+    spans = one.spans
+    fixed = np.array([number, component.stride, acsr.offsets[number]], np.int32)
+    least = tiles.smallest(np.asarray(component.count))
+    if tiles.padding is not None:
+        least = np.where(tiles.padding, component.width, least)
+    ends = np.stack([least, np.full_like(least, component.width)], axis=1)
+    return np.concatenate([np.broadcast_to(fixed, (len(spans), 3)), spans, ends], axis=1).astype(np.int32)
+
+
+# -- R-SpMM ------------------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Spmm:
+    """One launch of `splat_spmm`: components that share row tiles and stride.
+
+    Attributes:
+      step: rows of a tile are `first + step * n`; 0: they are read from ROWS.
+      tile_rows: rows of a tile, not more than config.block_q.
+      value_stride: the stride of the component whose values these are; `stride` where not transposed.
+      tables: TILES, ROWS, BOUNDS, SHIFTS, SOURCES.
+    """
+
+    config: KernelConfig
+    step: int
+    tile_rows: int
+    stride: int
+    value_stride: int
+    num_slots: int
+    num_walks: int
+    phases: Phases
+    tables: tuple[np.ndarray, ...]
+
+    @property
+    def is_unrolled(self) -> bool:
+        return self.num_walks <= UNROLLED_WALKS
+
+
+class _Line(NamedTuple):
+    """What is multiplied: a component of the output's rows, whose values those of component `number` are."""
+
+    number: int
+    component: Component
+
+
+@lru_cache(maxsize=128)
+def lower_spmm(acsr: ACSR, configs: tuple[KernelConfig, ...], transposed: bool) -> tuple[Spmm, ...]:
+    """The launches, in order; each has every row of the output."""
+    lines: list[_Line] = []
+    by_row: dict[int, list[int]] = {}
+    for n, component in enumerate(acsr.components):
+        if not component.width:
+            continue
+        seen = _transposed(acsr, n, configs) if transposed else (component,)
+        if seen is None:
+            by_row.setdefault(component.stride, []).append(n)
+        else:
+            lines += [_Line(n, one) for one in seen]
+    num_out = acsr.shape[1 if transposed else 0]
+    groups: dict[Any, list[_Line]] = {}
+    for line in lines:
+        value_stride = acsr.components[line.number].stride
+        unit = value_stride if transposed else 1
+        best = min((best_tiling(line.component, num_out, config, unit) for config in configs), key=lambda one: one.cost)
+        own = best.tiles.step if best.tiles.row_map is None else ("map", line)
+        groups.setdefault((own, line.component.stride, value_stride), []).append(line)
+    regular = [
+        _spmm(acsr, group, own if isinstance(own, int) else None, configs, transposed)
+        for (own, _, _), group in groups.items()
+    ]
+    return (*regular, *(_spmm_by_row(acsr, numbers, configs[0]) for numbers in by_row.values()))
+
+
+def _transposed(acsr: ACSR, number: int, configs: Sequence[KernelConfig]) -> tuple[Component, ...] | None:
+    """The component seen from its columns; None where it is quicker to look at each row's bounds, or the only way."""
+    component, num_cols = acsr.components[number], acsr.shape[1]
+    try:
+        seen = ACSR(acsr.shape, (component,)).transpose().components
+    except IrregularPatternError:
+        return None
+    if len(seen) <= UNROLLED_WALKS:
+        return seen
+    config, tiles = configs[0], align_by_step(num_cols, component.stride, configs[0].block_q)
+    first, last = _rows_met(component, tiles, acsr.shape[0])
+    met = -(-(last - first) // config.block_kv)
+    limit = _MASKED * float(met.sum(dtype=np.int64)) * area(narrowed(config, tiles).block_q, config.block_kv)
+    return seen if sum(best_tiling(one, num_cols, config, component.stride).cost for one in seen) < limit else None
+
+
+def _spmm(
+    acsr: ACSR, lines: list[_Line], step: int | None, configs: tuple[KernelConfig, ...], transposed: bool
+) -> Spmm:
+    num_out = acsr.shape[1 if transposed else 0]
+    value_stride = acsr.components[lines[0].number].stride
+
+    def tiled_by(config: KernelConfig) -> tuple[KernelConfig, list[Tiled]]:
+        if step is None:
+            tiles = groupings(lines[0].component, num_out, config.block_q, value_stride if transposed else 1)[-1]
+        else:
+            tiles = align_by_step(num_out, step, config.block_q)
+        config = narrowed(config, tiles)
+        return config, [tile(line.component, tiles, config) for line in lines]
+
+    config, tiled = min(map(tiled_by, configs), key=lambda choice: sum(one.cost for one in choice[1]))
+    tiles = tiled[0].tiles
+    order = longest_first(np.sum([work_of(one) for one in tiled], axis=0))
+    rows = padded_rows(tiles, config.block_q)
+    order = order[np.any(rows < num_out, axis=1)[order]]
+    first = rows[:, :1] if tiles.row_map is None else np.zeros_like(rows[:, :1])
+    table = np.concatenate([first, *(one.spans for one in tiled)], axis=1)[order]
+    numbers = sorted({line.number for line in lines})
+    sources = np.array([numbers.index(line.number) for line in lines], np.int32)
+    tables = (
+        table, rows[order] if tiles.row_map is not None else np.zeros((1, 1), np.int32),
+        bounds_of([line.component for line in lines], num_out), shifts_of(acsr, numbers), sources,
+    )  # fmt: skip
+    return Spmm(
+        config, tiles.step if tiles.row_map is None else 0, tiles.block_q, tiled[0].component.stride, value_stride,
+        len(order), len(lines), phases_of(tiled), tables,
+    )  # fmt: skip
+
+
+def _spmm_by_row(acsr: ACSR, numbers: list[int], config: KernelConfig) -> Spmm:
+    """Transposed, of components of one stride whose columns are not regular: all rows from the first that a tile meets
+    to the last."""
+    num_rows, num_cols = acsr.shape
+    components = [acsr.components[n] for n in numbers]
+    stride = components[0].stride
+    tiles = align_by_step(num_cols, stride, config.block_q)
+    config = narrowed(config, tiles)
+    spans, work = [tiles.rows[:, :1]], np.zeros(tiles.num_tiles, np.int32)
+    for component in components:
+        first, last = _rows_met(component, tiles, num_rows)
+        spans.append(np.stack([first, last, last, last, last, np.zeros_like(first)], axis=1))
+        work += last - first
+    order = longest_first(work)
+    order = order[np.any(tiles.rows < num_cols, axis=1)[order]]
+    residues = [np.broadcast_to(one.residue, (1, 1, num_rows)).astype(np.int32) for one in components]
+    bounds = np.concatenate([bounds_of(components, num_rows), np.concatenate(residues)], axis=1)
+    return Spmm(
+        config, tiles.step, tiles.block_q, 1, stride, len(order), len(numbers), Phases("rows", False, "absent"),
+        (np.concatenate(spans, axis=1).astype(np.int32)[order], np.zeros((1, 1), np.int32), bounds,
+         shifts_of(acsr, numbers), np.arange(len(numbers), dtype=np.int32)),
+    )  # fmt: skip
+
+
+def _rows_met(component: Component, tiles: RowTiles, num_rows: int) -> tuple[np.ndarray, np.ndarray]:
+    """The first row that meets each tile of columns, in steps of the component's stride, and past the last: [tiles]."""
+    here = np.flatnonzero(component.count > 0)
+    lower, upper = (np.broadcast_to(bound, (num_rows,))[here] for bound in component.bounds)
+    base = np.broadcast_to(component.residue, (num_rows,))[here] * tiles.tiles_per_group
+    begin, end = base + lower // tiles.block_q, base + (upper - 1) // tiles.block_q + 1
+    first, last = np.zeros(tiles.num_tiles, np.int32), np.zeros(tiles.num_tiles, np.int32)
+    met = list(zip(here.tolist(), begin.tolist(), end.tolist(), strict=True))
+    for row, a, b in reversed(met):
+        first[a:b] = row
+    for row, a, b in met:
+        last[a:b] = row + 1
+    return first, last
+
+
+def has_holes(acsr: ACSR, transposed: bool) -> bool:
+    """Whether, between the first and the last of those in some pair, a row (transposed) or column is in none."""
+    if transposed:
+        seen = np.flatnonzero(acsr.row_nnz)
+    else:
+        seen = np.flatnonzero(_used_columns(acsr))
+    return bool(seen.size) and int(seen[-1] - seen[0]) + 1 > seen.size
+
+
+def _used_columns(acsr: ACSR) -> np.ndarray:
+    used = np.zeros(acsr.shape[1], bool)
+    for component in acsr.components:
+        s, here = component.stride, np.asarray(component.count) > 0
+        start, count = np.asarray(component.start)[here], np.asarray(component.count)[here]
+        length = -(-acsr.shape[1] // s) * s + s
+        change = np.bincount(start, minlength=length) - np.bincount(start + s * count, minlength=length)
+        runs = change.reshape(-1, s).cumsum(axis=0).reshape(-1)
+        used |= runs[: acsr.shape[1]] > 0
+    return used
+
+
+__all__ = ["Sddmm", "Spmm", "has_holes", "lower_sddmm", "lower_spmm"]

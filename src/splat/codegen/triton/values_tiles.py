@@ -1,0 +1,154 @@
+"""Row tiles of the operations on values: which rows are grouped, what each tile spans, and what that costs.
+
+Each component gets the row tiles that cost it least: neighbours, rows of one residue in steps (transformation
+alignment), or the same through a row map. Its span is covered from its first column on, in three phases.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from functools import reduce
+from typing import NamedTuple
+
+import numpy as np
+
+from splat.acsr import ACSR, Component
+from splat.geometry import RowTiles, align_by_step, align_rows_of, analyze, is_aligned
+from splat.planning.kernels import KernelConfig
+from splat.tiling import Test, Walk, cover
+
+#: The cost of a tile is its pairs and as many for each row and column that is loaded; of a program, beside its tiles',
+#: as much as so many pairs. They rank tilings of one pattern. (By reasoning, not by measurement.)
+_LINE, _PROGRAM = 16, 4096
+
+
+class Phases(NamedTuple):
+    """Which phases a launch has, and what the masked ones compare: see `kernels.values`."""
+
+    left: str
+    full: bool
+    right: str
+
+    def merge(self, other: Phases) -> Phases:
+        return Phases(_both(self.left, other.left), self.full or other.full, _both(self.right, other.right))
+
+
+def _both(a: str, b: str) -> str:
+    if "absent" in (a, b) or a == b:
+        return b if a == "absent" else a
+    return "both"
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Tiled:
+    """A component under one row grouping and one block size.
+
+    Attributes:
+      component: its lines may be rows or, transposed, columns.
+      stop: int32 [tiles], past the last lattice column that some row of the tile has.
+      block_q: rows of the kernel's tile; those of `tiles` may be fewer.
+    """
+
+    component: Component
+    tiles: RowTiles
+    walk: Walk
+    stop: np.ndarray
+    block_q: int
+
+    @property
+    def cost(self) -> float:
+        tiles = float(work_of(self).sum(dtype=np.int64))
+        return tiles * area(self.block_q, self.walk.block_kv) + self.tiles.num_tiles * _PROGRAM
+
+    @property
+    def phases(self) -> Phases:
+        full = bool(self.walk.num_full.any())
+        return Phases(_test(self.walk.head_tests), full, _test(self.walk.tail_tests))
+
+    @property
+    def spans(self) -> np.ndarray:
+        """x0, x1, x2, x3, stop, residue of every tile: int32 [tiles, 6]."""
+        walk, block = self.walk, self.walk.block_kv
+        x1 = walk.begin + walk.num_head * block
+        x2 = x1 + walk.num_full * block
+        columns = (walk.begin, x1, x2, x2 + walk.num_tail * block, self.stop, walk.residue)
+        return np.stack([np.broadcast_to(column, self.stop.shape) for column in columns], axis=1).astype(np.int32)
+
+
+def area(block_q: int, block_kv: int) -> float:
+    """The cost of one tile."""
+    return block_q * block_kv + _LINE * (block_q + block_kv)
+
+
+def _test(tests: Sequence[Test]) -> str:
+    if not tests:
+        return "absent"
+    return "both" if tests[0].lower and tests[0].upper else "lower" if tests[0].lower else "upper"
+
+
+def tile(component: Component, tiles: RowTiles, config: KernelConfig) -> Tiled:
+    span = analyze(component, tiles)
+    (walk,) = cover([0], [component.stride], [span], config.block_kv)
+    return Tiled(component, tiles, walk, np.maximum(tiles.largest(component.bounds[1]), 0), config.block_q)
+
+
+def groupings(component: Component, num_rows: int, block_q: int, unit: int = 1) -> list[RowTiles]:
+    """The row tiles to choose from; all have every row. In steps, these are multiples of `unit`. A row map is last."""
+    steps = {math.lcm(component.line_step or 1, unit)} | ({unit} if component.stride == 1 else set())
+    found = [align_by_step(num_rows, step, block_q) for step in sorted(steps)]
+    if component.stride > 1 or component.has_empty_rows:
+        some = align_rows_of(component, num_rows, block_q)
+        empty = np.flatnonzero(component.count <= 0).astype(np.int32)
+        rest = np.pad(empty, (0, -empty.size % some.block_q), constant_values=num_rows)
+        row_map = np.concatenate([some.rows, rest.reshape(-1, some.block_q)])
+        found.append(RowTiles(num_rows, some.block_q, 1, row_map))
+    return [one for one in found if is_aligned(component, one)]
+
+
+def best_tiling(component: Component, num_rows: int, config: KernelConfig, unit: int = 1) -> Tiled:
+    """The cheapest; row maps are avoided where they gain little."""
+    options = [tile(component, one, config) for one in groupings(component, num_rows, config.block_q, unit)]
+    return min(options, key=lambda one: one.cost * (1.1 if one.tiles.row_map is not None else 1.0))
+
+
+def narrowed(config: KernelConfig, tiles: RowTiles) -> KernelConfig:
+    """The configuration with no more rows than tiles have (Triton's matrix products want 16)."""
+    return dataclasses.replace(config, block_q=max(16, tiles.block_q))
+
+
+# -- tables ------------------------------------------------------------------------------------------------------------
+
+
+def bounds_of(components: Sequence[Component], num_rows: int) -> np.ndarray:
+    """BOUNDS: int32 [components, 2, num_rows]."""
+    pairs = [[np.broadcast_to(bound, (num_rows,)) for bound in one.bounds] for one in components]
+    return np.stack([np.stack(pair) for pair in pairs]).astype(np.int32)
+
+
+def shifts_of(acsr: ACSR, numbers: Sequence[int]) -> np.ndarray:
+    """SHIFTS: int32 [components, rows]; rows without values: whatever."""
+    rows = [np.broadcast_to(acsr.offsets[n] - acsr.components[n].bounds[0], acsr.shape[:1]) for n in numbers]
+    return np.stack(rows).astype(np.int32)
+
+
+def phases_of(tiled: Sequence[Tiled]) -> Phases:
+    """The phases of a launch that runs all of these."""
+    return reduce(Phases.merge, (one.phases for one in tiled))
+
+
+def padded_rows(tiles: RowTiles, block_q: int) -> np.ndarray:
+    """ROWS: int32 [tiles, block_q]."""
+    missing = block_q - tiles.rows.shape[1]
+    return np.pad(tiles.rows, ((0, 0), (0, missing)), constant_values=tiles.num_rows).astype(np.int32)
+
+
+def work_of(one: Tiled) -> np.ndarray:
+    """How many lattice tiles each row tile has."""
+    return np.broadcast_to(one.walk.num_tiles, one.stop.shape)
+
+
+def longest_first(work: np.ndarray) -> np.ndarray:
+    """The order in which row tiles are run: the last programs of a launch are short ones."""
+    return np.argsort(-work, kind="stable")
