@@ -15,6 +15,8 @@ wide as its largest count. The pair that component c names as number t of row i 
     values[..., i, acsr.offsets[c] + t]
 
 What lies past a row's count is padding: never read, written as 0.
+
+convert.py makes values and exchanges them with other formats.
 """
 
 from __future__ import annotations
@@ -23,9 +25,11 @@ import dataclasses
 import hashlib
 import itertools
 from functools import cached_property
+from typing import overload
 
 import numpy as np
 
+from splat.acsr import convert
 from splat.errors import PatternError
 from splat.pattern.core import Array, Run, array_namespace
 from splat.pattern.data import transpose_runs
@@ -97,7 +101,7 @@ class Component:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class ACSR:
-    """The non-zeros of a q_len x kv_len matrix as disjoint affine components. Values live elsewhere (see DESIGN)."""
+    """The non-zeros of a q_len x kv_len matrix as disjoint affine components. Values are arrays of their own."""
 
     shape: tuple[int, int]
     components: tuple[Component, ...]
@@ -150,8 +154,21 @@ class ACSR:
         """Bytes of all start and count arrays."""
         return sum(2 * 4 * self.shape[0] for _ in self.components)
 
-    def to_dense(self) -> np.ndarray:
-        """The mask, bool [q_len, kv_len]. Raises PatternError where a pair is named twice or lies outside."""
+    @overload
+    def to_dense(self) -> np.ndarray: ...
+    @overload
+    def to_dense(self, values: Array) -> Array: ...
+    def to_dense(self, values: Array | None = None) -> Array:
+        """The mask, bool [q_len, kv_len]; or, with values [..., rows, width], the matrices [..., rows, cols].
+
+        Matrices have the dtype of the values, and are NumPy or JAX as they are. Traceable, differentiable.
+
+        Raises:
+          PatternError: a pair is named twice or lies outside.
+          ArgumentError: `values` has another shape.
+        """
+        if values is not None:
+            return convert.dense_of(self, values)
         count = np.zeros(self.shape, np.int32)
         row = np.arange(self.shape[0])
         for component in self.components:
@@ -187,9 +204,26 @@ class ACSR:
 
     def transpose(self) -> ACSR:
         """The transposed matrix, by its numbers. Raises IrregularPatternError where its columns are not regular."""
+        return self._transposed
+
+    @cached_property
+    def _transposed(self) -> ACSR:
         runs = transpose_runs([Run(c.stride, c.start, c.count, c.line_step) for c in self.components], self.shape[1])
         components = tuple(Component(r.stride, r.start, r.count, r.line_step) for r in runs)
         return ACSR((self.shape[1], self.shape[0]), components)
+
+    # Values and exchange with other formats: the functions of convert.py, as methods.
+    pairs = cached_property(convert.make_pairs)
+    transposition = cached_property(convert.make_transposition)
+    values_of = convert.values_of
+    transpose_values = convert.transpose_values
+    from_dense = staticmethod(convert.from_dense)
+    from_scipy = staticmethod(convert.from_scipy)
+    from_bcoo = staticmethod(convert.from_bcoo)
+    from_bcsr = staticmethod(convert.from_bcsr)
+    to_scipy = convert.to_scipy
+    to_bcoo = convert.to_bcoo
+    to_bcsr = convert.to_bcsr
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, ACSR) or self.shape != other.shape or len(self.components) != len(other.components):
