@@ -89,7 +89,7 @@ def truth(m: Matrix, rows: Array, columns: Array, values: Array) -> dict[str, Ar
 
 def check(m: Matrix, rows: Array, columns: Array, values: Array, operations: Any = OPERATIONS) -> None:
     """All four operations against the truth; `operations` has them as methods."""
-    expected = truth(m, rows, columns, values)
+    expected = truth(m, *map(np.asarray, (rows, columns, values)))
     found = {
         "sddmm": operations.sddmm(m.acsr, rows, columns),
         "softmax": operations.softmax(m.acsr, values),

@@ -22,7 +22,7 @@ from splat.codegen.triton.values_tiles import Phases
 from splat.errors import ArgumentError, UnsupportedError
 from splat.pattern import parse
 from splat.pattern.core import ceil_div
-from splat.planning.kernels import ARCHITECTURES, DTYPES, INTERPRETER, KernelConfig
+from splat.planning.kernels import DTYPES, INTERPRETER, KernelConfig
 
 Array = Any
 
@@ -30,18 +30,37 @@ OPERATIONS = ("sddmm", "softmax", "spmm", "spmm_transposed")
 
 _C = KernelConfig
 
-#: Of arrays of 16 bits: (architecture, operation) -> largest head dim (padded to a power of two) -> configurations.
-_TABLE: dict[tuple[str, str], dict[int, tuple[KernelConfig, ...]]] = {
-    (arch, operation): {64: (_C(64, 64, 4, 2),), 128: (_C(64, 64, 4, 2),), 256: (_C(64, 32, 8, 2),)}
-    for arch in ARCHITECTURES
-    for operation in ("sddmm", "spmm", "spmm_transposed")
+_WIDE_ROWS, _SQUARE, _SMALL = _C(128, 32, 8, 2), _C(64, 64, 8, 2), _C(32, 32, 4, 2)
+
+#: Of arrays of 16 bits: architecture -> operation -> largest head dim (padded to a power of two) -> configurations to
+#: choose from. As in `splat.planning.kernels`, each was compiled and looked at: tensor-core instructions, no spills.
+_TABLE: dict[str, dict[str, dict[int, tuple[KernelConfig, ...]]]] = {
+    "sm_80": {
+        "sddmm": {256: (_WIDE_ROWS, _SQUARE, _SMALL)},
+        "spmm": {64: (_C(128, 64, 8, 2), _SQUARE, _SMALL), 128: (_WIDE_ROWS, _SQUARE, _SMALL), 256: (_SQUARE, _SMALL)},
+    },
+    "sm_90": {
+        "sddmm": {256: (_WIDE_ROWS, _SQUARE, _SMALL)},
+        "spmm": {64: (_C(128, 64, 8, 2), _SQUARE, _SMALL), 128: (_WIDE_ROWS, _SQUARE, _SMALL), 256: (_SQUARE, _SMALL)},
+    },
+    "sm_100": {
+        "sddmm": {256: (_WIDE_ROWS, _SQUARE, _SMALL)},
+        "spmm": {64: (_C(128, 64, 4, 2), _SQUARE, _SMALL), 256: (_C(128, 64, 8, 2), _SQUARE, _SMALL)},
+    },
+    "gfx942": {
+        "sddmm": {256: (_C(128, 32, 4, 1), _C(64, 64, 4, 1), _C(32, 32, 4, 1))},
+        "spmm": {
+            128: (_C(128, 64, 4, 1), _C(64, 64, 4, 1), _C(32, 32, 4, 1)),
+            256: (_C(128, 32, 4, 1), _C(64, 64, 4, 1), _C(32, 32, 4, 1)),
+        },
+    },
 }
 
-#: float32, on every architecture.
+#: float32, on every architecture: without tensor cores (but AMD's).
 _SINGLE: dict[int, tuple[KernelConfig, ...]] = {
-    64: (_C(32, 32, 4, 1),),
-    128: (_C(32, 16, 4, 1),),
-    256: (_C(16, 16, 4, 1),),
+    64: (_C(64, 32, 8, 1), _C(32, 32, 4, 1)),
+    128: (_C(32, 32, 4, 1),),
+    256: (_C(32, 16, 8, 1),),
 }
 
 #: Elements of a program of R-softmax, and the longest row that it reads as a whole.
@@ -52,7 +71,7 @@ def configs_of(arch: str, operation: str, head_dim: int, dtype: str) -> tuple[Ke
     """The configurations to choose from."""
     if arch == INTERPRETER:
         return (_C(32, 16, 4, 1), _C(16, 16, 4, 1))
-    known = _SINGLE if dtype == "float32" else _TABLE[arch, operation]
+    known = _SINGLE if dtype == "float32" else _TABLE[arch]["sddmm" if operation == "sddmm" else "spmm"]
     return next(known[width] for width in sorted(known) if head_dim <= width)
 
 
@@ -84,11 +103,11 @@ class Operations:
         self._check(rows, columns)
         (batch, num_rows, head_dim), num_cols = rows.shape, columns.shape[1]
         lowered = lower_sddmm(acsr, self._configs("sddmm", rows))
-        constants = self._constants(lowered.config, lowered.phases, head_dim, max(num_rows, num_cols))
+        constants = self._constants(acsr, lowered.config, lowered.phases, head_dim)
         return self._launch(
             "splat_sddmm", lowered.num_slots * batch, (rows, columns, *map(self.table, lowered.tables)),
             (lowered.num_slots, num_rows, num_cols, acsr.width), Output((batch, num_rows, acsr.width), "float32"),
-            constants | dict(STRIDE=lowered.stride, PADDED=lowered.padded), lowered.config,
+            constants | dict(STRIDE=lowered.stride, PADDED=lowered.padded, RAGGED=lowered.ragged), lowered.config,
         )  # fmt: skip
 
     def softmax(self, acsr: ACSR, values: Array) -> Array:
@@ -131,11 +150,11 @@ class Operations:
         values, dense, earlier = arrays
         batch, num_in, head_dim = dense.shape
         num_out = acsr.shape[1 if transposed else 0]
-        constants = self._constants(group.config, group.phases, head_dim, max(num_in, num_out))
+        constants = self._constants(acsr, group.config, group.phases, head_dim)
         constants |= dict(
             STEP=group.step, STRIDE=group.stride, VALUE_STRIDE=group.value_stride, TRANSPOSED=transposed,
             WALKS=group.num_walks, UNROLL=group.is_unrolled, RESUME=earlier is not None, GUARD=guard,
-            TILE_ROWS=group.tile_rows,
+            TILE_ROWS=group.tile_rows, RAGGED=group.ragged,
         )  # fmt: skip
         read = (values, dense, values if earlier is None else earlier, *map(self.table, group.tables))
         return self._launch(
@@ -148,10 +167,11 @@ class Operations:
     def _configs(self, operation: str, array: Array) -> tuple[KernelConfig, ...]:
         return self.configs or configs_of(self.arch, operation, array.shape[-1], str(array.dtype))
 
-    def _constants(self, config: KernelConfig, phases: Phases, head_dim: int, length: int) -> dict[str, Any]:
+    def _constants(self, acsr: ACSR, config: KernelConfig, phases: Phases, head_dim: int) -> dict[str, Any]:
         return dict(
             LEFT=phases.left, FULL=phases.full, RIGHT=phases.right, BLOCK_Q=config.block_q, BLOCK_KV=config.block_kv,
-            HEAD_DIM=head_dim, WIDTH=max(16, 1 << (head_dim - 1).bit_length()), WIDE=head_dim * length >= 1 << 31,
+            HEAD_DIM=head_dim, WIDTH=max(16, 1 << (head_dim - 1).bit_length()),
+            WIDE=head_dim * max(acsr.shape) >= 1 << 31, FAR=acsr.shape[0] * acsr.width >= 1 << 30,
             PRECISION="tf32" if self.allow_tf32 else "ieee",
         )  # fmt: skip
 

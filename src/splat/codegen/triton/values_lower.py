@@ -50,6 +50,7 @@ class Sddmm:
     Attributes:
       stride: of all components, or 0.
       padded: whether some row has less values than its component is wide.
+      ragged: whether some tile has less rows than the kernel's.
       tables: TASKS, ROWS, BOUNDS.
     """
 
@@ -58,6 +59,7 @@ class Sddmm:
     stride: int
     phases: Phases
     padded: bool
+    ragged: bool
     tables: tuple[np.ndarray, ...]
 
 
@@ -78,7 +80,8 @@ def lower_sddmm(acsr: ACSR, configs: tuple[KernelConfig, ...]) -> Sddmm:
     padded = bool((table[:, 9] < table[:, 10]).any())
     bounds = bounds_of(acsr.components, acsr.shape[0])
     stride = strides.pop() if len(strides) == 1 else 0
-    return Sddmm(config, len(table), stride, phases_of(tiled), padded, (table, row_table, bounds))
+    ragged = bool((row_table == acsr.shape[0]).any())
+    return Sddmm(config, len(table), stride, phases_of(tiled), padded, ragged, (table, row_table, bounds))
 
 
 def _tasks(acsr: ACSR, number: int, one: Tiled) -> np.ndarray:
@@ -104,6 +107,7 @@ class Spmm:
       step: rows of a tile are `first + step * n`; 0: they are read from ROWS.
       tile_rows: rows of a tile, not more than config.block_q.
       value_stride: the stride of the component whose values these are; `stride` where not transposed.
+      ragged: whether some tile has less rows than the kernel's.
       tables: TILES, ROWS, BOUNDS, SHIFTS, SOURCES.
     """
 
@@ -114,6 +118,7 @@ class Spmm:
     value_stride: int
     num_slots: int
     num_walks: int
+    ragged: bool
     phases: Phases
     tables: tuple[np.ndarray, ...]
 
@@ -202,7 +207,7 @@ def _spmm(
     )  # fmt: skip
     return Spmm(
         config, tiles.step if tiles.row_map is None else 0, tiles.block_q, tiled[0].component.stride, value_stride,
-        len(order), len(lines), phases_of(tiled), tables,
+        len(order), len(lines), bool((rows[order] == num_out).any()), phases_of(tiled), tables,
     )  # fmt: skip
 
 
@@ -224,7 +229,7 @@ def _spmm_by_row(acsr: ACSR, numbers: list[int], config: KernelConfig) -> Spmm:
     residues = [np.broadcast_to(one.residue, (1, 1, num_rows)).astype(np.int32) for one in components]
     bounds = np.concatenate([bounds_of(components, num_rows), np.concatenate(residues)], axis=1)
     return Spmm(
-        config, tiles.step, tiles.block_q, 1, stride, len(order), len(numbers), Phases("rows", False, "absent"),
+        config, tiles.step, tiles.block_q, 1, stride, len(order), len(numbers), True, Phases("rows", False, "absent"),
         (np.concatenate(spans, axis=1).astype(np.int32)[order], np.zeros((1, 1), np.int32), bounds,
          shifts_of(acsr, numbers), np.arange(len(numbers), dtype=np.int32)),
     )  # fmt: skip

@@ -43,32 +43,50 @@ def kept(x, lower, upper, TEST: tl.constexpr):
         return (x[None, :] >= lower[:, None]) & (x[None, :] < upper[:, None])
 
 
+@triton.jit
+def first_of(rows, width, shift, FAR: tl.constexpr):
+    """Where `rows` would have their lattice column 0, in elements past a batch entry's first value.
+
+    FAR: a batch entry may have 2^30 values and more, so that 32 bits do not hold it.
+    """
+    if FAR:
+        return rows.to(tl.int64) * width + shift
+    else:
+        return rows * width + shift
+
+
 # -- R-SDDMM -----------------------------------------------------------------------------------------------------------
 
 
 @triton.jit
-def products(q, K, at, inside, begin, end, stop, lower, upper, stride, TEST: tl.constexpr, BLOCK_KV: tl.constexpr,
-             HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
-    """Writes the products of the rows `q` and lattice columns [begin, end); row i's column x goes to `at[i] + x`."""
+def products(q, K, VALUES, at, inside, begin, end, stop, lower, upper, stride, TEST: tl.constexpr,
+             RAGGED: tl.constexpr, BLOCK_KV: tl.constexpr, HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr,
+             WIDE: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+    """Writes the products of the rows `q` and lattice columns [begin, end); that of row i and x is value at[i] + x."""
     EDGE: tl.constexpr = TEST != "none"
     for x in tl.range(begin, end, BLOCK_KV):
         k = load_lattice(K, x, stop, HEAD_DIM, stride, BLOCK_KV, HEAD_DIM, WIDTH, EDGE, WIDE, False)
         s = tl.dot(q, tl.trans(k), input_precision=PRECISION)  # [BLOCK_Q, BLOCK_KV]
         n = x + tl.arange(0, BLOCK_KV)
+        target = VALUES + (at[:, None] + n[None, :])
         if EDGE:
-            tl.store(at[:, None] + n[None, :], s, mask=kept(n, lower, upper, TEST))
+            tl.store(target, s, mask=kept(n, lower, upper, TEST))
+        elif RAGGED:
+            tl.store(target, s, mask=inside[:, None])
         else:
-            tl.store(at[:, None] + n[None, :], s, mask=inside[:, None])
+            tl.store(target, s)
 
 
 @triton.jit
 def splat_sddmm(Q, K, TASKS, ROWS, BOUNDS, num_slots, num_rows, num_cols, width, VALUES,
                 STRIDE: tl.constexpr, LEFT: tl.constexpr, FULL: tl.constexpr, RIGHT: tl.constexpr,
-                PADDED: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_KV: tl.constexpr, HEAD_DIM: tl.constexpr,
-                WIDTH: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+                PADDED: tl.constexpr, RAGGED: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_KV: tl.constexpr,
+                HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr, WIDE: tl.constexpr, FAR: tl.constexpr,
+                PRECISION: tl.constexpr):  # fmt: skip
     """VALUES = Q K^T for the pairs of the pattern, 0 in padding. A program has a row tile of one component.
 
     STRIDE: of all components; 0: each task says its own. PADDED: some row has less values than its component is wide.
+    RAGGED: some tile has less rows than BLOCK_Q.
     """
     slot, batch, _ = locate(num_slots, 1)
     task = TASKS + slot * FIELDS_OF_TASK
@@ -82,27 +100,28 @@ def splat_sddmm(Q, K, TASKS, ROWS, BOUNDS, num_slots, num_rows, num_cols, width,
     lower = bound(BOUNDS, 2 * component, rows, num_rows)
     upper = bound(BOUNDS, 2 * component + 1, rows, num_rows)
     entry = batch.to(tl.int64)
-    first = VALUES + entry * num_rows * width + rows.to(tl.int64) * width + tl.load(task + 2)  # of the component
+    values = VALUES + entry * num_rows * width
+    first = first_of(rows, width, tl.load(task + 2), FAR)  # of the component's values
     at = first - lower
     stop = tl.load(task + 7)
     k_of = K + entry * num_cols * HEAD_DIM + tl.load(task + 8).to(tl.int64) * HEAD_DIM
     q = load_rows(Q + entry * num_rows * HEAD_DIM, rows, num_rows, HEAD_DIM, HEAD_DIM, WIDTH)
     x0, x1, x2, x3 = tl.load(task + 3), tl.load(task + 4), tl.load(task + 5), tl.load(task + 6)
     if LEFT != "absent":
-        products(q, k_of, at, inside, x0, x1, stop, lower, upper, stride, LEFT, BLOCK_KV, HEAD_DIM, WIDTH, WIDE,
-                 PRECISION)  # fmt: skip
+        products(q, k_of, values, at, inside, x0, x1, stop, lower, upper, stride, LEFT, RAGGED, BLOCK_KV, HEAD_DIM,
+                 WIDTH, WIDE, PRECISION)  # fmt: skip
     if FULL:
-        products(q, k_of, at, inside, x1, x2, stop, lower, upper, stride, "none", BLOCK_KV, HEAD_DIM, WIDTH, WIDE,
-                 PRECISION)  # fmt: skip
+        products(q, k_of, values, at, inside, x1, x2, stop, lower, upper, stride, "none", RAGGED, BLOCK_KV, HEAD_DIM,
+                 WIDTH, WIDE, PRECISION)  # fmt: skip
     if RIGHT != "absent":
-        products(q, k_of, at, inside, x2, x3, stop, lower, upper, stride, RIGHT, BLOCK_KV, HEAD_DIM, WIDTH, WIDE,
-                 PRECISION)  # fmt: skip
+        products(q, k_of, values, at, inside, x2, x3, stop, lower, upper, stride, RIGHT, RAGGED, BLOCK_KV, HEAD_DIM,
+                 WIDTH, WIDE, PRECISION)  # fmt: skip
     if PADDED:
         end = tl.load(task + 10)
         for t in tl.range(tl.load(task + 9), end, BLOCK_KV):
             n = t + tl.arange(0, BLOCK_KV)
             padding = inside[:, None] & (n[None, :] >= (upper - lower)[:, None]) & (n < end)[None, :]
-            tl.store(first[:, None] + n[None, :], tl.zeros([BLOCK_Q, BLOCK_KV], tl.float32), mask=padding)
+            tl.store(values + (first[:, None] + n[None, :]), tl.zeros([BLOCK_Q, BLOCK_KV], tl.float32), mask=padding)
 
 
 # -- R-softmax ---------------------------------------------------------------------------------------------------------
@@ -172,12 +191,12 @@ def splat_softmax(VALUES, COUNTS, OFFSETS, num_blocks, num_rows, width, OUT,
 @triton.jit
 def add_products(acc, VALUES, SHIFT, X, at, columns, inside, begin, end, stop, residue, lower, upper, width,
                  TEST: tl.constexpr, STRIDE: tl.constexpr, TRANSPOSED: tl.constexpr, GUARD: tl.constexpr,
-                 BLOCK_KV: tl.constexpr, HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr, WIDE: tl.constexpr,
-                 PRECISION: tl.constexpr):  # fmt: skip
+                 RAGGED: tl.constexpr, BLOCK_KV: tl.constexpr, HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr,
+                 WIDE: tl.constexpr, FAR: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
     """Adds values times lattice rows [begin, end) of X.
 
-    Row i's value at x lies at `at[i] + x`. TRANSPOSED: the lattice is one of matrix rows, and so are the values; column
-    j's value lies `columns[j]` past its row's first. GUARD: some row of X may be in no pair and hold anything.
+    That of row i at x is value `at[i] + x`. TRANSPOSED: the lattice is one of matrix rows, and so are the values; that
+    of column j lies `columns[j]` past its row's first. GUARD: some row of X may be in no pair and hold anything.
     """
     EDGE: tl.constexpr = TEST != "none"
     for x in tl.range(begin, end, BLOCK_KV):
@@ -185,14 +204,16 @@ def add_products(acc, VALUES, SHIFT, X, at, columns, inside, begin, end, stop, r
         if TRANSPOSED:
             row = residue + STRIDE * n
             shift = tl.load(SHIFT + row, mask=n < stop, other=0)
-            source = (VALUES + row.to(tl.int64) * width + shift)[None, :] + columns[:, None]
+            source = VALUES + (first_of(row, width, shift, FAR)[None, :] + columns[:, None])
         else:
-            source = at[:, None] + n[None, :]
+            source = VALUES + (at[:, None] + n[None, :])
         if EDGE:
             keep = kept(n, lower, upper, TEST)
             p = tl.load(source, mask=keep, other=0.0)  # [BLOCK_Q, BLOCK_KV]
-        else:
+        elif RAGGED:
             p = tl.load(source, mask=inside[:, None], other=0.0)
+        else:
+            p = tl.load(source)
         v = load_lattice(X, x, stop, HEAD_DIM, STRIDE, BLOCK_KV, HEAD_DIM, WIDTH, EDGE, WIDE, False)
         if EDGE and GUARD:
             v = tl.where((tl.max(keep.to(tl.int32), 0) > 0)[:, None], v, 0.0).to(v.dtype)
@@ -209,7 +230,8 @@ def load_bound(TABLE, which, rows, num_rows):
 @triton.jit
 def add_products_by_row(acc, VALUES, SHIFT, BOUNDS, X, walk, columns, residues, inside, begin, end, num_rows, width,
                         VALUE_STRIDE: tl.constexpr, BLOCK_KV: tl.constexpr, HEAD_DIM: tl.constexpr,
-                        WIDTH: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+                        WIDTH: tl.constexpr, WIDE: tl.constexpr, FAR: tl.constexpr,
+                        PRECISION: tl.constexpr):  # fmt: skip
     """Transposed `add_products` of rows [begin, end), where columns are not regular: it looks at each row's bounds."""
     for x in tl.range(begin, end, BLOCK_KV):
         row = x + tl.arange(0, BLOCK_KV)
@@ -219,7 +241,7 @@ def add_products_by_row(acc, VALUES, SHIFT, BOUNDS, X, walk, columns, residues, 
         if VALUE_STRIDE > 1:
             keep = keep & (residues[:, None] == load_bound(BOUNDS, 3 * walk + 2, row, num_rows)[None, :])
         shift = load_bound(SHIFT, walk, row, num_rows)
-        source = (VALUES + row.to(tl.int64) * width + shift)[None, :] + columns[:, None]
+        source = VALUES + (first_of(row, width, shift, FAR)[None, :] + columns[:, None])
         p = tl.load(source, mask=keep, other=0.0)  # [BLOCK_Q, BLOCK_KV]
         v = load_lattice(X, x, end, HEAD_DIM, 1, BLOCK_KV, HEAD_DIM, WIDTH, True, WIDE, False)
         v = tl.where((tl.max(keep.to(tl.int32), 0) > 0)[:, None], v, 0.0).to(v.dtype)
@@ -230,8 +252,9 @@ def add_products_by_row(acc, VALUES, SHIFT, BOUNDS, X, walk, columns, residues, 
 @triton.jit
 def add_walk(acc, VALUES, X, TILES, BOUNDS, SHIFTS, SOURCES, walk, slot, rows, columns, num_out, num_values, width,
              WALKS: tl.constexpr, LEFT: tl.constexpr, FULL: tl.constexpr, RIGHT: tl.constexpr, STRIDE: tl.constexpr,
-             TRANSPOSED: tl.constexpr, GUARD: tl.constexpr, BLOCK_KV: tl.constexpr, HEAD_DIM: tl.constexpr,
-             WIDTH: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+             TRANSPOSED: tl.constexpr, GUARD: tl.constexpr, RAGGED: tl.constexpr, BLOCK_KV: tl.constexpr,
+             HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr, WIDE: tl.constexpr, FAR: tl.constexpr,
+             PRECISION: tl.constexpr):  # fmt: skip
     """Adds what lies along one walk."""
     x0, x1, x2, x3, stop, residue = span(TILES, slot, walk, WALKS)
     lower = bound(BOUNDS, 2 * walk, rows, num_out)
@@ -239,21 +262,21 @@ def add_walk(acc, VALUES, X, TILES, BOUNDS, SHIFTS, SOURCES, walk, slot, rows, c
     inside = rows < num_out
     shifts = SHIFTS + tl.load(SOURCES + walk) * num_values
     if TRANSPOSED:
-        at = VALUES
+        at = rows
     else:
-        at = VALUES + rows.to(tl.int64) * width + tl.load(shifts + rows, mask=inside, other=0)
+        at = first_of(rows, width, tl.load(shifts + rows, mask=inside, other=0), FAR)
     lattice = X + residue.to(tl.int64) * HEAD_DIM
     if LEFT != "absent":
         acc = add_products(acc, VALUES, shifts, lattice, at, columns, inside, x0, x1, stop, residue, lower, upper,
-                           width, LEFT, STRIDE, TRANSPOSED, GUARD, BLOCK_KV, HEAD_DIM, WIDTH, WIDE,
+                           width, LEFT, STRIDE, TRANSPOSED, GUARD, RAGGED, BLOCK_KV, HEAD_DIM, WIDTH, WIDE, FAR,
                            PRECISION)  # fmt: skip
     if FULL:
         acc = add_products(acc, VALUES, shifts, lattice, at, columns, inside, x1, x2, stop, residue, lower, upper,
-                           width, "none", STRIDE, TRANSPOSED, GUARD, BLOCK_KV, HEAD_DIM, WIDTH, WIDE,
+                           width, "none", STRIDE, TRANSPOSED, GUARD, RAGGED, BLOCK_KV, HEAD_DIM, WIDTH, WIDE, FAR,
                            PRECISION)  # fmt: skip
     if RIGHT != "absent":
         acc = add_products(acc, VALUES, shifts, lattice, at, columns, inside, x2, x3, stop, residue, lower, upper,
-                           width, RIGHT, STRIDE, TRANSPOSED, GUARD, BLOCK_KV, HEAD_DIM, WIDTH, WIDE,
+                           width, RIGHT, STRIDE, TRANSPOSED, GUARD, RAGGED, BLOCK_KV, HEAD_DIM, WIDTH, WIDE, FAR,
                            PRECISION)  # fmt: skip
     return acc
 
@@ -262,9 +285,9 @@ def add_walk(acc, VALUES, X, TILES, BOUNDS, SHIFTS, SOURCES, walk, slot, rows, c
 def splat_spmm(VALUES, X, EARLIER, TILES, ROWS, BOUNDS, SHIFTS, SOURCES, num_slots, num_out, num_in, width, OUT,
                STEP: tl.constexpr, STRIDE: tl.constexpr, VALUE_STRIDE: tl.constexpr, TRANSPOSED: tl.constexpr,
                WALKS: tl.constexpr, UNROLL: tl.constexpr, LEFT: tl.constexpr, FULL: tl.constexpr, RIGHT: tl.constexpr,
-               RESUME: tl.constexpr, GUARD: tl.constexpr, TILE_ROWS: tl.constexpr, BLOCK_Q: tl.constexpr,
-               BLOCK_KV: tl.constexpr, HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr, WIDE: tl.constexpr,
-               PRECISION: tl.constexpr):  # fmt: skip
+               RESUME: tl.constexpr, GUARD: tl.constexpr, RAGGED: tl.constexpr, TILE_ROWS: tl.constexpr,
+               BLOCK_Q: tl.constexpr, BLOCK_KV: tl.constexpr, HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr,
+               WIDE: tl.constexpr, FAR: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
     """OUT = P X, or P^T X, where P has these values; RESUME: added to EARLIER, of other components.
 
     A program has a tile of OUT's rows, which are columns of the matrix where TRANSPOSED; those lie VALUE_STRIDE apart
@@ -286,23 +309,24 @@ def splat_spmm(VALUES, X, EARLIER, TILES, ROWS, BOUNDS, SHIFTS, SOURCES, num_slo
         num_values = num_out
     values = VALUES + entry * num_values * width
     x = X + entry * num_in * HEAD_DIM
-    acc = tl.zeros([BLOCK_Q, WIDTH], tl.float32)
+    if RESUME:
+        acc = load_rows(EARLIER + entry * num_out * HEAD_DIM, rows, num_out, HEAD_DIM, HEAD_DIM, WIDTH)
+    else:
+        acc = tl.zeros([BLOCK_Q, WIDTH], tl.float32)
     if LEFT == "rows":
         for walk in tl.range(WALKS):
             x0, x1, _, _, _, _ = span(TILES, slot, walk, WALKS)
             acc = add_products_by_row(acc, values, SHIFTS, BOUNDS, x, walk, columns, rows % VALUE_STRIDE,
                                       rows < num_out, x0, x1, num_in, width, VALUE_STRIDE, BLOCK_KV, HEAD_DIM, WIDTH,
-                                      WIDE, PRECISION)  # fmt: skip
+                                      WIDE, FAR, PRECISION)  # fmt: skip
     elif UNROLL:
         for walk in tl.static_range(WALKS):
             acc = add_walk(acc, values, x, TILES, BOUNDS, SHIFTS, SOURCES, walk, slot, rows, columns, num_out,
-                           num_values, width, WALKS, LEFT, FULL, RIGHT, STRIDE, TRANSPOSED, GUARD, BLOCK_KV, HEAD_DIM,
-                           WIDTH, WIDE, PRECISION)  # fmt: skip
+                           num_values, width, WALKS, LEFT, FULL, RIGHT, STRIDE, TRANSPOSED, GUARD, RAGGED, BLOCK_KV,
+                           HEAD_DIM, WIDTH, WIDE, FAR, PRECISION)  # fmt: skip
     else:
         for walk in tl.range(WALKS):
             acc = add_walk(acc, values, x, TILES, BOUNDS, SHIFTS, SOURCES, walk, slot, rows, columns, num_out,
-                           num_values, width, WALKS, LEFT, FULL, RIGHT, STRIDE, TRANSPOSED, GUARD, BLOCK_KV, HEAD_DIM,
-                           WIDTH, WIDE, PRECISION)  # fmt: skip
-    if RESUME:
-        acc += load_rows(EARLIER + entry * num_out * HEAD_DIM, rows, num_out, HEAD_DIM, HEAD_DIM, WIDTH)
+                           num_values, width, WALKS, LEFT, FULL, RIGHT, STRIDE, TRANSPOSED, GUARD, RAGGED, BLOCK_KV,
+                           HEAD_DIM, WIDTH, WIDE, FAR, PRECISION)  # fmt: skip
     store_rows(OUT + entry * num_out * HEAD_DIM, acc, rows, num_out, HEAD_DIM, HEAD_DIM, WIDTH)
