@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from splat import __version__
-from splat.cli import cache, demo, doctor, emit, plan, show
+from splat.cli import bench, cache, demo, doctor, emit, plan, show
 from splat.cli.errors import reported, show_tracebacks
 
 app = typer.Typer(
@@ -43,6 +43,7 @@ for _module, _example in (
     (show, 'splat show "window(128) | strided(128)" --q-len 16384 --out pattern.png'),
     (plan, 'splat plan "causal() & window(512)" --q-len 16384 --num-q-heads 32 --num-kv-heads 8 --target h100'),
     (emit, 'splat emit "causal() & window(64)" --q-len 256 --target xla'),
+    (bench, "splat bench paper --quick --out results"),
     (doctor, "splat doctor"),
 ):
     app.command(_module.NAME, epilog=f"Example: {_example}")(reported(_module.command))

@@ -1,0 +1,35 @@
+"""cuSPARSE through CuPy: its product of a CSR matrix and a dense one. Untested: no GPU was there."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from splat.bench.peers.base import Contender, Kind, Layout, Ready
+from splat.bench.problem import Problem
+
+
+def _spmm(problem: Problem) -> Ready:
+    import cupy
+    import cupyx.scipy.sparse
+
+    indptr, indices, data = (cupy.asarray(x) for x in problem.csr)
+    shape = (problem.q_len, problem.q_len)
+    matrices = [cupyx.scipy.sparse.csr_matrix((one, indices, indptr), shape=shape) for one in data]
+    value = cupy.asarray(problem.inputs.value)
+
+    def call() -> Any:
+        out = cupy.stack([a @ v for a, v in zip(matrices, value, strict=True)])
+        cupy.cuda.get_current_stream().synchronize()
+        return out
+
+    return Ready(call, Layout.ROWS, lambda out: out.get())
+
+
+CUSPARSE = Contender(
+    "cusparse",
+    "cuSPARSE through CuPy: CSR @ dense (untested)",
+    Kind.SPARSE,
+    {"spmm": _spmm},
+    packages=("cupy",),
+    devices=("cuda",),
+)

@@ -1,0 +1,89 @@
+"""SPLAT itself, one contender an implementation, and planning."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+import splat
+from splat.bench.peers.base import Contender, Kind, Layout, Ready, as_numpy
+from splat.bench.problem import Problem
+
+#: The planning contender: no implementation takes part in it.
+PLANNING = "splat"
+
+
+def jitted(function: Callable[..., Any], *arrays: np.ndarray) -> Callable[[], Any]:
+    """The compiled function as a call that returns when the result is there."""
+    import jax
+
+    compiled, on_device = jax.jit(function), [jax.numpy.asarray(x) for x in arrays]
+    return lambda: jax.block_until_ready(compiled(*on_device))
+
+
+def contender(implementation: str) -> Contender:
+    """An implementation by its name."""
+
+    def attention(problem: Problem) -> Ready:
+        call = jitted(
+            lambda q, k, v: splat.attention(q, k, v, problem.pattern, implementation=implementation), *batched(problem)
+        )
+        return Ready(call, Layout.ROWS, heads_first)
+
+    def sddmm(problem: Problem) -> Ready:
+        query, key, *_ = problem.inputs
+        call = jitted(lambda q, k: splat.sddmm(q, k, problem.acsr, implementation=implementation), query, key)
+        return Ready(call, Layout.ACSR, as_numpy)
+
+    def softmax(problem: Problem) -> Ready:
+        call = jitted(lambda x: splat.softmax(x, problem.acsr, implementation=implementation), problem.inputs.values)
+        return Ready(call, Layout.ACSR, as_numpy)
+
+    def spmm(problem: Problem) -> Ready:
+        call = jitted(
+            lambda x, v: splat.spmm(x, problem.acsr, v, implementation=implementation),
+            problem.inputs.values,
+            problem.inputs.value,
+        )
+        return Ready(call, Layout.ROWS, as_numpy)
+
+    return Contender(
+        f"splat-{implementation}",
+        f"SPLAT, {implementation}",
+        Kind.OURS,
+        {"attention": attention, "sddmm": sddmm, "softmax": softmax, "spmm": spmm},
+    )
+
+
+def batched(problem: Problem) -> tuple[np.ndarray, ...]:
+    """query, key and value [1, positions, heads, head dim]."""
+    return tuple(np.ascontiguousarray(x.swapaxes(0, 1))[None] for x in problem.inputs[:3])
+
+
+def heads_first(result: Any) -> np.ndarray:
+    """[1, positions, heads, head dim] -> [heads, positions, head dim]."""
+    return np.asarray(result)[0].swapaxes(0, 1)
+
+
+def served_by(name: str | None, device: str, head_dim: int) -> str:
+    """The implementation of that name, or the best that can serve. Raises ArgumentError, UnsupportedError."""
+    from splat.codegen import Request, choose
+
+    return choose(Request(device, "float32", head_dim), name).name
+
+
+def _plan(problem: Problem) -> Ready:
+    """Text -> pattern -> plan -> text, nothing remembered from an earlier call."""
+    from splat.planning import plan as planner
+
+    def call() -> str:
+        planner._remembered.cache_clear()
+        return str(splat.plan(splat.parse(problem.text), problem.q_len))
+
+    return Ready(call, Layout.PLAN, as_numpy)
+
+
+def planning() -> Contender:
+    return Contender(PLANNING, "SPLAT: expression to printed plan", Kind.OURS, {"planning": _plan}, packages=())

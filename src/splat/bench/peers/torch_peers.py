@@ -1,0 +1,148 @@
+"""PyTorch's: scaled_dot_product_attention with a mask, FlexAttention, and CSR matrices. Imports torch when called."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from splat.bench import flex as masks
+from splat.bench.peers.base import Contender, Kind, Layout, Ready, as_numpy, positions_squared
+from splat.bench.problem import Problem
+
+#: Bytes that `create_block_mask` needs for each pair of positions, measured.
+BLOCK_MASK_BYTES = 19
+
+
+def _on(problem: Problem, array: np.ndarray) -> Any:
+    import torch
+
+    return torch.from_numpy(np.ascontiguousarray(array)).to(problem.device)
+
+
+def _call(problem: Problem, function: Callable[[], Any]) -> Callable[[], Any]:
+    """Without gradients; returns when the result is there."""
+    import torch
+
+    def call() -> Any:
+        with torch.no_grad():
+            out = function()
+        if problem.device == "cuda":
+            torch.cuda.synchronize()
+        return out
+
+    return call
+
+
+def _read(result: Any) -> np.ndarray:
+    return result.float().cpu().numpy()
+
+
+def _batch_of_one(problem: Problem) -> list[Any]:
+    """query, key and value [1, heads, positions, head dim]: its own layout."""
+    return [_on(problem, x[None]) for x in problem.inputs[:3]]
+
+
+# -- attention ---------------------------------------------------------------------------------------------------------
+
+
+def _sdpa(problem: Problem) -> Ready:
+    import torch
+
+    query, key, value = _batch_of_one(problem)
+    mask = _on(problem, problem.pattern.to_dense(problem.q_len))
+    run = functools.partial(torch.nn.functional.scaled_dot_product_attention, query, key, value, attn_mask=mask)
+    return Ready(_call(problem, run), Layout.ROWS, lambda out: _read(out[0]))
+
+
+def _flex(problem: Problem) -> Ready:
+    import torch
+    from torch.nn.attention.flex_attention import flex_attention
+
+    mask = masks.block_mask(problem.text, problem.q_len, problem.device)
+    torch._dynamo.reset()
+    compiled = torch.compile(flex_attention, dynamic=False, fullgraph=True)
+    query, key, value = _batch_of_one(problem)
+    call = _call(problem, lambda: compiled(query, key, value, block_mask=mask))
+    return Ready(call, Layout.ROWS, lambda out: _read(out[0]))
+
+
+def _flex_planning(problem: Problem) -> Ready:
+    masks.block_mask("causal()", 256, problem.device)  # what the first call loads is not the mask's
+    call = _call(problem, lambda: masks.block_mask(problem.text, problem.q_len, problem.device))
+    return Ready(call, Layout.PLAN, as_numpy)
+
+
+# -- torch.sparse ------------------------------------------------------------------------------------------------------
+
+
+def _csr(problem: Problem) -> list[Any]:
+    """One CSR matrix a head."""
+    import torch
+
+    indptr, indices, data = problem.csr
+    at = _on(problem, indptr.astype(np.int64)), _on(problem, indices.astype(np.int64))
+    size = (problem.q_len, problem.q_len)
+    return [torch.sparse_csr_tensor(*at, _on(problem, one), size=size, check_invariants=False) for one in data]
+
+
+def _stacked(results: list[Any]) -> np.ndarray:
+    return np.stack([_read(one) for one in results])
+
+
+def _csr_sddmm(problem: Problem) -> Ready:
+    import torch
+
+    matrices = _csr(problem)
+    query, key = (_on(problem, x) for x in problem.inputs[:2])
+
+    def run() -> list[Any]:
+        return [
+            torch.sparse.sampled_addmm(matrix, q, k.T, beta=0.0)
+            for matrix, q, k in zip(matrices, query, key, strict=True)
+        ]
+
+    return Ready(_call(problem, run), Layout.CSR, lambda out: _stacked([one.values() for one in out]))
+
+
+def _csr_spmm(problem: Problem) -> Ready:
+    matrices, value = _csr(problem), _on(problem, problem.inputs.value)
+    call = _call(problem, lambda: [matrix @ v for matrix, v in zip(matrices, value, strict=True)])
+    return Ready(call, Layout.ROWS, _stacked)
+
+
+def _coo_softmax(problem: Problem) -> Ready:
+    import torch
+
+    matrices = [matrix.to_sparse_coo().coalesce() for matrix in _csr(problem)]
+    call = _call(problem, lambda: [torch.sparse.softmax(matrix, dim=1) for matrix in matrices])
+    return Ready(call, Layout.CSR, lambda out: _stacked([one.values() for one in out]))
+
+
+SDPA = Contender(
+    "sdpa",
+    "PyTorch scaled_dot_product_attention with a mask",
+    Kind.ATTENTION,
+    {"attention": _sdpa},
+    packages=("torch",),
+    needs_bytes=positions_squared(9),
+)
+FLEX = Contender(
+    "flex",
+    "PyTorch FlexAttention, compiled; create_block_mask for planning",
+    Kind.ATTENTION,
+    {"attention": _flex, "planning": _flex_planning},
+    packages=("torch",),
+    needs_bytes=lambda problem: BLOCK_MASK_BYTES * problem.q_len**2,
+    slow_to_prepare=True,
+)
+TORCH_SPARSE = Contender(
+    "torch-sparse",
+    "torch.sparse: CSR sampled_addmm, CSR @ dense, softmax of COO",
+    Kind.SPARSE,
+    {"sddmm": _csr_sddmm, "spmm": _csr_spmm, "softmax": _coo_softmax},
+    packages=("torch",),
+    needs_bytes=lambda problem: problem.nnz * (32 + 16 * problem.heads),
+)

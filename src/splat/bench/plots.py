@@ -1,0 +1,243 @@
+"""Pictures of a run, as SVG: speed-ups, time and memory by length, waste, planning."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from splat.bench import summary
+from splat.bench.record import Record, Run
+from splat.bench.suites import family
+
+#: Up to eight contenders, told apart without red against green (Okabe and Ito).
+COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8C8C8C", "#000000")
+OURS_COLOR = "#0072B2"
+MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
+
+
+@dataclasses.dataclass(frozen=True)
+class Plot:
+    """A picture: its name, what it says, and a function that draws it into a new matplotlib figure."""
+
+    name: str
+    caption: str
+    draw: Callable[[], Any]
+
+    def svg(self) -> str:
+        return self._render("svg").decode("utf-8")
+
+    def png(self) -> bytes:
+        return self._render("png")
+
+    def _render(self, form: str) -> bytes:
+        import matplotlib
+
+        # Text stays text: smaller, and searchable. The salt makes files comparable.
+        with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": self.name, "font.size": 9.0}):
+            figure = self.draw()
+            out = io.BytesIO()
+            figure.savefig(out, format=form, dpi=110, metadata={"Date": None} if form == "svg" else None)
+            return out.getvalue()
+
+
+def plots(run: Run) -> list[Plot]:
+    """Those that the run has numbers for."""
+    out = []
+    for op in run.ops:
+        lengths = {record.q_len for record in run.of_op(op)}
+        rivals = summary.rivals(run, op)
+        if op != "planning" and rivals:
+            chosen = _by_density if _has_densities(run, op) else _by_case
+            out += [chosen(run, op, q_len) for q_len in sorted(lengths)]
+        if len(lengths) > 1:
+            out.append(_by_length(run, op, summary.time_ms, "milliseconds", "time"))
+            if summary.curves(run, op, _megabytes):
+                out.append(_by_length(run, op, _megabytes, "peak MB of a call", "memory"))
+    if any(record.waste for record in run.records):
+        out.append(_waste(run))
+    return out
+
+
+def _figure(width: float, height: float, columns: int = 1, **options: Any) -> tuple[Any, list[Any]]:
+    """A figure and its axes in a row, without pyplot: nothing is kept, no screen is needed."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), layout="constrained")
+    axes = figure.subplots(1, columns, squeeze=False, **options)[0].tolist()
+    for ax in axes:
+        ax.spines[["top", "right"]].set_visible(False)
+        ax.grid(alpha=0.25, linewidth=0.6)
+        ax.set_axisbelow(True)
+    return figure, axes
+
+
+def _style(names: Sequence[str], name: str) -> dict[str, Any]:
+    n = list(names).index(name)
+    return {"color": COLORS[n % len(COLORS)], "marker": MARKERS[n % len(MARKERS)], "markersize": 4, "linewidth": 1.4}
+
+
+def _megabytes(record: Record, name: str) -> float | None:
+    size = summary.memory_bytes(record, name)
+    return None if size is None else size / 1e6
+
+
+# -- speed-ups ---------------------------------------------------------------------------------------------------------
+
+
+def _has_densities(run: Run, op: str) -> bool:
+    """Whether cases come in families of several densities, as the paper's do."""
+    records = run.of_op(op)
+    return all("," in record.case and record.case.endswith("%") for record in records)
+
+
+def _faster_axis(ax: Any) -> None:
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+    ax.set_yscale("log")
+    ax.axhline(1, color="black", linewidth=0.8)
+    ax.yaxis.set_major_locator(LogLocator(base=10, subs=(1.0, 2.0, 5.0)))
+    ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}x"))
+    ax.yaxis.set_minor_formatter(NullFormatter())
+
+
+def _by_density(run: Run, op: str, q_len: int) -> Plot:
+    records = [record for record in run.of_op(op) if record.q_len == q_len]
+    families = list(dict.fromkeys(family(record.case) for record in records))
+    rivals = [rival for rival in summary.rivals(run, op) if rival != summary.BEST_SPARSE]
+
+    def draw() -> Any:
+        figure, axes = _figure(3.1 * len(families) + 0.4, 3.1, len(families), sharey=True)
+        for ax, one in zip(axes, families, strict=True):
+            members = [record for record in records if family(record.case) == one]
+            for rival in rivals:
+                points = [(100 * r.density, value) for r in members if (value := summary.faster(run, r, rival))]
+                if points:
+                    ax.plot(*zip(*sorted(points), strict=True), label=rival, **_style(rivals, rival))
+            _faster_axis(ax)
+            ax.set_title(one)
+            ax.set_xlabel("non-zeros, %")
+        axes[0].set_ylabel(f"{summary.first_of(run, op)} is faster by")
+        handles, labels = _all_labels(axes)
+        figure.legend(handles, labels, loc="outside upper center", ncols=min(len(labels), 6), frameon=False)
+        return figure
+
+    caption = (
+        f"{op}, {q_len:,} positions: how many times {summary.first_of(run, op)} is faster, by pattern and density. "
+        "Below the line the other one is faster."
+    )
+    return Plot(f"speedup-{op}-{q_len}", caption, draw)
+
+
+def _by_case(run: Run, op: str, q_len: int) -> Plot:
+    records = [record for record in run.of_op(op) if record.q_len == q_len]
+    rivals = [rival for rival in summary.rivals(run, op) if rival != summary.BEST_SPARSE]
+
+    def draw() -> Any:
+        figure, (ax,) = _figure(max(6.5, 1.1 * len(records) + 1.5), 3.4)
+        width = 0.8 / len(rivals)
+        for n, rival in enumerate(rivals):
+            points = [(at, value) for at, r in enumerate(records) if (value := summary.faster(run, r, rival))]
+            if points:
+                at, values = zip(*points, strict=True)
+                places = [x + (n - (len(rivals) - 1) / 2) * width for x in at]
+                bars = ax.bar(places, values, width * 0.92, label=rival, color=COLORS[n % len(COLORS)])
+                if len(rivals) * len(records) <= 24:
+                    ax.bar_label(bars, fmt="%.3g", fontsize=7)
+        _faster_axis(ax)
+        ax.set_ylim(bottom=min(ax.get_ylim()[0], 0.9))
+        _case_axis(ax, [record.case for record in records])
+        ax.set_ylabel(f"{summary.first_of(run, op)} is faster by")
+        figure.legend(*_all_labels([ax]), loc="outside upper center", ncols=6, frameon=False)
+        return figure
+
+    first = summary.first_of(run, op)
+    return Plot(f"speedup-{op}-{q_len}", f"{op}, {q_len:,} positions: how many times {first} is faster.", draw)
+
+
+def _case_axis(ax: Any, names: Sequence[str]) -> None:
+    ax.set_xticks(range(len(names)), [name.replace(", ", ",\n") for name in names])
+    ax.tick_params(axis="x", rotation=30 if len(names) > 6 else 0, length=0)
+    if len(names) > 6:
+        for label in ax.get_xticklabels():
+            label.set_horizontalalignment("right")
+    ax.grid(axis="x", visible=False)
+
+
+def _all_labels(axes: Sequence[Any]) -> tuple[list[Any], list[str]]:
+    found = {label: handle for ax in axes for handle, label in zip(*ax.get_legend_handles_labels(), strict=True)}
+    return list(found.values()), list(found)
+
+
+# -- by length ---------------------------------------------------------------------------------------------------------
+
+
+def _by_length(run: Run, op: str, value: Callable[[Record, str], float | None], label: str, what: str) -> Plot:
+    curves = summary.curves(run, op, value)
+    cases = list(dict.fromkeys(case for _, case in curves))
+    names = list(dict.fromkeys(name for name, _ in curves))
+
+    def draw() -> Any:
+        columns = min(len(cases), 4)
+        figure, axes = _figure(max(3.2 * columns + 0.5, 5.5), 3.3, columns, sharey=True)
+        for ax, case in zip(axes, cases, strict=False):
+            for name in names:
+                points = curves.get((name, case))
+                if points:
+                    lengths, values = zip(*points, strict=True)
+                    found = summary.slope(lengths, values)
+                    text = name if len(cases) > 1 or found is None else f"{name}, slope {found:.2f}"
+                    ax.plot(lengths, values, label=text, **_style(names, name))
+            ax.set_title(case)
+            _length_axis(ax, sorted({length for points in curves.values() for length, _ in points}))
+        axes[0].set_ylabel(label)
+        handles, labels = _all_labels(axes)
+        figure.legend(handles, labels, loc="outside upper center", ncols=min(len(labels), 3), frameon=False)
+        return figure
+
+    return Plot(f"{what}-{op}", f"{op}: {what} over the number of positions, both axes logarithmic.", draw)
+
+
+def _length_axis(ax: Any, lengths: Sequence[int]) -> None:
+    from matplotlib.ticker import NullFormatter, NullLocator
+
+    ax.set_xscale("log", base=2)
+    ax.set_yscale("log")
+    step = -(-len(lengths) // 5)
+    ax.set_xticks(lengths[::step], [_short(length) for length in lengths[::step]])
+    ax.xaxis.set_minor_locator(NullLocator())
+    ax.yaxis.set_minor_formatter(NullFormatter())
+    ax.set_xlabel("positions")
+
+
+def _short(length: int) -> str:
+    if length % (1 << 20) == 0:
+        return f"{length >> 20}M"
+    return f"{length >> 10}K" if length % 1024 == 0 else str(length)
+
+
+# -- waste -------------------------------------------------------------------------------------------------------------
+
+
+def _waste(run: Run) -> Plot:
+    """At the longest length that both are known for."""
+    longest = max((r.q_len for r in run.records if len(r.waste) > 1), default=max(r.q_len for r in run.records))
+    records = list({r.case: r for r in run.records if r.q_len == longest}.values())
+    names = list(dict.fromkeys(name for record in records for name in record.waste))
+
+    def draw() -> Any:
+        figure, (ax,) = _figure(max(6.5, 0.75 * len(records) + 1.5), 3.2)
+        for n, name in enumerate(names):
+            places = [at + (n - (len(names) - 1) / 2) * 0.38 for at in range(len(records))]
+            bars = ax.bar(places, [r.waste.get(name, 0) for r in records], 0.36, label=name, color=COLORS[n])
+            ax.bar_label(bars, fmt="%.3g", fontsize=7)
+        ax.set_yscale("log")
+        ax.set_ylim(bottom=0.9)
+        ax.axhline(1, color="black", linewidth=0.8)
+        _case_axis(ax, [record.case for record in records])
+        ax.set_ylabel("scores computed / non-zeros")
+        figure.legend(*_all_labels([ax]), loc="outside upper center", ncols=3, frameon=False)
+        return figure
+
+    return Plot("waste", f"Waste at {longest:,} positions: scores computed for one non-zero; 1 is none.", draw)

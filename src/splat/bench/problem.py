@@ -1,0 +1,170 @@
+"""One thing to be computed: an operation on a pattern at a size, its input, its structure, and the truth for a row."""
+
+from __future__ import annotations
+
+import dataclasses
+from functools import cached_property
+from typing import Any, NamedTuple
+
+import numpy as np
+
+import splat
+from splat.acsr import ACSR
+from splat.bench.cases import Case
+from splat.pattern import Pattern
+
+
+@dataclasses.dataclass(frozen=True)
+class Operation:
+    """What is measured.
+
+    Attributes:
+      name: as the command line spells it.
+      flops_per_nonzero: for one non-zero and one element of the head dimension; 0: not stated.
+      heads: of the input, where the command line says nothing, on a CPU.
+    """
+
+    name: str
+    flops_per_nonzero: int
+    heads: int
+
+
+OPERATIONS = {
+    one.name: one
+    for one in (
+        Operation("sddmm", 2, 1),
+        Operation("softmax", 0, 1),
+        Operation("spmm", 2, 1),
+        Operation("attention", 4, 8),
+        Operation("planning", 0, 1),
+    )
+}
+
+
+class Inputs(NamedTuple):
+    """float32: query, key and value [heads, positions, head dim]; values [heads, positions, width], padding 0."""
+
+    query: np.ndarray
+    key: np.ndarray
+    value: np.ndarray
+    values: np.ndarray
+
+
+class CSR(NamedTuple):
+    """The non-zeros as SciPy has them, columns ascending; `data` [heads, nnz] are those of `Inputs.values`."""
+
+    indptr: np.ndarray
+    indices: np.ndarray
+    data: np.ndarray
+
+
+@dataclasses.dataclass(frozen=True)
+class Problem:
+    """An operation on a case at a size; float32, batch 1."""
+
+    op: str
+    case: Case
+    q_len: int
+    heads: int
+    head_dim: int
+    device: str = "cpu"
+
+    @cached_property
+    def pattern(self) -> Pattern:
+        (pattern,) = self.case.patterns(self.q_len)
+        return pattern
+
+    @cached_property
+    def text(self) -> str:
+        return self.case.expression(self.q_len)
+
+    @cached_property
+    def acsr(self) -> ACSR:
+        return splat.build(self.pattern, self.q_len, self.q_len)
+
+    @property
+    def nnz(self) -> int:
+        return self.acsr.nnz
+
+    @property
+    def flops(self) -> int:
+        """Over non-zeros only."""
+        return OPERATIONS[self.op].flops_per_nonzero * self.nnz * self.head_dim * self.heads
+
+    @property
+    def csr_bytes(self) -> int:
+        """Of CSR's indptr and indices, int32."""
+        return 4 * (self.q_len + 1 + self.nnz)
+
+    @cached_property
+    def inputs(self) -> Inputs:
+        """The same in every process. `values` only where the operation reads them."""
+        rng = np.random.default_rng(0)
+        dense = [rng.standard_normal((self.heads, self.q_len, self.head_dim), np.float32) for _ in range(3)]
+        if self.op not in ("spmm", "softmax"):
+            return Inputs(dense[0], dense[1], dense[2], np.zeros((self.heads, 0, 0), np.float32))
+        values = rng.standard_normal((self.heads, self.q_len, self.acsr.width), np.float32)
+        return Inputs(dense[0], dense[1], dense[2], np.where(self.acsr.has_value(), values, np.float32(0)))
+
+    @cached_property
+    def csr(self) -> CSR:
+        """O(non-zeros): for peers."""
+        columns, order = _ascending(self.acsr.columns())
+        keep = columns < self.q_len
+        indptr = np.concatenate([[0], np.cumsum(self.acsr.row_nnz, dtype=np.int64)]).astype(np.int32)
+        values = self.inputs.values
+        if not values.size:
+            return CSR(indptr, columns[keep].astype(np.int32), np.ones((self.heads, self.nnz), np.float32))
+        if order is not None:
+            values = np.take_along_axis(values, order[None], axis=2)
+        return CSR(indptr, columns[keep].astype(np.int32), np.ascontiguousarray(values[:, keep]))
+
+    def row(self, row: int) -> tuple[np.ndarray, np.ndarray]:
+        """(columns, ascending; where the row's values have theirs), of one row."""
+        columns, places = [], []
+        for component, offset in zip(self.acsr.components, self.acsr.offsets, strict=True):
+            t = np.arange(int(component.count[row]))
+            columns.append(int(component.start[row]) + component.stride * t)
+            places.append(offset + t)
+        if not columns:
+            return np.zeros(0, int), np.zeros(0, int)
+        order = np.argsort(np.concatenate(columns))
+        return np.concatenate(columns)[order], np.concatenate(places)[order]
+
+    def __str__(self) -> str:
+        return f"{self.op}, {self.case.name}, {self.q_len:,} positions"
+
+
+def _ascending(columns: np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
+    """(columns sorted in each row, padding last; their order, None where they were in it)."""
+    columns = np.where(columns < 0, np.int32(2**31 - 1), columns)
+    if bool((columns[:, 1:] >= columns[:, :-1]).all()):
+        return columns, None
+    order = np.argsort(columns, axis=1, kind="stable")
+    return np.take_along_axis(columns, order, axis=1), order
+
+
+def truth(problem: Problem, row: int, columns: np.ndarray, places: np.ndarray) -> np.ndarray:
+    """The row of the result in float64, [heads, columns] or [heads, head dim], from the definition.
+
+    `columns` are those of the pattern in this row, `places` where `Inputs.values` has theirs.
+    """
+    query, key, value, values = problem.inputs
+    if problem.op == "spmm":
+        return _weighted(values[:, row, places], value[:, columns])
+    if problem.op == "softmax":
+        return _softmax(values[:, row, places])
+    scores = np.einsum("nh,nch->nc", query[:, row].astype(np.float64), key[:, columns].astype(np.float64))
+    if problem.op == "sddmm":
+        return scores
+    return _weighted(_softmax(scores / np.sqrt(problem.head_dim)), value[:, columns])
+
+
+def _softmax(scores: Any) -> np.ndarray:
+    scores = scores.astype(np.float64)
+    weights = np.exp(scores - scores.max(axis=-1, keepdims=True, initial=-np.inf))
+    return weights / weights.sum(axis=-1, keepdims=True)
+
+
+def _weighted(weights: np.ndarray, value: np.ndarray) -> np.ndarray:
+    return np.einsum("nc,nch->nh", weights.astype(np.float64), value.astype(np.float64))

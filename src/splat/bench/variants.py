@@ -1,0 +1,49 @@
+"""SPLAT with an optimisation switched off: what the suite `ablation` compares with SPLAT as it is.
+
+A variant is a name and a context manager, under which its kernels are planned, compiled and first called. A switch
+that is an environment variable or a module's setting is turned there; timed calls come after it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import Any
+
+from splat.bench.peers.base import Contender
+
+
+@dataclasses.dataclass(frozen=True)
+class Variant:
+    """An optimisation off.
+
+    Attributes:
+      name: short, such as "no-poset".
+      title: what is off.
+      switch: the context in which it is.
+      ops: the operations that it can make a difference to.
+    """
+
+    name: str
+    title: str
+    switch: Callable[[], AbstractContextManager[Any]]
+    ops: tuple[str, ...] = ("sddmm", "softmax", "spmm", "attention")
+
+
+#: In the order of tables.
+VARIANTS: list[Variant] = []
+
+
+def contenders(base: Contender) -> list[Contender]:
+    """Every variant of an implementation."""
+    return [
+        dataclasses.replace(
+            base,
+            name=f"{base.name} {variant.name}",
+            title=f"{base.title}: {variant.title}",
+            make={op: make for op, make in base.make.items() if op in variant.ops},
+            under=variant.switch,
+        )
+        for variant in VARIANTS
+    ]

@@ -1,0 +1,144 @@
+"""`splat bench`: measure SPLAT against its peers, check first, keep everything, write a report."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from splat.errors import ArgumentError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from splat.bench.baseline import Comparison
+    from splat.bench.record import Run
+    from splat.bench.run import Request
+
+NAME = "bench"
+
+
+def command(
+    suite: Annotated[
+        str, typer.Argument(help="paper, sas, models, figures, planning, scaling or ablation.", metavar="SUITE")
+    ],
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    against: Annotated[
+        list[str] | None, typer.Option(help="A peer; repeat for more. All that are installed where not given; or none.")
+    ] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="Small sizes, to see that it works.")] = False,
+    out: Annotated[Path | None, typer.Option(help="A folder for SUITE.json (raw samples) and SUITE.html.")] = None,
+    baseline: Annotated[
+        Path | None, typer.Option(help="An earlier SUITE.json: exit with 1 if SPLAT is slower.")
+    ] = None,
+    op: Annotated[
+        list[str] | None, typer.Option(help="sddmm, softmax, spmm, attention or planning; repeat for more.")
+    ] = None,
+    q_len: Annotated[list[int] | None, typer.Option(help="Positions; repeat for more.", min=16)] = None,
+    case: Annotated[list[str] | None, typer.Option(help="A case of the suite by name; repeat for more.")] = None,
+    heads: Annotated[int | None, typer.Option(help="Heads.", min=1)] = None,
+    head_dim: Annotated[int | None, typer.Option(help="Head dimension.", min=1)] = None,
+    implementation: Annotated[
+        list[str] | None, typer.Option(help="Of SPLAT; repeat for more. The best that can serve where not given.")
+    ] = None,
+    ablate: Annotated[bool, typer.Option("--ablate", help="SPLAT's own variants instead of peers.")] = False,
+    threads: Annotated[int, typer.Option(help="Processors that everyone may use, on a CPU.", min=1)] = 2,
+) -> None:
+    """Measure SPLAT against its peers: correctness first, then times in turns, memory, and a report."""
+    import dataclasses
+
+    from rich.console import Console
+
+    from splat.bench import record, run, suites
+
+    found = suites.find(suite)
+    if device not in ("cpu", "cuda"):
+        raise ArgumentError(f"--device must be cpu or cuda, but {device!r} was given")
+    before = None if baseline is None else record.read(baseline)
+    if out is not None:
+        out.mkdir(parents=True, exist_ok=True)
+    request = run.Request(
+        dataclasses.replace(found, ablation=found.ablation or ablate),
+        suites.Selection(_words(op), tuple(q_len or ()), tuple(case or ()), heads, head_dim, device, quick),
+        _words(against),
+        _words(implementation),
+        threads,
+        shlex.join(["splat", *sys.argv[1:]]),
+    )
+    console = Console()
+    with run.prepared(request):
+        made = _measured(request, out, Console(stderr=True))
+    comparison = _compared(before, made)
+    _print(console, made, comparison)
+    if out is not None:
+        _write_report(console, out, made, comparison)
+    if made.failed or (comparison is not None and comparison.regressions):
+        raise typer.Exit(1)
+
+
+def _words(given: list[str] | None) -> tuple[str, ...]:
+    """`--against a --against b` and `--against a,b` alike."""
+    return tuple(word for one in given or () for word in one.replace(",", " ").split())
+
+
+def _measured(request: Request, out: Path | None, console: Console) -> Run:
+    """Everything, with a progress bar; the raw samples are written after every record."""
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    from splat.bench import machine, run
+
+    columns = (BarColumn(bar_width=24), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.description}"))
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+        task = progress.add_task("starting", total=None)
+
+        def listen(made: Run, total: int) -> None:
+            progress.update(task, completed=len(made.records) + len(made.failed), total=total)
+            if out is not None:
+                machine.write_json(out / f"{made.suite}.json", made.to_json())
+
+        def tell(text: str) -> None:
+            progress.update(task, description=text)
+
+        return run.run(request, tell=tell, listen=listen)
+
+
+def _compared(before: Run | None, made: Run) -> Comparison | None:
+    from splat.bench import baseline
+
+    if before is None:
+        return None
+    found = baseline.compare(before, made)
+    if not found.changes:
+        raise ArgumentError(
+            "--baseline has no problem in common with this run: measure the same suite, operations and sizes"
+        )
+    return found
+
+
+def _print(console: Console, made: Run, comparison: Comparison | None) -> None:
+    from splat.bench import tables
+
+    for op in made.ops:
+        console.print(tables.speedups(made, op).draw())
+        slopes = tables.slopes(made, op)
+        if slopes is not None:
+            console.print(slopes.draw())
+    if comparison is not None:
+        console.print(tables.comparison(comparison).draw())
+        if comparison.other_machine:
+            console.print(f"the baseline is of another processor: {comparison.other_machine}", markup=False)
+        for change in comparison.regressions:
+            console.print(str(change), style="red", markup=False, highlight=False)
+    for note in tables.notes(made):
+        console.print(note, style="red" if note.startswith("FAILED") else "dim", markup=False, highlight=False)
+
+
+def _write_report(console: Console, out: Path, made: Run, comparison: Comparison | None) -> None:
+    from splat.bench.report import report
+
+    page = out / f"{made.suite}.html"
+    page.write_text(report(made, comparison), encoding="utf-8")
+    console.print(f"report: {page}; raw samples: {out / f'{made.suite}.json'}", highlight=False, soft_wrap=True)

@@ -1,0 +1,297 @@
+"""`splat.bench`: everything that needs no measurement: gates, turns, memory, summaries, baselines, pictures."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import splat
+from splat.bench import baseline, gate, measure, memory, peers, plots, record, report, suites, summary, tables
+from splat.bench.cases import Case
+from splat.bench.clock import take_turns
+from splat.bench.peers.base import Contender, Kind, Layout, Ready
+from splat.bench.problem import OPERATIONS, Problem
+from splat.bench.record import Measured, Record, Run
+from splat.errors import ArgumentError
+
+UNION = Case("union", "test", "causal() & (window(9) | strided(7))")
+
+
+def problem(op: str = "sddmm", case: Case = UNION, q_len: int = 64) -> Problem:
+    return Problem(op, case, q_len, heads=2, head_dim=8)
+
+
+def measured(*ms: float, first_ms: float = 50.0) -> Measured:
+    return Measured(ms, ms, tuple(0.0 for _ in ms), 1.0, first_ms, 4 << 20, 1e-7)
+
+
+def one(case: str = "windowed, 10 %", q_len: int = 1024, op: str = "sddmm", **who: Measured) -> Record:
+    return Record(
+        op=op, suite="paper", case=case, expression="window(3)", q_len=q_len, heads=1, head_dim=64, nnz=q_len * 64,
+        density=64 / q_len, flops=2 * q_len * 64 * 64, metadata_bytes=8 * q_len, csr_bytes=260 * q_len,
+        waste={"splat": 1.1, "blocks of 128": 2.2}, gate_off=1e-7, matmul_flops_per_s=2e11, measured=who, left_out={},
+        clean="3/3", foreign=0.01,
+    )  # fmt: skip
+
+
+def run_of(*records: Record, **fields: Any) -> Run:
+    facts = {"cpu": "some processor", "gpu": None, "date": "today", "system": "Linux", "python": "3.11",
+             "packages": {"jax": "0.10"}}  # fmt: skip
+    settings = {"quick": False, "threads": 2, "device": "cpu", "turn_ms": 50.0}
+    names = {"ours": "SPLAT", "scipy": "SciPy", "bcoo": "BCOO"}
+    made = Run("paper", "splat bench paper", settings, facts, names, ("ours",), ("scipy", "bcoo"), {"flex": "not here"})
+    return dataclasses.replace(made, records=records, **fields)
+
+
+# -- what is measured --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("suite", suites.SUITES.values(), ids=lambda suite: suite.name)
+def test_suites_make_problems(suite: suites.Suite) -> None:
+    quick = suites.problems(suite, suites.Selection(quick=True))
+    assert quick
+    assert len(quick) <= len(suites.problems(suite, suites.Selection()))
+    for one in quick:
+        assert one.case in suite.cases
+        assert one.nnz > 0
+
+
+def test_quick_takes_one_of_each_family() -> None:
+    chosen = suites.problems(suites.find("paper"), suites.Selection(ops=("spmm",), quick=True))
+    assert [one.case.name for one in chosen] == ["windowed, 10 %", "blocked, 10 %", "strided, 10 %"]
+
+
+def test_flops_are_of_non_zeros() -> None:
+    counts = {op: problem(op).flops / problem(op).nnz for op in ("sddmm", "spmm", "attention")}
+    assert counts == {"sddmm": 2 * 8 * 2, "spmm": 2 * 8 * 2, "attention": 4 * 8 * 2}
+
+
+@pytest.mark.parametrize("op", ["spmm", "softmax"])
+def test_csr_holds_the_values(op: str) -> None:
+    import scipy.sparse
+
+    given = problem(op)
+    indptr, indices, data = given.csr
+    for n in range(2):
+        matrix = scipy.sparse.csr_array((data[n], indices, indptr), shape=(64, 64))
+        assert matrix.has_sorted_indices
+        dense = np.zeros((64, 64), np.float32)
+        columns, row = given.acsr.columns(), np.arange(64)[:, None]
+        keep = given.acsr.has_value()
+        dense[np.broadcast_to(row, keep.shape)[keep], columns[keep]] = given.inputs.values[n][keep]
+        np.testing.assert_array_equal(matrix.toarray(), dense)
+
+
+def test_block_areas_are_of_blocks_with_a_non_zero() -> None:
+    for text in ("window(40)", "strided(7)", "strided(100)", "causal() & (window(9) | strided(200))", "sink(3)"):
+        acsr = splat.build(splat.parse(text), 500)
+        mask = np.pad(acsr.to_dense(), (0, 12)).reshape(16, 32, 16, 32)
+        assert measure.block_area(acsr, 32) == mask.any(axis=(1, 3)).sum() * 32 * 32
+
+
+# -- the gate ----------------------------------------------------------------------------------------------------------
+
+
+def contender(call: Any, layout: Layout = Layout.DENSE, kind: Kind = Kind.DENSE, name: str = "peer") -> Contender:
+    return Contender(name, name, kind, {"sddmm": lambda given: Ready(lambda: call(given), layout, np.asarray)})
+
+
+def product(given: Problem) -> np.ndarray:
+    return given.inputs.query @ given.inputs.key.swapaxes(1, 2)
+
+
+def test_the_gate_passes_what_is_right_and_stops_what_is_wrong() -> None:
+    assert gate.check_small(problem(), contender(product)) < 1e-6
+    for wrong in (lambda given: product(given) + 1e-3, lambda given: product(given) * np.nan):
+        with pytest.raises(gate.WrongError, match="of the largest value"):
+            gate.check_small(problem(), contender(wrong))
+
+
+@pytest.mark.parametrize("op", ["sddmm", "softmax", "spmm", "attention"])
+@pytest.mark.parametrize("peer", [name for name, peer in peers.PEERS.items() if "cpu" in peer.devices])
+def test_peers_compute_the_same(peer: str, op: str) -> None:
+    found = peers.PEERS[peer]
+    if op not in found.make or found.slow_to_prepare or found.missing("cpu"):
+        pytest.skip("not this operation, not here, or slow to prepare")
+    given = problem(op)
+    import warnings
+
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Sparse CSR tensor support")
+        ready = found.make[op](given)
+        assert gate.check(given, ready, ready.call(), range(64)) < 2e-6
+
+
+def test_a_record_has_everyones_numbers_and_why_others_have_none() -> None:
+    def broken(given: Problem) -> Any:
+        raise RuntimeError("no such kernel")
+
+    everyone = [
+        contender(product, kind=Kind.OURS, name="ours"),
+        contender(product, name="peer"),
+        contender(broken, name="broken"),
+        contender(lambda given: 2 * product(given), name="wrong"),
+        dataclasses.replace(contender(product, name="huge"), needs_bytes=lambda _: 1e18),
+        dataclasses.replace(contender(product, name="picky"), refuses=lambda _: "the pattern is no window"),
+    ]
+    made = measure.measure(problem(), everyone, measure.QUICK, lambda text: None)
+    assert list(made.measured) == ["ours", "peer"]
+    assert made.measured["ours"].off is not None
+    assert made.gate_off is not None
+    assert made.left_out["broken"] == "RuntimeError: no such kernel"
+    assert made.left_out["wrong"].startswith("WrongError: off by")
+    assert made.left_out["huge"].startswith("needs about 1000000000.0 GB")
+    assert made.left_out["picky"] == "the pattern is no window"
+    assert made.faster("ours", "peer") == pytest.approx(
+        made.measured["peer"].median_ms / made.measured["ours"].median_ms
+    )
+    assert Record.of(json.loads(json.dumps(dataclasses.asdict(made)))) == made
+
+
+def test_slow_ones_leave_early() -> None:
+    calls: list[str] = []
+    functions = {"fast": lambda: calls.append("f"), "slow": lambda: calls.append("s")}
+    turns = take_turns(functions, 4, 10.0, turn_ms=0, at_most={"slow": 1})
+    assert calls.count("s") == 1
+    assert len(turns.made["slow"]) == 1
+    assert len(turns.made["fast"]) >= 4
+    assert turns.ratio("slow", "fast") > 0
+    assert turns.spread("slow", "fast")[0] > 0
+
+
+def test_memory_of_a_call() -> None:
+    peak = memory.call_peak_bytes(lambda: np.ones(1 << 22).sum())
+    assert peak is None or 30e6 < peak < 80e6
+
+
+# -- summaries ---------------------------------------------------------------------------------------------------------
+
+
+def test_speedups_are_over_the_best_sparse_format_too() -> None:
+    made = run_of(
+        one("a", ours=measured(1.0), scipy=measured(2.0), bcoo=measured(8.0)),
+        one("b", ours=measured(1.0), scipy=measured(8.0), bcoo=measured(4.0)),
+        one("c", ours=measured(1.0)),
+    )
+    assert summary.rivals(made, "sddmm") == ["scipy", "bcoo", summary.BEST_SPARSE]
+    assert summary.geomean(made, "sddmm", "scipy") == (pytest.approx(4.0), 2)
+    assert summary.geomean(made, "sddmm", summary.BEST_SPARSE) == (pytest.approx(8**0.5), 2)
+    assert summary.geomean(made, "sddmm", "nobody") is None
+
+
+def test_slopes() -> None:
+    lengths = [1024, 2048, 4096]
+    assert summary.slope(lengths, [3.0 * n for n in lengths]) == pytest.approx(1.0)
+    assert summary.slope(lengths, [1e-6 * n * n for n in lengths]) == pytest.approx(2.0)
+    assert summary.slope([1024, 1024], [1.0, 2.0]) is None
+
+
+def test_tables_state_what_was_found() -> None:
+    records = [one(q_len=n, ours=measured(n / 1024, n / 1000), scipy=measured(n / 256)) for n in (1024, 2048)]
+    made = run_of(*records, failed=("spmm, somewhere: WrongError: off",))
+    table = tables.speedups(made, "sddmm")
+    assert table.rows[0][:3] == ("windowed, 10 %", "1,024", "6.2%")
+    assert table.rows[-1][0] == "geometric mean"
+    assert len({len(row) for row in table.rows} | {len(table.columns)}) == 1
+    slopes = tables.slopes(made, "sddmm")
+    assert slopes is not None
+    assert slopes.rows[0][3] == "1.00"
+    assert tables.notes(made)[0] == "flex took no part: not here"
+    assert tables.notes(made)[-1] == "FAILED: spmm, somewhere: WrongError: off"
+    share = tables.structure(made).rows[0][-1]
+    assert share == f"{8 / 260:.2%}"
+
+
+# -- baselines ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("before", "now", "slower", "faster"),
+    [
+        ((10.0, 10.1, 10.2), (13.0, 13.1, 13.2), True, False),
+        ((10.0, 10.1, 10.2), (10.3, 10.35, 10.4), False, False),  # apart, but by 2 %
+        ((8.0, 10.0, 14.0), (11.0, 12.0, 15.0), False, False),  # the quartiles overlap
+        ((13.0, 13.1, 13.2), (10.0, 10.1, 10.2), False, True),
+        ((0.010, 0.010, 0.010), (0.020, 0.020, 0.020), False, False),  # too short to tell
+    ],
+)
+def test_regressions_are_beyond_the_noise(before: Any, now: Any, slower: bool, faster: bool) -> None:
+    then, today = run_of(one(ours=measured(*before))), run_of(one(ours=measured(*now)), one("new", ours=measured(1.0)))
+    found = baseline.compare(then, today)
+    (change,) = found.changes
+    assert (change.slower, change.faster) == (slower, faster)
+    assert bool(found.regressions) == slower
+    assert found.unmatched == 1
+    assert found.other_machine is None
+    verdict = "SLOWER" if slower else "faster" if faster else "same"
+    assert str(change).startswith(verdict)
+
+
+def test_peers_never_regress() -> None:
+    then = run_of(one(ours=measured(1.0, 1.0), scipy=measured(1.0, 1.0)))
+    today = run_of(one(ours=measured(1.0, 1.0), scipy=measured(9.0, 9.0)))
+    assert not baseline.compare(then, today).regressions
+
+
+def test_runs_survive_json(tmp_path: Path) -> None:
+    made = run_of(one(ours=measured(1.0, 2.0)))
+    path = tmp_path / "run.json"
+    path.write_text(json.dumps(made.to_json()), encoding="utf-8")
+    assert record.read(path) == made
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (None, "cannot be read: No such file"),
+        ("{", "is no JSON"),
+        ("[]", "holds no run of splat bench"),
+        ("{}", "holds no run of splat bench"),
+        ('{"format": 99}', "is of format 99, not 1. Measure it anew."),
+    ],
+)
+def test_unreadable_baselines(tmp_path: Path, text: str | None, message: str) -> None:
+    path = tmp_path / "run.json"
+    if text is not None:
+        path.write_text(text, encoding="utf-8")
+    with pytest.raises(ArgumentError, match=message):
+        record.read(path)
+
+
+# -- pictures ----------------------------------------------------------------------------------------------------------
+
+
+def test_the_report_has_its_plots_and_needs_no_other_file() -> None:
+    records = [
+        one(f"{name}, {percent} %", n, ours=measured(1.0, 1.1), scipy=measured(2.0 + percent), bcoo=measured(5.0))
+        for n in (1024, 2048)
+        for name in ("windowed", "strided")
+        for percent in (10, 50)
+    ]
+    made = run_of(*records)
+    names = [plot.name for plot in plots.plots(made)]
+    assert names == ["speedup-sddmm-1024", "speedup-sddmm-2048", "time-sddmm", "memory-sddmm", "waste"]
+    page = report.report(made, baseline.compare(made, made))
+    for name in names:
+        assert f'<figure id="{name}"><img alt=' in page
+    assert page.count("data:image/svg+xml;base64,") == len(names)
+    assert "http" not in page.replace("http://www.w3.org", "")
+    assert "Against the baseline" in page
+    assert "flex took no part: not here" in page
+    assert plots.plots(made)[0].png().startswith(b"\x89PNG")
+
+
+def test_the_report_of_published_patterns_has_bars() -> None:
+    made = run_of(one("Longformer", ours=measured(1.0), scipy=measured(2.0)), one("<b>", ours=measured(1.0)))
+    assert [plot.name for plot in plots.plots(made)] == ["speedup-sddmm-1024", "waste"]
+    assert "&lt;b&gt;" in report.report(made)
+
+
+def test_operations_have_a_contender() -> None:
+    everyone = [peers.ours.contender("xla"), peers.ours.planning()]
+    assert {op for one in everyone for op in one.make} == set(OPERATIONS)
