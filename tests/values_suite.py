@@ -5,6 +5,7 @@ The truth is dense, in float64 NumPy. Padding of values is poisoned with NaN whe
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import jax
@@ -16,6 +17,7 @@ from jax.test_util import check_grads
 
 import splat
 from splat.acsr import ACSR
+from splat.errors import UnsupportedError
 from tests.strategies import Case, cases, more
 
 Array = np.ndarray[Any, Any]
@@ -68,22 +70,23 @@ class ValuesSuite:
     dtypes: tuple[str, ...] = ("float32", "bfloat16", "float16", "float64")
     #: Leading axes and head dim of the examples.
     leading: tuple[int, ...] = (2, 3)
+    layouts: tuple[str, ...] = ("rows", "tiles")
 
-    def sddmm(self, query: Any, key: Any, acsr: ACSR) -> Any:
-        return splat.sddmm(query, key, acsr, implementation=self.implementation)
+    def sddmm(self, query: Any, key: Any, acsr: ACSR, layout: str = "rows") -> Any:
+        return splat.sddmm(query, key, acsr, layout=layout, implementation=self.implementation)
 
-    def softmax(self, values: Any, acsr: ACSR) -> Any:
-        return splat.softmax(values, acsr, implementation=self.implementation)
+    def softmax(self, values: Any, acsr: ACSR, layout: str = "rows") -> Any:
+        return splat.softmax(values, acsr, layout=layout, implementation=self.implementation)
 
-    def spmm(self, values: Any, acsr: ACSR, dense: Any) -> Any:
-        return splat.spmm(values, acsr, dense, implementation=self.implementation)
+    def spmm(self, values: Any, acsr: ACSR, dense: Any, layout: str = "rows") -> Any:
+        return splat.spmm(values, acsr, dense, layout=layout, implementation=self.implementation)
 
-    def spmm_transposed(self, values: Any, acsr: ACSR, dense: Any) -> Any:
-        return splat.spmm_transposed(values, acsr, dense, implementation=self.implementation)
+    def spmm_transposed(self, values: Any, acsr: ACSR, dense: Any, layout: str = "rows") -> Any:
+        return splat.spmm_transposed(values, acsr, dense, layout=layout, implementation=self.implementation)
 
-    def attention(self, query: Any, key: Any, value: Any, acsr: ACSR) -> Any:
-        weights = self.softmax(self.sddmm(query, key, acsr), acsr)
-        return self.spmm(weights, acsr, value)
+    def attention(self, query: Any, key: Any, value: Any, acsr: ACSR, layout: str = "rows") -> Any:
+        weights = self.softmax(self.sddmm(query, key, acsr, layout), acsr, layout)
+        return self.spmm(weights, acsr, value, layout)
 
     def draw(self, rng: np.random.Generator, acsr: ACSR, head_dim: int, dtype: str) -> tuple[Any, Any, Any]:
         """query, key and values whose padding is NaN."""
@@ -164,10 +167,36 @@ class ValuesSuite:
         assert np.isfinite(weights).all()
         np.testing.assert_allclose(weights.sum(axis=-1), 1, atol=1e-5)
 
+    # -- layouts -------------------------------------------------------------------------------------------------------
+
+    @pytest.mark.parametrize("text", PATTERNS)
+    def test_tiles(self, text: str, rng: np.random.Generator) -> None:
+        """In tiles values are in another order, and padding of another size; what is made of them is the same."""
+        if "tiles" not in self.layouts:
+            with pytest.raises(UnsupportedError, match="layout"):
+                self.sddmm(np.ones((3, 4)), np.ones((3, 4)), splat.build(splat.causal(), 3), "tiles")
+            return
+        acsr = splat.build(splat.parse(text), 37)
+        q, k, _ = self.draw(rng, acsr, 8, "float32")
+        rows, tiles = self.sddmm(q, k, acsr), self.sddmm(q, k, acsr, "tiles")
+        assert np.count_nonzero(tiles) == np.count_nonzero(rows)
+        np.testing.assert_allclose(np.sort(tiles[tiles != 0]), np.sort(rows[rows != 0]), atol=1e-5)
+        # Padding is not read: it becomes NaN where it is, which is where the values of ones are 0.
+        here = self.sddmm(jnp.ones_like(q), jnp.ones_like(k), acsr, "tiles") != 0
+        tiles = jnp.where(here, tiles, jnp.nan)
+        weights = self.softmax(tiles, acsr, "tiles")
+        assert np.all(np.asarray(weights)[~np.asarray(here)] == 0)
+        close(self.spmm(weights, acsr, k, "tiles"), np.asarray(self.spmm(self.softmax(rows, acsr), acsr, k)), "float32")
+        made, wanted = (self.spmm_transposed(x, acsr, q, how) for x, how in ((tiles, "tiles"), (rows, "rows")))
+        close(made, np.asarray(wanted), "float32")
+
     # -- transformations -----------------------------------------------------------------------------------------------
 
     @pytest.mark.parametrize("text", ["causal() & window(9) | sink(3)", "window(3) | strided(7)"])
-    def test_three_make_attention(self, text: str, rng: np.random.Generator) -> None:
+    @pytest.mark.parametrize("layout", ["rows", "tiles"])
+    def test_three_make_attention(self, text: str, layout: str, rng: np.random.Generator) -> None:
+        if layout not in self.layouts:
+            return
         pattern = splat.parse(text)
         acsr = splat.build(pattern, 45)
         q, k, v, cotangent = (jnp.asarray(rng.standard_normal((2, 2, 45, 8)), "float32") for _ in range(4))
@@ -176,7 +205,7 @@ class ValuesSuite:
             q, k, v = (jnp.swapaxes(x, 1, 2) for x in (q, k, v))
             return jnp.swapaxes(splat.attention(q, k, v, pattern, scale=0.5, implementation="xla"), 1, 2)
 
-        made, back = jax.vjp(jax.jit(lambda q, k, v: self.attention(q * 0.5, k, v, acsr)), q, k, v)
+        made, back = jax.vjp(jax.jit(lambda q, k, v: self.attention(q * 0.5, k, v, acsr, layout)), q, k, v)
         wanted, wanted_back = jax.vjp(fused, q, k, v)
         np.testing.assert_allclose(made, wanted, atol=5e-6)
         for one, other in zip(back(cotangent), wanted_back(cotangent), strict=True):
@@ -186,7 +215,8 @@ class ValuesSuite:
         """Of second order, in forward and reverse mode."""
         acsr = splat.build(splat.parse("window(2) | strided(4)"), 11)
         q, k, v = (jnp.asarray(rng.standard_normal((11, 3)), "float32") for _ in range(3))
-        check_grads(lambda q, k, v: self.attention(q, k, v, acsr), (q, k, v), order=2, atol=0.1, rtol=0.1)
+        for layout in self.layouts:
+            check_grads(partial(self.attention, acsr=acsr, layout=layout), (q, k, v), order=2, atol=0.1, rtol=0.1)
         p = jnp.asarray(rng.standard_normal((11, acsr.width)), "float32")
         check_grads(lambda p, x: self.spmm_transposed(p, acsr, x), (p, q), order=2, atol=0.1, rtol=0.1)
 

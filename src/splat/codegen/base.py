@@ -48,6 +48,32 @@ class Options:
     logits_soft_cap: float | None = None
 
 
+@dataclasses.dataclass(frozen=True)
+class How:
+    """How operations on values are made: what the paper's specialisations save can be switched off, for comparison.
+
+    Attributes:
+      layout: of values: "rows", row-compressed with its padding, which everyone understands; or "tiles", in the order
+        of an implementation's own tiles, which only its own operations do.
+      spans: span specialisation: only columns from a row tile's first to its last are visited.
+      posets: poset tiling: tiles begin where rows do, and hold what they have; else those of a fixed grid, whole.
+      alignment: transformation alignment: rows of one residue together, on a lattice that is dense; else neighbours.
+    """
+
+    layout: str = "rows"
+    spans: bool = True
+    posets: bool = True
+    alignment: bool = True
+
+    @property
+    def specialised(self) -> bool:
+        return self.spans and self.posets and self.alignment
+
+
+#: What operations do where nothing is said.
+USUAL = How()
+
+
 class Implementation(Protocol):
     """One code generator. Implementations are stateless; importing one must not touch a device."""
 
@@ -66,22 +92,27 @@ class Implementation(Protocol):
         ...
 
     # Operations on values. `acsr` is static; arrays have one batch axis, of any length; values have the accumulation
-    # dtype of the other arrays' dtype (`accumulator`), [batch, rows, acsr.width]. What lies in padding is not read, and
-    # written as 0. Nothing here is differentiable: `splat.ops.values` makes it so.
+    # dtype of the other arrays' dtype (`accumulator`), [batch, rows, acsr.width] or, in tiles, [batch, num_values].
+    # What lies in padding is not read, and written as 0. Nothing here is differentiable: `splat.ops.values` makes it so.
+    # `how` is left out where it is the usual.
 
-    def sddmm(self, acsr: ACSR, rows: Any, columns: Any) -> Any:
+    def num_values(self, acsr: ACSR, how: How) -> int:
+        """Of one batch entry, padding counted. Raises UnsupportedError where it has no such layout or switches."""
+        ...
+
+    def sddmm(self, acsr: ACSR, rows: Any, columns: Any, how: How = USUAL) -> Any:
         """Values: the dot products of rows [B, T, H] and columns [B, S, H], for the pairs of the matrix."""
         ...
 
-    def softmax(self, acsr: ACSR, values: Any) -> Any:
+    def softmax(self, acsr: ACSR, values: Any, how: How = USUAL) -> Any:
         """Values: each row's exponentials over their sum."""
         ...
 
-    def spmm(self, acsr: ACSR, values: Any, dense: Any) -> Any:
+    def spmm(self, acsr: ACSR, values: Any, dense: Any, how: How = USUAL) -> Any:
         """The matrix of the values times dense [B, S, H]: [B, T, H] in dense's dtype."""
         ...
 
-    def spmm_transposed(self, acsr: ACSR, values: Any, dense: Any) -> Any:
+    def spmm_transposed(self, acsr: ACSR, values: Any, dense: Any, how: How = USUAL) -> Any:
         """The transposed matrix of the values times dense [B, T, H]: [B, S, H] in dense's dtype."""
         ...
 

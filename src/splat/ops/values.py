@@ -11,8 +11,11 @@ and reverse mode, of any order, are made of the same kernels.
 
 from __future__ import annotations
 
+import contextlib
+import contextvars
 import dataclasses
 import math
+from collections.abc import Iterator
 from functools import lru_cache, partial
 from typing import Any
 
@@ -24,7 +27,7 @@ from jax.interpreters import ad, batching, mlir
 
 from splat.acsr import ACSR
 from splat.codegen import Request, choose
-from splat.codegen.base import accumulator
+from splat.codegen.base import USUAL, How, accumulator
 from splat.codegen.devices import platform_of
 from splat.codegen.registry import load
 from splat.errors import ArgumentError
@@ -33,13 +36,15 @@ from splat.ops import validate
 Array = Any
 
 
-def sddmm(query: Any, key: Any, acsr: ACSR, *, implementation: str | None = None) -> Array:
+def sddmm(query: Any, key: Any, acsr: ACSR, *, layout: str = "rows", implementation: str | None = None) -> Array:
     """R-SDDMM: `query @ key.T` for the pairs of a sparse matrix only (sampled dense-dense matrix product).
 
     Args:
       query: [..., T, H], float32, bfloat16, float16 or float64.
       key: [..., S, H], of the same dtype. Leading axes broadcast.
       acsr: the pairs, T x S; see `splat.build`.
+      layout: of the values: "rows", or "tiles" [..., size] in the order of the implementation's own tiles, which saves
+        the padding of rows of unequal length; all operations on the values must then be the same implementation's.
       implementation: "triton" (GPUs), "cpp" (CPUs), "xla", or None for the best that can serve.
 
     Returns:
@@ -64,15 +69,15 @@ def sddmm(query: Any, key: Any, acsr: ACSR, *, implementation: str | None = None
             f"query and key must agree in dtype and head dim (the last axis), but {query.dtype}{list(query.shape)} and "
             f"{key.dtype}{list(key.shape)} were given"
         )
-    return _bind(_sddmm_p, acsr, query, key, ("query", "key"), implementation)
+    return _bind(_sddmm_p, acsr, query, key, ("query", "key"), layout, implementation)
 
 
-def softmax(values: Any, acsr: ACSR, *, implementation: str | None = None) -> Array:
+def softmax(values: Any, acsr: ACSR, *, layout: str = "rows", implementation: str | None = None) -> Array:
     """R-softmax: of each row, over the pairs of a sparse matrix.
 
     Args:
-      values: [..., T, acsr.width], float32 or float64 (16-bit ones become float32).
-      acsr, implementation: as in `sddmm`.
+      values: [..., T, acsr.width], or [..., size] in tiles; float32 or float64 (16-bit ones become float32).
+      acsr, layout, implementation: as in `sddmm`.
 
     Returns:
       values like those given; rows without any pair, and padding, are 0. Padding is not read.
@@ -82,17 +87,20 @@ def softmax(values: Any, acsr: ACSR, *, implementation: str | None = None) -> Ar
     """
     acsr = validate.check_acsr(acsr)
     (values,) = _arrays(values=values)
-    values = _check_values(values, acsr)
-    flat = values.reshape(math.prod(values.shape[:-2]), *values.shape[-2:])
-    return _softmax(_choose(flat, str(flat.dtype), 1, acsr, implementation), flat).reshape(values.shape)
+    values = values.astype(accumulator(values.dtype))
+    static = _choose(values, str(values.dtype), 1, acsr, layout, implementation)
+    leading = values.shape[: -_check_values(values, static)]
+    flat = values.reshape(math.prod(leading), *values.shape[len(leading) :])
+    return _softmax(static, flat).reshape(values.shape)
 
 
-def spmm(values: Any, acsr: ACSR, dense: Any, *, implementation: str | None = None) -> Array:
+def spmm(values: Any, acsr: ACSR, dense: Any, *, layout: str = "rows", implementation: str | None = None) -> Array:
     """R-SpMM: the sparse matrix of the values times a dense one.
 
     Args:
-      values: [..., T, acsr.width], of float32 for a `dense` of up to 32 bits, else float64 (others are converted).
-      acsr, implementation: as in `sddmm`.
+      values: [..., T, acsr.width], or [..., size] in tiles; float32 for a `dense` of up to 32 bits, else float64
+        (others are converted).
+      acsr, layout, implementation: as in `sddmm`.
       dense: [..., S, H], float32, bfloat16, float16 or float64. Leading axes broadcast.
 
     Returns:
@@ -101,20 +109,42 @@ def spmm(values: Any, acsr: ACSR, dense: Any, *, implementation: str | None = No
     Raises:
       ArgumentError, UnsupportedError: before anything is compiled.
     """
-    return _product(_spmm_p, values, acsr, dense, 1, implementation)
+    return _product(_spmm_p, values, acsr, dense, 1, layout, implementation)
 
 
-def spmm_transposed(values: Any, acsr: ACSR, dense: Any, *, implementation: str | None = None) -> Array:
+def spmm_transposed(
+    values: Any, acsr: ACSR, dense: Any, *, layout: str = "rows", implementation: str | None = None
+) -> Array:
     """The transposed sparse matrix of the values times a dense one: [..., T, H] -> [..., S, H]; else as `spmm`."""
-    return _product(_spmm_transposed_p, values, acsr, dense, 0, implementation)
+    return _product(_spmm_transposed_p, values, acsr, dense, 0, layout, implementation)
 
 
-def _product(primitive, values: Any, acsr: ACSR, dense: Any, axis: int, implementation: str | None) -> Array:
+def _product(primitive, values: Any, acsr: ACSR, dense: Any, axis: int, layout: str, implementation) -> Array:
     acsr = validate.check_acsr(acsr)
     values, dense = _arrays(values=values, dense=dense)
     _check_dense("dense", dense, acsr.shape[axis], ("rows", "columns")[axis])
-    values = _check_values(values, acsr).astype(accumulator(dense.dtype))
-    return _bind(primitive, acsr, values, dense, ("values", "dense"), implementation)
+    values = values.astype(accumulator(dense.dtype))
+    return _bind(primitive, acsr, values, dense, ("values", "dense"), layout, implementation)
+
+
+@contextlib.contextmanager
+def without(*specialisations: str) -> Iterator[None]:
+    """Operations on values that are called or traced meanwhile go without some of the paper's specialisations.
+
+    Args:
+      specialisations: of "spans", "posets" and "alignment"; see `splat.codegen.base.How`. For comparison ("cpp" only).
+    """
+    known = ("spans", "posets", "alignment")
+    if unknown := sorted(set(specialisations) - set(known)):
+        raise ArgumentError(f"specialisations must be of {', '.join(known)}, but {', '.join(unknown)} was given")
+    token = _off.set(_off.get() | frozenset(specialisations))
+    try:
+        yield
+    finally:
+        _off.reset(token)
+
+
+_off: contextvars.ContextVar[frozenset[str]] = contextvars.ContextVar("splat_without", default=frozenset())
 
 
 # -- arguments ---------------------------------------------------------------------------------------------------------
@@ -125,45 +155,51 @@ def _arrays(**given: Any) -> list[Array]:
     for name, x in given.items():
         array = x if isinstance(x, jax.Array) else jnp.asarray(x)
         validate.check_dtype(name, array)
-        if array.ndim < 2:
-            raise ArgumentError(f"{name} must have at least two axes, but shape {list(array.shape)} was given")
         out.append(array)
     return out
 
 
 def _check_dense(name: str, array: Array, length: int, what: str) -> None:
-    if array.shape[-2] != length or array.shape[-1] == 0:
+    if array.ndim < 2 or array.shape[-2] != length or array.shape[-1] == 0:
         raise ArgumentError(
             f"{name} must have shape [..., {length}, head dim], because acsr has {length} {what}, but "
             f"{list(array.shape)} was given. Positions come last but one: [B, T, N, H] needs swapaxes(1, 2)."
         )
 
 
-def _check_values(values: Array, acsr: ACSR) -> Array:
-    """Values in the dtype that they are computed in."""
-    wanted = (acsr.shape[0], acsr.width)
-    if values.shape[-2:] != wanted:
+def _check_values(values: Array, static: _Static) -> int:
+    """How many axes of values are not leading ones."""
+    wanted = _values_shape(static)
+    if values.shape[-len(wanted) :] != wanted:
+        text = "".join(f", {n}" for n in wanted)
         raise ArgumentError(
-            f"values must have shape [..., {wanted[0]}, {wanted[1]}], which is [..., rows, width] of acsr, but "
-            f"{list(values.shape)} was given. acsr.values_of(dense) makes values of a dense matrix."
+            f"values must have shape [...{text}] for this acsr and layout {static.how.layout!r}, but "
+            f"{list(values.shape)} was given. acsr.values_of(dense) makes values of a dense matrix, in rows."
         )
-    return values.astype(accumulator(values.dtype))
+    return len(wanted)
 
 
-def _choose(array: Array, dtype: str, head_dim: int, acsr: ACSR, implementation: str | None) -> _Static:
-    return _Static(acsr, choose(Request(platform_of(array), dtype, head_dim), implementation).name)
+def _choose(array: Array, dtype: str, head_dim: int, acsr: ACSR, layout: str, implementation: str | None) -> _Static:
+    if layout not in ("rows", "tiles"):
+        raise ArgumentError(f"layout must be 'rows' or 'tiles', but {layout!r} was given")
+    chosen = choose(Request(platform_of(array), dtype, head_dim), implementation)
+    return _Static(acsr, chosen.name, How(layout, **dict.fromkeys(_off.get(), False)))
 
 
-def _bind(primitive, acsr: ACSR, left: Array, right: Array, names: tuple[str, str], implementation) -> Array:
+def _bind(
+    primitive, acsr: ACSR, left: Array, right: Array, names: tuple[str, str], layout: str, implementation
+) -> Array:
+    static = _choose(left, str(right.dtype), right.shape[-1], acsr, layout, implementation)
+    own = _check_values(left, static) if names[0] == "values" else 2
     try:
-        leading = jnp.broadcast_shapes(left.shape[:-2], right.shape[:-2])
+        leading = jnp.broadcast_shapes(left.shape[:-own], right.shape[:-2])
     except ValueError:
         raise ArgumentError(
             f"the leading axes of {names[0]} {list(left.shape)} and {names[1]} {list(right.shape)} must broadcast"
         ) from None
-    static = _choose(left, str(right.dtype), right.shape[-1], acsr, implementation)
     left, right = (
-        jnp.broadcast_to(x, (*leading, *x.shape[-2:])).reshape(math.prod(leading), *x.shape[-2:]) for x in (left, right)
+        jnp.broadcast_to(x, (*leading, *x.shape[-n:])).reshape(math.prod(leading), *x.shape[-n:])
+        for x, n in ((left, own), (right, 2))
     )
     out = primitive.bind(left, right, static=static)
     return out.reshape(*leading, *out.shape[1:])
@@ -178,21 +214,31 @@ class _Static:
 
     acsr: ACSR
     implementation: str
+    how: How
 
 
 def _run(name: str, static: _Static, *arrays: Array) -> Array:
     """What the implementation computes; zeros where there is nothing to compute."""
-    result = _shape(name, static.acsr, *arrays)
+    result = _shape(name, static, *arrays)
     if 0 in result.shape or not static.acsr.nnz:
         return jnp.zeros(result.shape, result.dtype)
-    return getattr(load(static.implementation), name)(static.acsr, *arrays)
+    how = () if static.how == USUAL else (static.how,)
+    return getattr(load(static.implementation), name)(static.acsr, *arrays, *how)
 
 
-def _shape(name: str, acsr: ACSR, *arrays: Any) -> jax.ShapeDtypeStruct:
+def _values_shape(static: _Static) -> tuple[int, ...]:
+    """Of one batch entry."""
+    if static.how.layout == "rows" and static.how.specialised:
+        return static.acsr.shape[0], static.acsr.width
+    size = load(static.implementation).num_values(static.acsr, static.how)
+    return (size,) if static.how.layout == "tiles" else (static.acsr.shape[0], static.acsr.width)
+
+
+def _shape(name: str, static: _Static, *arrays: Any) -> jax.ShapeDtypeStruct:
     last = arrays[-1]
     if name in ("sddmm", "softmax"):
-        return jax.ShapeDtypeStruct((last.shape[0], acsr.shape[0], acsr.width), jnp.dtype(accumulator(last.dtype)))
-    rows = acsr.shape[0 if name == "spmm" else 1]
+        return jax.ShapeDtypeStruct((last.shape[0], *_values_shape(static)), jnp.dtype(accumulator(last.dtype)))
+    rows = static.acsr.shape[0 if name == "spmm" else 1]
     return jax.ShapeDtypeStruct((last.shape[0], rows, last.shape[-1]), last.dtype)
 
 
@@ -214,7 +260,7 @@ def _primitive(name: str) -> Primitive:
         return out.reshape(size, out.shape[0] // size, *out.shape[1:]), 0
 
     def abstract(*avals: Any, static: _Static) -> Any:
-        shape = _shape(name, static.acsr, *avals)
+        shape = _shape(name, static, *avals)
         return ShapedArray(shape.shape, shape.dtype)
 
     primitive.def_impl(lambda *arrays, static: jitted(static)(*arrays))
@@ -254,7 +300,15 @@ def _softmax_jvp(static: _Static, primals: Any, tangents: Any) -> tuple[Array, A
     out = _softmax(static, *primals)
     # Padding has weight 0; what its tangent holds is not looked at.
     tangent = jnp.where(out == 0, 0, tangents[0])
-    return out, out * (tangent - jnp.sum(out * tangent, axis=-1, keepdims=True))
+    return out, out * (tangent - _sums_of_rows(static, out * tangent))
 
 
-__all__ = ["sddmm", "softmax", "spmm", "spmm_transposed"]
+def _sums_of_rows(static: _Static, values: Array) -> Array:
+    """The sum of each row, where each of its values is (or to be broadcast there)."""
+    if static.how.layout == "rows":
+        return jnp.sum(values, axis=-1, keepdims=True)
+    ones = jnp.ones((values.shape[0], static.acsr.shape[1], 1), values.dtype)
+    return _sddmm_p.bind(_spmm_p.bind(values, ones, static=static), ones, static=static)
+
+
+__all__ = ["sddmm", "softmax", "spmm", "spmm_transposed", "without"]

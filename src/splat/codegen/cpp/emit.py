@@ -62,6 +62,7 @@ class CppImplementation:
             kv_lengths = vary_like(kv_lengths, *arrays)
         return _function(call)(query, key, value, tables, kv_lengths)
 
+    num_values = staticmethod(values.num_values)
     sddmm = staticmethod(values.sddmm)
     softmax = staticmethod(values.softmax)
     spmm = staticmethod(values.spmm)

@@ -69,6 +69,7 @@ class XlaImplementation:
         query, key, value = (kernels.vary_like(x, *every) for x in (query, key, value))
         return _function(program)(query, key, value, tables, kv_lengths)
 
+    num_values = staticmethod(values.num_values)
     sddmm = staticmethod(values.sddmm)
     softmax = staticmethod(values.softmax)
     spmm = staticmethod(values.spmm)

@@ -9,6 +9,9 @@ a row has of it is taken from the dense tile, or put into it:
 
 from __future__ import annotations
 
+import functools
+import math
+from collections.abc import Callable
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -18,7 +21,8 @@ from jax import lax
 
 from splat.acsr import ACSR
 from splat.acsr.format import Component
-from splat.codegen.base import accumulator
+from splat.codegen.base import USUAL, How, accumulator
+from splat.errors import UnsupportedError
 
 Array = Any
 
@@ -71,29 +75,34 @@ def rows_by_residue(component: Component) -> list[np.ndarray]:
 
 
 class _Tile(NamedTuple):
-    """One tile in a loop: its rows [BLOCK], the columns of its span [X], and what of it each row has [BLOCK, X]."""
+    """Row tiles in a loop, or all at once: [...] is empty, or [tiles]."""
 
-    rows: Array
-    columns: Array
-    number: Array  # of the value, [BLOCK, X]
-    keep: Array
-    first: Array  # of the values, where it lies in the span, [BLOCK]
+    index: Array
+    rows: Array  # [..., BLOCK]
+    columns: Array  # of the span, [..., X]
+    number: Array  # of the value, [..., BLOCK, X]
+    keep: Array  # what rows have of the span
+    first: Array  # of a row's values, where it lies in the span, [..., BLOCK]
     counts: Array
+
+
+def _arrays(acsr: ACSR, number: int) -> tuple[Array, ...]:
+    tiles = _tiles(acsr, number)
+    return (jnp.arange(len(tiles.x0)), *map(jnp.asarray, tiles[:5]))
+
+
+def _tile(acsr: ACSR, number: int, arrays: tuple[Array, ...]) -> _Tile:
+    index, rows, lower, counts, x0, residue = arrays
+    x = x0[..., None] + jnp.arange(_tiles(acsr, number).span, dtype=jnp.int32)
+    numbers = x[..., None, :] - lower[..., None]
+    keep = (numbers >= 0) & (numbers < counts[..., None])
+    columns = residue[..., None] + acsr.components[number].stride * x
+    return _Tile(index, rows, columns, numbers, keep, lower - x0[..., None], counts)
 
 
 def _over_tiles(acsr: ACSR, number: int, body: Any, carry: Any = None) -> Any:
     """`body(carry, tile) -> (carry, result)` for every tile, one after the other."""
-    tiles, component = _tiles(acsr, number), acsr.components[number]
-
-    def step(carry: Any, one: Any) -> Any:
-        rows, lower, count, x0, residue = one
-        x = jnp.arange(tiles.span, dtype=jnp.int32)
-        numbers = x0 + x - lower[:, None]
-        keep = (numbers >= 0) & (numbers < count[:, None])
-        columns = residue + component.stride * (x0 + x)
-        return body(carry, _Tile(rows, columns, numbers, keep, lower - x0, count))
-
-    return lax.scan(step, carry, tuple(map(jnp.asarray, tiles[:5])))
+    return lax.scan(lambda carry, one: body(carry, _tile(acsr, number, one)), carry, _arrays(acsr, number))
 
 
 def _components(acsr: ACSR) -> list[int]:
@@ -114,7 +123,52 @@ def _dot(spec: str, left: Array, right: Array) -> Array:
     return jnp.einsum(spec, left, right, preferred_element_type=accumulator(right.dtype))
 
 
-def sddmm(acsr: ACSR, rows: Array, columns: Array) -> Array:
+# -- values in one of two layouts --------------------------------------------------------------------------------------
+
+
+def num_values(acsr: ACSR, how: How) -> int:
+    """See `Implementation.num_values`."""
+    if not how.specialised:
+        raise UnsupportedError("the xla implementation has nothing to switch off. Compare with implementation='cpp'.")
+    if how.layout == "rows":
+        return acsr.shape[0] * acsr.width
+    return sum(_tiles(acsr, n).rows.size * _tiles(acsr, n).span for n in _components(acsr))
+
+
+def _in_tiles(acsr: ACSR, values: Array) -> dict[int, Array]:
+    """component -> its values [B, tiles, BLOCK, X]."""
+    out, begin = {}, 0
+    for n in _components(acsr):
+        shape = (*_tiles(acsr, n).rows.shape, _tiles(acsr, n).span)
+        out[n] = values[:, begin : begin + math.prod(shape)].reshape(values.shape[0], *shape)
+        begin += math.prod(shape)
+    return out
+
+
+def _from_tiles(parts: list[Array]) -> Array:
+    """Inverse of `_in_tiles`."""
+    return jnp.concatenate([part.reshape(part.shape[0], -1) for part in parts], axis=-1)
+
+
+def _reader(acsr: ACSR, number: int, values: Array, how: How) -> Callable[[_Tile], Array]:
+    """Makes the dense tile [B, BLOCK, X] of a component's values."""
+    if how.layout == "tiles":
+        tiles = _in_tiles(acsr, values)[number]
+        return lambda tile: jnp.where(tile.keep, jnp.take(tiles, tile.index, axis=1), 0)
+    begin, width = acsr.offsets[number], acsr.components[number].width
+    own = values[..., begin : begin + width]
+
+    def read(tile: _Tile) -> Array:
+        index = jnp.clip(tile.number, 0, width - 1)[None]
+        return jnp.where(tile.keep, jnp.take_along_axis(_rows(own, tile.rows), index, axis=-1), 0)
+
+    return read
+
+
+# -- operations --------------------------------------------------------------------------------------------------------
+
+
+def sddmm(acsr: ACSR, rows: Array, columns: Array, how: How = USUAL) -> Array:
     """See `Implementation.sddmm`."""
     parts = []
     for number in _components(acsr):
@@ -122,67 +176,87 @@ def sddmm(acsr: ACSR, rows: Array, columns: Array) -> Array:
 
         def body(carry: None, tile: _Tile, width=width) -> Any:
             scores = _dot("brh,bxh->brx", _rows(rows, tile.rows), _rows(columns, tile.columns))
+            if how.layout == "tiles":
+                return carry, jnp.where(tile.keep, scores, 0)
             t = jnp.arange(width, dtype=jnp.int32)
             index = jnp.clip(tile.first[:, None] + t, 0, scores.shape[-1] - 1)
             taken = jnp.take_along_axis(scores, index[None], axis=-1)
             return carry, jnp.where(t < tile.counts[:, None], taken, 0)
 
-        parts.append(_by_row(acsr, number, _over_tiles(acsr, number, body)[1]))
-    return jnp.concatenate(parts, axis=-1)
+        made = _over_tiles(acsr, number, body)[1]
+        parts.append(jnp.moveaxis(made, 1, 0) if how.layout == "tiles" else _by_row(acsr, number, made))
+    return _from_tiles(parts) if how.layout == "tiles" else jnp.concatenate(parts, axis=-1)
 
 
-def _matrix(values: Array, tile: _Tile) -> Array:
-    """The dense tile [B, BLOCK, X] of values [B, rows, width]."""
-    taken = jnp.take_along_axis(_rows(values, tile.rows), jnp.clip(tile.number, 0, values.shape[-1] - 1)[None], axis=-1)
-    return jnp.where(tile.keep, taken, 0)
-
-
-def _part(acsr: ACSR, number: int, values: Array) -> Array:
-    offset = acsr.offsets[number]
-    return values[..., offset : offset + acsr.components[number].width]
-
-
-def spmm(acsr: ACSR, values: Array, dense: Array) -> Array:
+def spmm(acsr: ACSR, values: Array, dense: Array, how: How = USUAL) -> Array:
     """See `Implementation.spmm`."""
     total = jnp.zeros((values.shape[0], acsr.shape[0], dense.shape[-1]), values.dtype)
     for number in _components(acsr):
-        own = _part(acsr, number, values)
+        read = _reader(acsr, number, values, how)
 
-        def body(carry: None, tile: _Tile, own=own) -> Any:
+        def body(carry: None, tile: _Tile, read=read) -> Any:
             seen = tile.keep.any(axis=0)[:, None]  # what no row has may hold anything, NaN included
             lattice = jnp.where(seen, _rows(dense, tile.columns), 0).astype(values.dtype)
-            return carry, _dot("brx,bxh->brh", _matrix(own, tile), lattice)
+            return carry, _dot("brx,bxh->brh", read(tile), lattice)
 
         total += _by_row(acsr, number, _over_tiles(acsr, number, body)[1])
     return total.astype(dense.dtype)
 
 
-def spmm_transposed(acsr: ACSR, values: Array, dense: Array) -> Array:
+def spmm_transposed(acsr: ACSR, values: Array, dense: Array, how: How = USUAL) -> Array:
     """See `Implementation.spmm_transposed`."""
     total = jnp.zeros((values.shape[0], acsr.shape[1], dense.shape[-1]), values.dtype)
     for number in _components(acsr):
-        own = _part(acsr, number, values)
+        read = _reader(acsr, number, values, how)
 
-        def body(total: Array, tile: _Tile, own=own) -> Any:
+        def body(total: Array, tile: _Tile, read=read) -> Any:
             taken = jnp.where((tile.counts > 0)[:, None], _rows(dense, tile.rows), 0).astype(values.dtype)
-            made = _dot("brx,brh->bxh", _matrix(own, tile), taken)
+            made = _dot("brx,brh->bxh", read(tile), taken)
             return total.at[:, tile.columns].add(made, mode="drop", unique_indices=True), None
 
         total = _over_tiles(acsr, number, body, total)[0]
     return total.astype(dense.dtype)
 
 
-def softmax(acsr: ACSR, values: Array) -> Array:
+def softmax(acsr: ACSR, values: Array, how: How = USUAL) -> Array:
     """See `Implementation.softmax`."""
+    if how.layout == "tiles":
+        return _softmax_in_tiles(acsr, values)
     parts = [
         jnp.arange(acsr.components[n].width, dtype=jnp.int32) < jnp.asarray(acsr.components[n].count)[:, None]
         for n in _components(acsr)
     ]
     here = jnp.concatenate(parts, axis=-1)
-    top = jnp.max(values, axis=-1, keepdims=True, where=here, initial=-jnp.inf)
-    weights = jnp.where(here, jnp.exp(values - jnp.where(jnp.isfinite(top), top, 0)), 0)
-    total = weights.sum(axis=-1, keepdims=True)
-    return weights / jnp.where(total == 0, 1, total)
+    top = _finite(jnp.max(values, axis=-1, keepdims=True, where=here, initial=-jnp.inf))
+    weights = jnp.where(here, jnp.exp(values - top), 0)
+    return weights / _not_zero(weights.sum(axis=-1, keepdims=True))
 
 
-__all__ = ["rows_by_residue", "sddmm", "softmax", "spmm", "spmm_transposed"]
+def _softmax_in_tiles(acsr: ACSR, values: Array) -> Array:
+    tiles = {n: _tile(acsr, n, _arrays(acsr, n)) for n in _components(acsr)}
+    parts = _in_tiles(acsr, values)
+
+    def of_rows(n: int, numbers: Array) -> Array:
+        """[B, tiles, BLOCK] -> [B, rows]."""
+        return jnp.take(numbers.reshape(numbers.shape[0], -1), jnp.asarray(_tiles(acsr, n).position), axis=1)
+
+    def of_tiles(n: int, numbers: Array) -> Array:
+        """[B, rows] -> [B, tiles, BLOCK, 1]."""
+        return jnp.take(numbers, tiles[n].rows, axis=1, mode="fill", fill_value=1)[..., None]
+
+    tops = [of_rows(n, jnp.max(x, axis=-1, where=tiles[n].keep, initial=-jnp.inf)) for n, x in parts.items()]
+    top = _finite(functools.reduce(jnp.maximum, tops))
+    weights = {n: jnp.where(tiles[n].keep, jnp.exp(x - of_tiles(n, top)), 0) for n, x in parts.items()}
+    total = _not_zero(sum(of_rows(n, x.sum(axis=-1)) for n, x in weights.items()))
+    return _from_tiles([x / of_tiles(n, total) for n, x in weights.items()])
+
+
+def _finite(top: Array) -> Array:
+    return jnp.where(jnp.isfinite(top), top, 0)
+
+
+def _not_zero(total: Array) -> Array:
+    return jnp.where(total == 0, 1, total)
+
+
+__all__ = ["num_values", "rows_by_residue", "sddmm", "softmax", "spmm", "spmm_transposed"]

@@ -11,8 +11,8 @@
 //     spmm               Y[row][d] +=  sum_x    P[row][x] * B[x][d]        d in the lanes
 //     spmm_transposed    Y[x][d]   +=  sum_row  P[row][x] * A[row][d]      d in the lanes, six columns at a time
 //
-// A and B are contiguous [batch, positions, head_dim], values [batch, rows, width] in the compute type. Kernels know no
-// pattern: one serves all matrices.
+// A and B are contiguous [batch, positions, head_dim], values [batch, size] in the compute type: tables say where each
+// row's lie, one after the other, so that kernels know no pattern and no layout. One serves all matrices.
 #pragma once
 #include "splat/run.hpp"
 
@@ -22,8 +22,17 @@ namespace splat {
 struct Component {
   const int32_t *start, *count;    // [rows]
   const int32_t *order, *offsets;  // rows of group g: order[offsets[g] ... offsets[g + 1])
-  int64_t groups, stride, hop, offset, width;  // values of a row: [offset, offset + width)
+  const int32_t *place;            // [rows]: where a row's first value is
+  const int32_t *before, *after;   // [rows]: how many numbers before and after a row's values are padding
+  int64_t groups, stride, hop;
 };
+
+/// Makes the padding around a row's values 0.
+template <class T> SPLAT_INLINE void pad(const Component& c, int64_t row, T* values) {
+  T* const own = values + c.place[row];
+  for (int32_t n = 1; n <= c.before[row]; ++n) own[-n] = 0;
+  memset(own + c.count[row], 0, c.after[row] * sizeof(T));
+}
 
 /// What tiles are left out, and where they begin. All are set but for comparison.
 struct Savings {
@@ -32,7 +41,7 @@ struct Savings {
 };
 
 struct ValuesCall {
-  int64_t batch, rows, columns, width;
+  int64_t batch, rows, columns, size;
   const void *left, *right;  // dense operands; `left` has a row for each row, `right` for each column
   const void* values;        // of spmm, spmm_transposed, softmax
   void* result;
@@ -97,7 +106,7 @@ template <class Facts> struct Values {
   struct Rows {
     int num_rows, low, high;  // of the columns that some row has
     int64_t residue;
-    int32_t row[kUnit], lower[kUnit], upper[kUnit];
+    int32_t row[kUnit], lower[kUnit], upper[kUnit], place[kUnit];
 
     void find(const Component& c, int64_t from, int64_t to) {
       num_rows = 0, low = 1 << 30, high = -(1 << 30), residue = 0;
@@ -110,7 +119,7 @@ template <class Facts> struct Values {
       if (count > 0) residue = start % c.stride;
       if (first < low) low = first;
       if (last > high) high = last;
-      row[num_rows] = at, lower[num_rows] = first, upper[num_rows++] = last;
+      row[num_rows] = at, lower[num_rows] = first, upper[num_rows] = last, place[num_rows++] = c.place[at];
     }
   };
   struct Scratch {
@@ -181,9 +190,7 @@ template <class Facts> struct Values {
     if (begin < end && from < upper && to > lower) body(begin, lower + hop * begin, end - begin);
   }
 
-  SPLAT_INLINE int64_t place(int64_t batch, int n) const {
-    return (batch * call.rows + memory.rows.row[n]) * call.width + component.offset;
-  }
+  SPLAT_INLINE int64_t place(int64_t batch, int n) const { return batch * call.size + memory.rows.place[n]; }
 
   /// [n][x - from] of rows r ... r + R; 0 where a row has nothing, and in rows that there are not.
   SPLAT_INLINE void gather(int64_t batch, int r, int num, int from, int to, T* tile, int64_t tile_row) const {
@@ -246,10 +253,7 @@ template <class Facts> struct Values {
           });
       }
     });
-    for (int n = 0; n < rows.num_rows; ++n) {
-      const int64_t count = component.count[rows.row[n]];
-      if (count < component.width) memset(values + place(batch, n) + count, 0, (component.width - count) * sizeof(T));
-    }
+    for (int n = 0; n < rows.num_rows; ++n) pad(component, rows.row[n], values + batch * call.size);
   }
 
   template <int N> SPLAT_INLINE static void with_vectors(int vectors, const T* a, const T* b, T* c) {
@@ -286,8 +290,11 @@ template <class Facts> struct Values {
         if (!cut(r, begin, end)) continue;
         int x1 = begin, x2 = end;  // what all rows have
         InPlace<T, R> values;
-        for (int n = r; n < r + R; ++n) {
-          if (n >= rows.num_rows || component.hop != 1) x2 = x1;
+        for (int n = r; n < r + R && x1 < x2; ++n) {
+          if (n >= rows.num_rows || component.hop != 1) {
+            x2 = x1;
+            break;
+          }
           if (rows.lower[n] > x1) x1 = rows.lower[n];
           if (rows.upper[n] < x2) x2 = rows.upper[n];
         }
@@ -411,63 +418,6 @@ template <class Facts> void spmm(const ValuesCall& call, Pool& pool) {
 
 template <class Facts> void spmm_transposed(const ValuesCall& call, Pool& pool) {
   Values<Facts>::transposed(call, pool);
-}
-
-// -- R-softmax ---------------------------------------------------------------------------------------------------------
-
-template <class Facts> struct Softmax {
-  using T = typename Facts::Scalar;
-  static constexpr int W = kWidth<T>, kUnit = 32;
-
-  /// Calls body(vector, where, number of its lanes that count) for the values of a row; others are -infinity.
-  template <class Body> static SPLAT_INLINE void over(const ValuesCall& call, int64_t row, const T* from, Body&& body) {
-    for (int64_t n = 0; n < call.num_components; ++n) {
-      const Component& c = call.components[n];
-      const int64_t count = c.count[row];
-      for (int64_t t = 0; t < count; t += W) {
-        const int64_t left = count - t;
-        if (left >= W) {
-          body(load(from + c.offset + t), c.offset + t, W);
-        } else {
-          Vec<T> some = splat_of(-kInfinity<T>);
-          memcpy(&some, from + c.offset + t, left * sizeof(T));
-          body(some, c.offset + t, (int)left);
-        }
-      }
-    }
-  }
-
-  static void row(const ValuesCall& call, int64_t batch, int64_t row) {
-    const T* const from = (const T*)call.values + (batch * call.rows + row) * call.width;
-    T* const to = (T*)call.result + (batch * call.rows + row) * call.width;
-    Vec<T> most = splat_of(-kInfinity<T>), sums = {};
-    over(call, row, from, [&](Vec<T> v, int64_t, int) { most = larger<T>(v, most); });
-    T top = most[0], sum = 0;
-    for (int n = 1; n < W; ++n) top = top > most[n] ? top : most[n];
-    const T base = top == -kInfinity<T> ? 0 : top;
-    over(call, row, from, [&](Vec<T> v, int64_t at, int count) {
-      const Vec<T> weight = exp2<T>((v - base) * kLog2e<T>);
-      sums += weight;
-      memcpy(to + at, &weight, count * sizeof(T));
-    });
-    for (int n = 0; n < W; ++n) sum += sums[n];
-    const T factor = sum == 0 ? 0 : 1 / sum;
-    for (int64_t n = 0; n < call.num_components; ++n) {
-      const Component& c = call.components[n];
-      T* const own = to + c.offset;
-      for (int64_t t = 0; t < c.count[row]; ++t) own[t] *= factor;
-      memset(own + c.count[row], 0, (c.width - c.count[row]) * sizeof(T));
-    }
-  }
-};
-
-template <class Facts> void softmax(const ValuesCall& call, Pool& pool) {
-  using Kernel = Softmax<Facts>;
-  const int64_t units = ceil_div(call.rows, Kernel::kUnit);
-  parallel_for(pool, units * call.batch, [&](int64_t index) {
-    const int64_t from = index % units * Kernel::kUnit;
-    for (int64_t row = from; row < from + Kernel::kUnit && row < call.rows; ++row) Kernel::row(call, index / units, row);
-  });
 }
 
 }  // namespace splat

@@ -6,11 +6,12 @@
 //   spmm              values, right, META, tables            [batch, rows, head_dim]
 //   spmm_transposed   values, left, META, tables             [batch, columns, head_dim]
 //
-// META is int32 [components, 4]: stride, hop, offset, width. Tables are int32, four for each component: START and COUNT
-// [rows], ORDER [rows], OFFSETS [groups + 1]. Attribute: savings, a float64 whose bits 0 and 1 are those of `Savings`.
+// Values are [batch, size]. META is int32 [components, 2]: stride, hop. Tables are int32, seven for each component: START,
+// COUNT, ORDER, PLACE, BEFORE and AFTER [rows], OFFSETS [groups + 1]. Attribute: savings, a float64 whose bits 0 and 1 are
+// those of `Savings`.
 #pragma once
 #include "splat/ffi.hpp"
-#include "splat/values.hpp"
+#include "splat/softmax.hpp"
 
 #if !__has_include("xla/ffi/api/c_api.h")
 #define SPLAT_VALUES_KERNEL(kernel, Facts)
@@ -45,9 +46,9 @@ template <ValuesKind kKind, class Facts> class ValuesHandler {
 
  private:
   static void read(Reader& reader, ValuesCall& call, Component* components) {
-    int64_t batch = -1, rows = -1, columns = -1, values = -1, number = -1, fields = 4, width = Facts::head_dim;
+    int64_t batch = -1, rows = -1, columns = -1, size = -1, number = -1, fields = 2, width = Facts::head_dim;
     if (kKind == ValuesKind::sddmm) call.left = reader.operand<Scalar>("left", batch, rows, width);
-    else call.values = reader.operand<T>("values", batch, rows, values);
+    else call.values = reader.operand<T>("values", batch, size);
     if (kKind == ValuesKind::sddmm || kKind == ValuesKind::spmm)
       call.right = reader.operand<Scalar>("right", batch, columns, width);
     if (kKind == ValuesKind::spmm_transposed) call.left = reader.operand<Scalar>("left", batch, rows, width);
@@ -56,20 +57,23 @@ template <ValuesKind kKind, class Facts> class ValuesHandler {
     for (int64_t n = 0; reader.good() && n < number; ++n, meta += fields) {
       int64_t offsets = -1;
       Component& one = components[n];
-      one.stride = meta[0], one.hop = meta[1], one.offset = meta[2], one.width = meta[3];
+      one.stride = meta[0], one.hop = meta[1];
       one.start = reader.operand<int32_t>("START", rows);
       one.count = reader.operand<int32_t>("COUNT", rows);
       one.order = reader.operand<int32_t>("ORDER", rows);
+      one.place = reader.operand<int32_t>("PLACE", rows);
+      one.before = reader.operand<int32_t>("BEFORE", rows);
+      one.after = reader.operand<int32_t>("AFTER", rows);
       one.offsets = reader.operand<int32_t>("OFFSETS", offsets);
       one.groups = offsets - 1;
     }
     if (kKind == ValuesKind::sddmm || kKind == ValuesKind::softmax)
-      call.result = reader.result<T>("values", batch, rows, values);
+      call.result = reader.result<T>("values", batch, size);
     if (kKind == ValuesKind::spmm) call.result = reader.result<Scalar>("result", batch, rows, width);
     if (kKind == ValuesKind::spmm_transposed) call.result = reader.result<Scalar>("result", batch, columns, width);
     const int savings = (int)reader.attribute("savings");
     call.savings = {(savings & 1) != 0, (savings & 2) != 0};
-    call.batch = batch, call.rows = rows, call.columns = columns, call.width = values, call.num_components = number;
+    call.batch = batch, call.rows = rows, call.columns = columns, call.size = size, call.num_components = number;
   }
 };
 
