@@ -3,20 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-import datetime
-import importlib.metadata
-import json
-import os
-import platform
-import subprocess
-from pathlib import Path
 from typing import Any
 
 import rich.box
 import rich.table
 from rich.markup import escape
 
-PACKAGES = ("splat-attention", "jax", "jaxlib", "jax-triton", "numpy", "torch", "triton")
+from splat.bench.machine import ask_gpu, machine, write_json
+
+__all__ = ["Report", "ask_gpu", "machine", "write_json"]
 
 
 @dataclasses.dataclass
@@ -79,76 +74,3 @@ class Report:
             "missed": self.failed,
             "samples": self.samples,
         }
-
-
-def machine() -> dict[str, Any]:
-    """What the numbers depend on, and the date; nothing that names the host or its folders."""
-    versions = {}
-    for package in PACKAGES:
-        try:
-            versions[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            versions[package] = None
-    return {
-        "cpu": _cpu_name(),
-        "gpu": _gpu_facts(),
-        "threads": os.cpu_count(),
-        "system": f"{platform.system()} {platform.machine()}",
-        "python": platform.python_version(),
-        "packages": versions,
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-    }
-
-
-def _cpu_name() -> str:
-    try:
-        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    except OSError:
-        pass
-    return platform.processor() or platform.machine()
-
-
-#: What nvidia-smi is asked: name in the facts -> its field.
-_GPU_FIELDS = {
-    "name": "name",
-    "driver": "driver_version",
-    "memory_mib": "memory.total",
-    "sm_clock_mhz": "clocks.sm",
-    "max_sm_clock_mhz": "clocks.max.sm",
-    "memory_clock_mhz": "clocks.mem",
-    "power_limit_w": "power.limit",
-}
-
-
-def _gpu_facts() -> dict[str, str] | None:
-    """Of the first NVIDIA GPU, as its driver tells them; None where there is none."""
-    answer = ask_gpu(*_GPU_FIELDS.values())
-    return None if answer is None else dict(zip(_GPU_FIELDS, answer, strict=True))
-
-
-def ask_gpu(*fields: str) -> list[str] | None:
-    """What nvidia-smi answers for the first GPU; None where there is neither."""
-    command = ["nvidia-smi", f"--query-gpu={','.join(fields)}", "--format=csv,noheader,nounits"]
-    try:
-        done = subprocess.run(command, check=True, capture_output=True, text=True, timeout=20)
-    except (OSError, subprocess.SubprocessError):
-        return None
-    answer = [value.strip() for value in (done.stdout.splitlines() or [""])[0].split(",")]
-    return answer if len(answer) == len(fields) else None
-
-
-def write_json(path: Path, data: Any) -> None:
-    """Writes atomically: a reader sees the whole file or none of it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    # Not tempfile: its files are readable by their owner only, and results are shared.
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with temporary.open("w", encoding="utf-8") as file:
-            json.dump(data, file, indent=1)
-            file.write("\n")
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
