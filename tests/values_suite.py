@@ -12,13 +12,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from jax.test_util import check_grads
 
 import splat
 from splat.acsr import ACSR
 from splat.errors import UnsupportedError
-from tests.strategies import Case, cases, more
+from tests.strategies import Case, cases
 
 Array = np.ndarray[Any, Any]
 
@@ -125,7 +125,7 @@ class ValuesSuite:
     def test_patterns(self, text: str, rng: np.random.Generator) -> None:
         self.check(splat.build(splat.parse(text), 37), rng)
 
-    @more(2)
+    @settings(max_examples=12)
     @given(cases())
     def test_composed_patterns(self, case: Case) -> None:
         acsr = splat.build(case.pattern, case.q_len, case.kv_len, case.query_offset)

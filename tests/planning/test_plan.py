@@ -89,7 +89,8 @@ def test_text_holds_the_facts() -> None:
     assert f"  {tiles:,} tiles (" in lines[3 + len(passes)]
     assert f"waste {made.waste:.3f}" in lines[3 + len(passes)]
     assert "FLOP over non-zeros" in lines[3 + len(passes)]
-    candidates = lines[4 + len(passes) :]
+    assert lines[4 + len(passes)] == f"  {made.savings}"
+    candidates = lines[5 + len(passes) :]
     assert [line.split(":")[0].strip() for line in candidates] == ["triton", "cpp", "* xla"]
     assert candidates[2] == f"  * xla: {made.predicted_ms:.3g} ms predicted"
     assert "cannot serve: the triton implementation needs a GPU" in candidates[0]

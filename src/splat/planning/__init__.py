@@ -2,6 +2,7 @@
 
 from splat.planning.cost import CostModel, cost_model
 from splat.planning.plan import Candidate, Plan, Problem, check_blocks, check_problem, make_plan, predict_ms
+from splat.planning.savings import Savings, savings
 from splat.planning.schedule import Pass, PassDecision, Schedule, build_schedule, schedule
 from splat.planning.target import TARGETS, Target, find
 
@@ -13,6 +14,7 @@ __all__ = [
     "PassDecision",
     "Plan",
     "Problem",
+    "Savings",
     "Schedule",
     "Target",
     "build_schedule",
@@ -22,5 +24,6 @@ __all__ = [
     "find",
     "make_plan",
     "predict_ms",
+    "savings",
     "schedule",
 ]

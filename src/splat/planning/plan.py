@@ -19,6 +19,7 @@ from splat.errors import ArgumentError, PatternError
 from splat.pattern import Pattern, PerHead, parse
 from splat.pattern.core import MAX_LENGTH, brief, check_int, is_runtime_array
 from splat.planning.cost import CPP_TILE, CostModel, cost_model
+from splat.planning.savings import Savings, savings, si
 from splat.planning.schedule import PassDecision, Schedule, build_schedule, schedule
 from splat.planning.target import Target, find
 from splat.tiling import Phase
@@ -124,6 +125,12 @@ class Plan:
         q_rows, kv_rows = p.batch * p.q_len * p.num_q_heads, p.batch * p.kv_len * p.num_kv_heads
         return size * p.head_dim * 2 * (q_rows + kv_rows) + 4 * q_rows
 
+    @cached_property
+    def savings(self) -> Savings:
+        """What each of the paper's specialisations saves, with the first pass's tile sizes."""
+        decision = self.forward.decisions[0] if self.forward.decisions else None
+        return savings(self.acsr, decision.block_q if decision else 1, decision.block_kv if decision else 1)
+
     @property
     def predicted_ms(self) -> float | None:
         """The cost model's forward time on the target; None where it has no numbers."""
@@ -218,7 +225,7 @@ class Plan:
         else:
             lines.append(
                 f"  {self.nnz:,} non-zeros, density {self.density:.4%}, {self.empty_rows} empty rows, "
-                f"{len(self.acsr.components)} components, {_si(self.acsr.metadata_bytes)}B of metadata"
+                f"{len(self.acsr.components)} components, {si(self.acsr.metadata_bytes)}B of metadata"
             )
         lines += [f"  pass {n}: {one}" for n, one in enumerate(self.forward.passes)]
         if self.is_static:
@@ -226,8 +233,9 @@ class Plan:
             full = sum(one.count(Phase.FULL) for one in self.forward.passes)
             lines.append(
                 f"  {tiles:,} tiles ({full:,} full, {tiles - full:,} partial), waste {self.waste:.3f}, "
-                f"{_si(self.flops)}FLOP over non-zeros, {_si(self.bytes)}B at least"
+                f"{si(self.flops)}FLOP over non-zeros, {si(self.bytes)}B at least"
             )
+            lines.append(f"  {self.savings}")
         for c in self.candidates:
             mark = "*" if c.implementation == self.implementation else " "
             time = "no prediction" if c.predicted_ms is None else f"{c.predicted_ms:.3g} ms predicted"
@@ -237,14 +245,6 @@ class Plan:
 
 def _shorten(text: str, width: int = 200) -> str:
     return text if len(text) <= width else text[: width - 3] + "..."
-
-
-def _si(value: float) -> str:
-    for unit in ("", "k", "M", "G", "T"):
-        if value < 1000:
-            return f"{value:.3g} {unit}"
-        value /= 1000
-    return f"{value:.3g} P"
 
 
 def predict_ms(schedule: Schedule, model: CostModel, problem: Problem) -> float | None:
