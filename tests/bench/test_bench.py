@@ -67,8 +67,8 @@ def test_quick_takes_one_of_each_family() -> None:
 
 
 def test_flops_are_of_non_zeros() -> None:
-    counts = {op: problem(op).flops / problem(op).nnz for op in ("sddmm", "spmm", "attention")}
-    assert counts == {"sddmm": 2 * 8 * 2, "spmm": 2 * 8 * 2, "attention": 4 * 8 * 2}
+    counts = {op: problem(op).flops / problem(op).nnz for op in ("sddmm", "spmm", "attention", "composed")}
+    assert counts == {"sddmm": 2 * 8 * 2, "spmm": 2 * 8 * 2, "attention": 4 * 8 * 2, "composed": 4 * 8 * 2}
 
 
 @pytest.mark.parametrize("op", ["spmm", "softmax"])

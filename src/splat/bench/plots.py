@@ -13,7 +13,7 @@ from splat.bench.suites import family
 
 #: Up to eight contenders, told apart without red against green (Okabe and Ito).
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8C8C8C", "#000000")
-OURS_COLOR = "#0072B2"
+MOST_COLUMNS = 4
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 
 
@@ -50,7 +50,8 @@ def plots(run: Run) -> list[Plot]:
         rivals = summary.rivals(run, op)
         if op != "planning" and rivals:
             chosen = _by_density if _has_densities(run, op) else _by_case
-            out += [chosen(run, op, q_len) for q_len in sorted(lengths)]
+            several = [n for n in sorted(lengths) if len({r.case for r in run.of_op(op) if r.q_len == n}) > 1]
+            out += [chosen(run, op, q_len) for q_len in several or sorted(lengths)[:1]]
         if len(lengths) > 1:
             out.append(_by_length(run, op, summary.time_ms, "milliseconds", "time"))
             if summary.curves(run, op, _megabytes):
@@ -60,12 +61,16 @@ def plots(run: Run) -> list[Plot]:
     return out
 
 
-def _figure(width: float, height: float, columns: int = 1, **options: Any) -> tuple[Any, list[Any]]:
-    """A figure and its axes in a row, without pyplot: nothing is kept, no screen is needed."""
+def _figure(width: float, height: float, number: int = 1, **options: Any) -> tuple[Any, list[Any]]:
+    """A figure and so many axes, four in a row at most; without pyplot: nothing is kept, no screen is needed."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(width, height), layout="constrained")
-    axes = figure.subplots(1, columns, squeeze=False, **options)[0].tolist()
+    rows, columns = -(-number // MOST_COLUMNS), min(number, MOST_COLUMNS)
+    figure = Figure(figsize=(width, height * rows), layout="constrained")
+    axes = figure.subplots(rows, columns, squeeze=False, **options).ravel().tolist()
+    for ax in axes[number:]:
+        ax.set_axis_off()
+    axes = axes[:number]
     for ax in axes:
         ax.spines[["top", "right"]].set_visible(False)
         ax.grid(alpha=0.25, linewidth=0.6)
@@ -92,13 +97,14 @@ def _has_densities(run: Run, op: str) -> bool:
     return all("," in record.case and record.case.endswith("%") for record in records)
 
 
-def _faster_axis(ax: Any) -> None:
+def _plain_log_axis(ax: Any, text: str) -> None:
+    """Logarithmic, ticks written out, a line at 1."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
     ax.set_yscale("log")
     ax.axhline(1, color="black", linewidth=0.8)
     ax.yaxis.set_major_locator(LogLocator(base=10, subs=(1.0, 2.0, 5.0)))
-    ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}x"))
+    ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: text.format(value)))
     ax.yaxis.set_minor_formatter(NullFormatter())
 
 
@@ -106,6 +112,7 @@ def _by_density(run: Run, op: str, q_len: int) -> Plot:
     records = [record for record in run.of_op(op) if record.q_len == q_len]
     families = list(dict.fromkeys(family(record.case) for record in records))
     rivals = [rival for rival in summary.rivals(run, op) if rival != summary.BEST_SPARSE]
+    first = summary.first_of(run, op)
 
     def draw() -> Any:
         figure, axes = _figure(3.1 * len(families) + 0.4, 3.1, len(families), sharey=True)
@@ -114,17 +121,19 @@ def _by_density(run: Run, op: str, q_len: int) -> Plot:
             for rival in rivals:
                 points = [(100 * r.density, value) for r in members if (value := summary.faster(run, r, rival))]
                 if points:
-                    ax.plot(*zip(*sorted(points), strict=True), label=rival, **_style(rivals, rival))
-            _faster_axis(ax)
+                    ax.plot(
+                        *zip(*sorted(points), strict=True), label=summary.short(rival, first), **_style(rivals, rival)
+                    )
+            _plain_log_axis(ax, "{:g}x")
             ax.set_title(one)
             ax.set_xlabel("non-zeros, %")
-        axes[0].set_ylabel(f"{summary.first_of(run, op)} is faster by")
+        axes[0].set_ylabel(f"{first} is faster by")
         handles, labels = _all_labels(axes)
         figure.legend(handles, labels, loc="outside upper center", ncols=min(len(labels), 6), frameon=False)
         return figure
 
     caption = (
-        f"{op}, {q_len:,} positions: how many times {summary.first_of(run, op)} is faster, by pattern and density. "
+        f"{op}, {q_len:,} positions: how many times {first} is faster, by pattern and density. "
         "Below the line the other one is faster."
     )
     return Plot(f"speedup-{op}-{q_len}", caption, draw)
@@ -133,6 +142,7 @@ def _by_density(run: Run, op: str, q_len: int) -> Plot:
 def _by_case(run: Run, op: str, q_len: int) -> Plot:
     records = [record for record in run.of_op(op) if record.q_len == q_len]
     rivals = [rival for rival in summary.rivals(run, op) if rival != summary.BEST_SPARSE]
+    first = summary.first_of(run, op)
 
     def draw() -> Any:
         figure, (ax,) = _figure(max(6.5, 1.1 * len(records) + 1.5), 3.4)
@@ -142,17 +152,18 @@ def _by_case(run: Run, op: str, q_len: int) -> Plot:
             if points:
                 at, values = zip(*points, strict=True)
                 places = [x + (n - (len(rivals) - 1) / 2) * width for x in at]
-                bars = ax.bar(places, values, width * 0.92, label=rival, color=COLORS[n % len(COLORS)])
+                bars = ax.bar(
+                    places, values, width * 0.92, label=summary.short(rival, first), color=COLORS[n % len(COLORS)]
+                )
                 if len(rivals) * len(records) <= 24:
                     ax.bar_label(bars, fmt="%.3g", fontsize=7)
-        _faster_axis(ax)
+        _plain_log_axis(ax, "{:g}x")
         ax.set_ylim(bottom=min(ax.get_ylim()[0], 0.9))
         _case_axis(ax, [record.case for record in records])
-        ax.set_ylabel(f"{summary.first_of(run, op)} is faster by")
+        ax.set_ylabel(f"{first} is faster by")
         figure.legend(*_all_labels([ax]), loc="outside upper center", ncols=6, frameon=False)
         return figure
 
-    first = summary.first_of(run, op)
     return Plot(f"speedup-{op}-{q_len}", f"{op}, {q_len:,} positions: how many times {first} is faster.", draw)
 
 
@@ -179,9 +190,9 @@ def _by_length(run: Run, op: str, value: Callable[[Record, str], float | None], 
     names = list(dict.fromkeys(name for name, _ in curves))
 
     def draw() -> Any:
-        columns = min(len(cases), 4)
-        figure, axes = _figure(max(3.2 * columns + 0.5, 5.5), 3.3, columns, sharey=True)
-        for ax, case in zip(axes, cases, strict=False):
+        width = 3.2 * min(len(cases), MOST_COLUMNS) + 0.5
+        figure, axes = _figure(max(width, 5.5), 3.3, len(cases), sharey=True)
+        for ax, case in zip(axes, cases, strict=True):
             for name in names:
                 points = curves.get((name, case))
                 if points:
@@ -200,13 +211,14 @@ def _by_length(run: Run, op: str, value: Callable[[Record, str], float | None], 
 
 
 def _length_axis(ax: Any, lengths: Sequence[int]) -> None:
-    from matplotlib.ticker import NullFormatter, NullLocator
+    from matplotlib.ticker import FuncFormatter, NullFormatter, NullLocator
 
     ax.set_xscale("log", base=2)
     ax.set_yscale("log")
     step = -(-len(lengths) // 5)
     ax.set_xticks(lengths[::step], [_short(length) for length in lengths[::step]])
     ax.xaxis.set_minor_locator(NullLocator())
+    ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     ax.yaxis.set_minor_formatter(NullFormatter())
     ax.set_xlabel("positions")
 
@@ -232,9 +244,8 @@ def _waste(run: Run) -> Plot:
             places = [at + (n - (len(names) - 1) / 2) * 0.38 for at in range(len(records))]
             bars = ax.bar(places, [r.waste.get(name, 0) for r in records], 0.36, label=name, color=COLORS[n])
             ax.bar_label(bars, fmt="%.3g", fontsize=7)
-        ax.set_yscale("log")
+        _plain_log_axis(ax, "{:g}")
         ax.set_ylim(bottom=0.9)
-        ax.axhline(1, color="black", linewidth=0.8)
         _case_axis(ax, [record.case for record in records])
         ax.set_ylabel("scores computed / non-zeros")
         figure.legend(*_all_labels([ax]), loc="outside upper center", ncols=3, frameon=False)

@@ -35,6 +35,7 @@ OPERATIONS = {
         Operation("sddmm", 2, 1),
         Operation("softmax", 0, 1),
         Operation("spmm", 2, 1),
+        Operation("composed", 4, 1),  # sddmm, softmax and spmm, one after the other
         Operation("attention", 4, 8),
         Operation("planning", 0, 1),
     )

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from splat.bench import machine, memory, peers, variants
-from splat.bench.measure import QUICK, Tell, Thoroughness, brief, measure
+from splat.bench.measure import QUICK, Tell, Thoroughness, brief, matmul_flops_per_s, measure
 from splat.bench.peers import Contender, Kind, ours
 from splat.bench.problem import Problem
 from splat.bench.record import Run
@@ -115,6 +115,7 @@ def run(request: Request, *, tell: Tell, listen: Listener, how: Thoroughness | N
         sparse=tuple(one.name for one in everyone if one.kind is Kind.SPARSE),
         missing=left_out,
     )  # fmt: skip
+    matmul_flops_per_s(16)  # what JAX needs to start is nobody's first call
     for problem in todo:
         try:
             made = made.with_record(measure(problem, everyone, how, tell))

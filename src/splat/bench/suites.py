@@ -62,7 +62,10 @@ SUITES: dict[str, Suite] = {
             "scaling", "Time and memory by length, for a window", "scaling", ("attention",),
             tuple(1 << n for n in range(10, 19)), (512, 1024, 2048),
         ),
-        Suite("ablation", "Each optimisation off, one at a time", "paper", OF_PAPER, (4096,), (256,), ablation=True),
+        Suite(
+            "ablation", "Each optimisation off, one at a time", "paper", ("sddmm", "spmm", "composed"), (4096,), (256,),
+            ablation=True,
+        ),
     )
 }  # fmt: skip
 

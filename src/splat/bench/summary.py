@@ -25,6 +25,11 @@ def rivals(run: Run, op: str) -> list[str]:
     return [*named, BEST_SPARSE] if len(sparse) > 1 else named
 
 
+def short(rival: str, first: str | None) -> str:
+    """A rival's name; of a variant of the first what is off."""
+    return rival.removeprefix(f"{first} ")
+
+
 def faster(run: Run, record: Record, rival: str) -> float | None:
     """How many times SPLAT is faster than the rival; None where one has no number."""
     first = first_of(run, record.op)

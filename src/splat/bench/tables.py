@@ -34,7 +34,7 @@ class Table:
 
         table = rich.table.Table(title=self.title, box=rich.box.SIMPLE_HEAD, title_justify="left")
         for n, column in enumerate(self.columns):
-            table.add_column(column, justify="left" if n == 0 else "right", no_wrap=n > 0, overflow="fold")
+            table.add_column(column, justify="left" if n == 0 else "right", no_wrap=True, overflow="fold")
         for n, row in enumerate(self.rows):
             table.add_row(*map(escape, row), style="bold" if n in self.bold else None)
         return table
@@ -47,7 +47,8 @@ def spread(measured: Measured) -> str:
 
 
 def megabytes(size: float | None) -> str:
-    return "unknown" if size is None else f"{size / 1e6:,.1f}"
+    """Below one the system's own count is too coarse."""
+    return "unknown" if size is None else "< 1" if size < 1e6 else f"{size / 1e6:,.1f}"
 
 
 def speedups(run: Run, op: str) -> Table:
@@ -68,8 +69,8 @@ def speedups(run: Run, op: str) -> Table:
              *("" if value is None else f"{value:.2f}x" for value in found), record.clean)
         )  # fmt: skip
     means = [summary.geomean(run, op, rival) for rival in rivals]
-    columns = (*PROBLEM_COLUMNS, f"{first} ms", *rate_columns, "first s", "peak MB",
-               *(f"over {rival}" for rival in rivals), "clean")  # fmt: skip
+    columns = (*PROBLEM_COLUMNS, f"{first}\nms", *rate_columns, "first s", "peak MB",
+               *(f"over\n{summary.short(rival, first)}" for rival in rivals), "clean")  # fmt: skip
     bold: frozenset[int] = frozenset()
     if len(rows) > 1 and rivals:
         bold = frozenset({len(rows)})

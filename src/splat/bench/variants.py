@@ -1,7 +1,7 @@
 """SPLAT with an optimisation switched off: what the suite `ablation` compares with SPLAT as it is.
 
-A variant is a name and a context manager, under which its kernels are planned, compiled and first called. A switch
-that is an environment variable or a module's setting is turned there; timed calls come after it.
+A variant is a name and a context manager, under which its kernels are planned, compiled and first called. Timed calls
+come after it.
 """
 
 from __future__ import annotations
@@ -11,7 +11,8 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any
 
-from splat.bench.peers.base import Contender
+from splat.bench.peers import ours
+from splat.bench.peers.base import Contender, Kind
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,11 +29,22 @@ class Variant:
     name: str
     title: str
     switch: Callable[[], AbstractContextManager[Any]]
-    ops: tuple[str, ...] = ("sddmm", "softmax", "spmm", "attention")
+    ops: tuple[str, ...] = ("sddmm", "spmm", "composed")
+
+
+def _without(specialisation: str) -> AbstractContextManager[None]:
+    from splat.ops.values import without
+
+    return without(specialisation)
 
 
 #: In the order of tables.
-VARIANTS: list[Variant] = []
+VARIANTS: list[Variant] = [
+    Variant("no-spans", "without span specialisation", lambda: _without("spans")),
+    Variant("no-posets", "without poset tiling", lambda: _without("posets")),
+    Variant("no-alignment", "without transformation alignment", lambda: _without("alignment"), ("sddmm", "spmm")),
+    Variant("in-rows", "values handed over in rows, not in tiles", lambda: ours.laid_out("rows"), ("composed",)),
+]
 
 
 def contenders(base: Contender) -> list[Contender]:
@@ -42,6 +54,7 @@ def contenders(base: Contender) -> list[Contender]:
             base,
             name=f"{base.name} {variant.name}",
             title=f"{base.title}: {variant.title}",
+            kind=Kind.VARIANT,
             make={op: make for op, make in base.make.items() if op in variant.ops},
             under=variant.switch,
         )

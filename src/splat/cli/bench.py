@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 import sys
 from pathlib import Path
@@ -35,7 +36,7 @@ def command(
         Path | None, typer.Option(help="An earlier SUITE.json: exit with 1 if SPLAT is slower.")
     ] = None,
     op: Annotated[
-        list[str] | None, typer.Option(help="sddmm, softmax, spmm, attention or planning; repeat for more.")
+        list[str] | None, typer.Option(help="sddmm, softmax, spmm, composed, attention or planning; repeat.")
     ] = None,
     q_len: Annotated[list[int] | None, typer.Option(help="Positions; repeat for more.", min=16)] = None,
     case: Annotated[list[str] | None, typer.Option(help="A case of the suite by name; repeat for more.")] = None,
@@ -68,7 +69,8 @@ def command(
         threads,
         shlex.join(["splat", *sys.argv[1:]]),
     )
-    console = Console()
+    # A file is as wide as the tables, a terminal as it is.
+    console = Console(width=None if sys.stdout.isatty() or "COLUMNS" in os.environ else 200)
     with run.prepared(request):
         made = _measured(request, out, Console(stderr=True))
     comparison = _compared(before, made)

@@ -29,6 +29,7 @@ class Kind(enum.Enum):
     """What a contender is, for tables: geometric means are over the best of the sparse ones too."""
 
     OURS = "SPLAT"
+    VARIANT = "SPLAT, something off"
     DENSE = "computes all pairs"
     SPARSE = "sparse format"
     ATTENTION = "fused attention"

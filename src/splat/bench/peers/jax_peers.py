@@ -125,7 +125,13 @@ DENSE = Contender(
     "dense",
     "JAX dense: matrix product, softmax and attention with a mask",
     Kind.DENSE,
-    {"sddmm": _dense_sddmm, "softmax": _dense_softmax, "spmm": _dense_spmm, "attention": _dense_attention},
+    {
+        "sddmm": _dense_sddmm,
+        "softmax": _dense_softmax,
+        "spmm": _dense_spmm,
+        "attention": _dense_attention,
+        "composed": _dense_attention,
+    },
     needs_bytes=positions_squared(12),
 )
 BCOO = Contender(

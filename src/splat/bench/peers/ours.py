@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,20 @@ from splat.bench.problem import Problem
 
 #: The planning contender: no implementation takes part in it.
 PLANNING = "splat"
+
+#: How values lie between the operations of `composed`; see `laid_out`.
+_layout = "tiles"
+
+
+@contextlib.contextmanager
+def laid_out(layout: str) -> Iterator[None]:
+    """`composed`, where it is prepared meanwhile, hands over its values in this layout."""
+    global _layout  # noqa: PLW0603
+    before, _layout = _layout, layout
+    try:
+        yield
+    finally:
+        _layout = before
 
 
 def jitted(function: Callable[..., Any], *arrays: np.ndarray) -> Callable[[], Any]:
@@ -49,11 +64,20 @@ def contender(implementation: str) -> Contender:
         )
         return Ready(call, Layout.ROWS, as_numpy)
 
+    def composed(problem: Problem) -> Ready:
+        how, scale = {"layout": _layout, "implementation": implementation}, 1 / np.sqrt(problem.head_dim)
+
+        def attention(q: Any, k: Any, v: Any) -> Any:
+            scores = splat.sddmm(q * np.float32(scale), k, problem.acsr, **how)
+            return splat.spmm(splat.softmax(scores, problem.acsr, **how), problem.acsr, v, **how)
+
+        return Ready(jitted(attention, *problem.inputs[:3]), Layout.ROWS, as_numpy, note=f"values in {_layout}")
+
     return Contender(
         f"splat-{implementation}",
         f"SPLAT, {implementation}",
         Kind.OURS,
-        {"attention": attention, "sddmm": sddmm, "softmax": softmax, "spmm": spmm},
+        {"attention": attention, "sddmm": sddmm, "softmax": softmax, "spmm": spmm, "composed": composed},
     )
 
 

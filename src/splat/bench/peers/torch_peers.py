@@ -125,7 +125,7 @@ SDPA = Contender(
     "sdpa",
     "PyTorch scaled_dot_product_attention with a mask",
     Kind.ATTENTION,
-    {"attention": _sdpa},
+    {"attention": _sdpa, "composed": _sdpa},
     packages=("torch",),
     needs_bytes=positions_squared(9),
 )
