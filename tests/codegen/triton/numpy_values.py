@@ -87,7 +87,7 @@ def truth(m: Matrix, rows: Array, columns: Array, values: Array) -> dict[str, Ar
     }
 
 
-def check(m: Matrix, rows: Array, columns: Array, values: Array, operations: Any = OPERATIONS) -> None:
+def check(m: Matrix, rows: Any, columns: Any, values: Any, operations: Any = OPERATIONS) -> None:
     """All four operations against the truth; `operations` has them as methods."""
     expected = truth(m, *map(np.asarray, (rows, columns, values)))
     found = {

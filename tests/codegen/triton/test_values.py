@@ -56,8 +56,8 @@ SUITE = {
 }
 
 
-def by(*config: int) -> Operations:
-    return dataclasses.replace(OPERATIONS, configs=(KernelConfig(*config),))
+def by(block_q: int, block_kv: int) -> Operations:
+    return dataclasses.replace(OPERATIONS, configs=(KernelConfig(block_q, block_kv, 4, 1),))
 
 
 # -- patterns ----------------------------------------------------------------------------------------------------------
@@ -79,7 +79,7 @@ def test_composed_patterns(case: Case, blocks: tuple[int, int], seed: int) -> No
     acsr = splat.build(case.pattern, case.q_len, case.kv_len, query_offset=case.query_offset)
     hypothesis.assume(acsr.nnz > 0)
     m = Matrix(acsr, case.mask)
-    check(m, *draw(np.random.default_rng(seed), m, batch=1, head_dim=4), operations=by(*blocks, 4, 1))
+    check(m, *draw(np.random.default_rng(seed), m, batch=1, head_dim=4), operations=by(*blocks))
 
 
 @pytest.mark.parametrize("sizes", [(1, 1), (1, 40), (40, 1), (17, 50), (70, 33)])
@@ -93,7 +93,7 @@ def test_rectangles(text: str, sizes: tuple[int, int], rng: np.random.Generator)
 @pytest.mark.parametrize("text", FEW)
 def test_blocks(text: str, blocks: tuple[int, int], rng: np.random.Generator) -> None:
     m = matrix(text, 70)
-    check(m, *draw(rng, m, batch=1), operations=by(*blocks, 4, 1))
+    check(m, *draw(rng, m, batch=1), operations=by(*blocks))
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])

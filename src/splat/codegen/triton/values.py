@@ -32,27 +32,26 @@ _C = KernelConfig
 
 _WIDE_ROWS, _SQUARE, _SMALL = _C(128, 32, 8, 2), _C(64, 64, 8, 2), _C(32, 32, 4, 2)
 
+_SDDMM = {256: (_WIDE_ROWS, _SQUARE, _SMALL)}
+_SPMM = {64: (_C(128, 64, 8, 2), _SQUARE, _SMALL), 128: (_WIDE_ROWS, _SQUARE, _SMALL), 256: (_C(64, 32, 8, 2), _SMALL)}
+_TRANSPOSED = {128: (_WIDE_ROWS, _SQUARE, _SMALL), 256: (_C(64, 32, 8, 2), _SMALL)}
+_AMD = (_C(64, 64, 4, 1), _C(32, 32, 4, 1))
+_AMD_SPMM = {128: (_C(128, 64, 4, 1), *_AMD), 256: (_C(128, 32, 4, 1), *_AMD)}
+
 #: Of arrays of 16 bits: architecture -> operation -> largest head dim (padded to a power of two) -> configurations to
 #: choose from. As in `splat.planning.kernels`, each was compiled and looked at: tensor-core instructions, no spills.
 _TABLE: dict[str, dict[str, dict[int, tuple[KernelConfig, ...]]]] = {
-    "sm_80": {
-        "sddmm": {256: (_WIDE_ROWS, _SQUARE, _SMALL)},
-        "spmm": {64: (_C(128, 64, 8, 2), _SQUARE, _SMALL), 128: (_WIDE_ROWS, _SQUARE, _SMALL), 256: (_SQUARE, _SMALL)},
-    },
-    "sm_90": {
-        "sddmm": {256: (_WIDE_ROWS, _SQUARE, _SMALL)},
-        "spmm": {64: (_C(128, 64, 8, 2), _SQUARE, _SMALL), 128: (_WIDE_ROWS, _SQUARE, _SMALL), 256: (_SQUARE, _SMALL)},
-    },
+    "sm_80": {"sddmm": _SDDMM, "spmm": _SPMM, "spmm_transposed": _TRANSPOSED},
+    "sm_90": {"sddmm": _SDDMM, "spmm": _SPMM, "spmm_transposed": _TRANSPOSED},
     "sm_100": {
-        "sddmm": {256: (_WIDE_ROWS, _SQUARE, _SMALL)},
-        "spmm": {64: (_C(128, 64, 4, 2), _SQUARE, _SMALL), 256: (_C(128, 64, 8, 2), _SQUARE, _SMALL)},
+        "sddmm": _SDDMM,
+        "spmm": {64: (_C(128, 64, 4, 2), _SQUARE, _SMALL), 128: (_WIDE_ROWS, _SQUARE, _SMALL), 256: (_SQUARE, _SMALL)},
+        "spmm_transposed": {128: (_WIDE_ROWS, _SQUARE, _SMALL), 256: (_SQUARE, _SMALL)},
     },
     "gfx942": {
-        "sddmm": {256: (_C(128, 32, 4, 1), _C(64, 64, 4, 1), _C(32, 32, 4, 1))},
-        "spmm": {
-            128: (_C(128, 64, 4, 1), _C(64, 64, 4, 1), _C(32, 32, 4, 1)),
-            256: (_C(128, 32, 4, 1), _C(64, 64, 4, 1), _C(32, 32, 4, 1)),
-        },
+        "sddmm": {256: (_C(128, 32, 4, 1), *_AMD)},
+        "spmm": _AMD_SPMM,
+        "spmm_transposed": _AMD_SPMM,
     },
 }
 
@@ -71,7 +70,7 @@ def configs_of(arch: str, operation: str, head_dim: int, dtype: str) -> tuple[Ke
     """The configurations to choose from."""
     if arch == INTERPRETER:
         return (_C(32, 16, 4, 1), _C(16, 16, 4, 1))
-    known = _SINGLE if dtype == "float32" else _TABLE[arch]["sddmm" if operation == "sddmm" else "spmm"]
+    known = _SINGLE if dtype == "float32" else _TABLE[arch][operation]
     return next(known[width] for width in sorted(known) if head_dim <= width)
 
 

@@ -189,6 +189,13 @@ def splat_softmax(VALUES, COUNTS, OFFSETS, num_blocks, num_rows, width, OUT,
 
 
 @triton.jit
+def unknown_zeros(length, ROWS: tl.constexpr, WIDTH: tl.constexpr):
+    """float32 [ROWS, WIDTH] zeros of which the compiler does not know that they are, for `backward.zeros`'s reason."""
+    n = tl.arange(0, ROWS)[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :]
+    return n.to(tl.float32) * (length < 0)
+
+
+@triton.jit
 def add_products(acc, VALUES, SHIFT, X, at, columns, inside, begin, end, stop, residue, lower, upper, width,
                  TEST: tl.constexpr, STRIDE: tl.constexpr, TRANSPOSED: tl.constexpr, GUARD: tl.constexpr,
                  RAGGED: tl.constexpr, BLOCK_KV: tl.constexpr, HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr,
@@ -312,7 +319,7 @@ def splat_spmm(VALUES, X, EARLIER, TILES, ROWS, BOUNDS, SHIFTS, SOURCES, num_slo
     if RESUME:
         acc = load_rows(EARLIER + entry * num_out * HEAD_DIM, rows, num_out, HEAD_DIM, HEAD_DIM, WIDTH)
     else:
-        acc = tl.zeros([BLOCK_Q, WIDTH], tl.float32)
+        acc = unknown_zeros(num_out, BLOCK_Q, WIDTH)
     if LEFT == "rows":
         for walk in tl.range(WALKS):
             x0, x1, _, _, _, _ = span(TILES, slot, walk, WALKS)
