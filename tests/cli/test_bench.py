@@ -30,7 +30,6 @@ def run(monkeypatch: pytest.MonkeyPatch):
     return call
 
 
-@pytest.mark.filterwarnings("ignore:Sparse CSR tensor support")
 def test_paper_from_end_to_end(run, tmp_path: Path) -> None:
     cases = ("--case", "windowed, 10 %", "--case", "strided, 50 %")
     text = run("paper", "--quick", "--out", str(tmp_path), *TINY, *cases)
@@ -101,6 +100,10 @@ def test_variants_take_the_place_of_peers(run, monkeypatch: pytest.MonkeyPatch, 
     assert on
 
 
+def test_help_has_an_example(run) -> None:
+    assert "Example: splat bench paper --quick" in run("--help")
+
+
 @pytest.mark.parametrize(
     ("args", "message"),
     [
@@ -110,6 +113,7 @@ def test_variants_take_the_place_of_peers(run, monkeypatch: pytest.MonkeyPatch, 
         (["paper", "--baseline", "/no/such/file.json"], "--baseline /no/such/file.json cannot be read: No such file"),
         (["paper", "--op", "matmul"], "--op must name some of sddmm"),
         (["paper", "--case", "diagonal"], "--case must name cases of the suite paper: 'windowed, 10 %'"),
+        (["paper", "--device", "cuda"], "--device cuda needs a GPU, but JAX has cpu here"),
         (["paper", "--device", "tpu"], "--device must be cpu or cuda, but 'tpu' was given"),
         (["paper", "--implementation", "fast"], "implementation must be None or one of"),
     ],

@@ -117,7 +117,9 @@ def _prepare(problem: Problem, contender: Contender) -> _Prepared:
         off = gate.check(problem, ready, results.pop(), gate.sampled_rows(problem.q_len))
     results.clear()
     warm: list[float] = []
-    peak_bytes = memory.call_peak_bytes(lambda: warm.append(wall_ms(ready.call)))
+    peak_bytes = None
+    if problem.device == "cpu":
+        peak_bytes = memory.call_peak_bytes(lambda: warm.append(wall_ms(ready.call)))
     if not warm:
         warm.append(wall_ms(ready.call))
     return _Prepared(ready, prepare_ms, first_ms, warm[0], peak_bytes, off)

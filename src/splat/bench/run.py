@@ -15,6 +15,7 @@ from splat.bench.peers import Contender, Kind, ours
 from splat.bench.problem import Problem
 from splat.bench.record import Run
 from splat.bench.suites import Selection, Suite, problems
+from splat.errors import ArgumentError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,6 +50,8 @@ def prepared(request: Request) -> Iterator[None]:
     selection = request.selection
     if selection.device == "cpu":
         os.environ.setdefault("JAX_PLATFORMS", "cpu")
+    else:  # PyTorch's peers need memory of the GPU too
+        os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     # The threads of PyTorch spin after a call otherwise, and slow down what is measured next.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     with contextlib.ExitStack() as stack:
@@ -79,6 +82,7 @@ def _empty_caches() -> Iterator[None]:
 def contenders(request: Request, todo: Sequence[Problem]) -> tuple[list[Contender], dict[str, str]]:
     """(everyone, SPLAT first; peers that take no part and why). Raises ArgumentError, UnsupportedError."""
     selection, suite = request.selection, request.suite
+    _check_device(selection.device)
     ops = tuple(dict.fromkeys(problem.op for problem in todo))
     everyone: list[Contender] = []
     if set(ops) - {"planning"}:
@@ -94,6 +98,15 @@ def contenders(request: Request, todo: Sequence[Problem]) -> tuple[list[Contende
 
         torch.set_num_threads(request.threads)
     return [*everyone, *taking_part], left_out
+
+
+def _check_device(device: str) -> None:
+    import jax
+
+    if device == "cuda" and jax.default_backend() != "gpu":
+        raise ArgumentError(
+            f"--device cuda needs a GPU, but JAX has {jax.default_backend()} here. `splat doctor` says what it sees."
+        )
 
 
 def run(request: Request, *, tell: Tell, listen: Listener, how: Thoroughness | None = None) -> Run:

@@ -87,7 +87,7 @@ def _words(given: list[str] | None) -> tuple[str, ...]:
 
 
 def _measured(request: Request, out: Path | None, console: Console) -> Run:
-    """Everything, with a progress bar; the raw samples are written after every record."""
+    """Everything, with a progress bar, or a line each in a file; the raw samples are written after every record."""
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
     from splat.bench import machine, run
@@ -97,7 +97,10 @@ def _measured(request: Request, out: Path | None, console: Console) -> Run:
         task = progress.add_task("starting", total=None)
 
         def listen(made: Run, total: int) -> None:
-            progress.update(task, completed=len(made.records) + len(made.failed), total=total)
+            done = len(made.records) + len(made.failed)
+            progress.update(task, completed=done, total=total)
+            if not console.is_terminal:
+                console.print(f"{done}/{total}", highlight=False)
             if out is not None:
                 machine.write_json(out / f"{made.suite}.json", made.to_json())
 
