@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from splat import __version__
 from splat.acsr import ACSR
-from splat.codegen.base import Options, Request
+from splat.codegen.base import USUAL, How, Options, Request
 from splat.codegen.devices import compute_capability, device_target, nearest_target
 from splat.codegen.triton import bind_jax, interpret, record
 from splat.codegen.triton.lower import PassSpec, Tables, lower
@@ -78,19 +78,32 @@ class TritonImplementation:
             kv_lengths = bind_jax.vary_like(kv_lengths, *arrays)
         return _function(call)(query, key, value, tables, kv_lengths)
 
-    def sddmm(self, acsr: ACSR, rows: Any, columns: Any) -> Any:
-        return self._operations().sddmm(acsr, rows, columns)
+    def num_values(self, acsr: ACSR, how: How) -> int:
+        if how.layout != "rows":
+            raise UnsupportedError(
+                f"the triton implementation has values in layout 'rows' only, not {how.layout!r}. Leave layout out, or "
+                "use implementation='xla'."
+            )
+        if not how.specialised:
+            raise UnsupportedError(
+                "the triton implementation has nothing to switch off. Compare with implementation='cpp'."
+            )
+        return acsr.shape[0] * acsr.width
 
-    def softmax(self, acsr: ACSR, values: Any) -> Any:
-        return self._operations().softmax(acsr, values)
+    def sddmm(self, acsr: ACSR, rows: Any, columns: Any, how: How = USUAL) -> Any:
+        return self._operations(acsr, how).sddmm(acsr, rows, columns)
 
-    def spmm(self, acsr: ACSR, values: Any, dense: Any) -> Any:
-        return self._operations().spmm(acsr, values, dense)
+    def softmax(self, acsr: ACSR, values: Any, how: How = USUAL) -> Any:
+        return self._operations(acsr, how).softmax(acsr, values)
 
-    def spmm_transposed(self, acsr: ACSR, values: Any, dense: Any) -> Any:
-        return self._operations().spmm_transposed(acsr, values, dense)
+    def spmm(self, acsr: ACSR, values: Any, dense: Any, how: How = USUAL) -> Any:
+        return self._operations(acsr, how).spmm(acsr, values, dense)
 
-    def _operations(self) -> Operations:
+    def spmm_transposed(self, acsr: ACSR, values: Any, dense: Any, how: How = USUAL) -> Any:
+        return self._operations(acsr, how).spmm_transposed(acsr, values, dense)
+
+    def _operations(self, acsr: ACSR, how: How) -> Operations:
+        self.num_values(acsr, how)  # refuses
         return Operations(find(self.target()).arch, bind_jax.launch, jnp.asarray, _allows_tf32())
 
     def emit(self, plan: Plan, options: Options, kernel: str | None = None) -> str:
