@@ -13,20 +13,36 @@ template <class Facts> struct Backward {
   static_assert(sizeof(Scalar) == sizeof(T), "dK and dV add up in the results");
   static constexpr int D = Facts::head_dim, W = kWidth<T>, Dp = (D + W - 1) / W * W, kVectors = kMaxVectors;
   static constexpr bool kKeysInLanes = false, kGuard = Facts::guard, kFill = Facts::fill, kOwnSegments = false;
-  static constexpr bool kUnpacks = true, kWholeHeads = true;
-  // Every row that is walked is read and written twice for each unit that it is walked by: more tiles and fewer rows at
-  // once than elsewhere.
+  static constexpr bool kKeeps = true, kWholeHeads = true;
+  static constexpr int kChunk = within(32, (96 << 10) / (2 * (D + Dp) * (int)sizeof(T)) / 32 * 32, 4096);
   static constexpr int kTiles = within(1, (640 << 10) / ((3 * D + 2 * Dp) * kLanes * (int)sizeof(T)), 16);
-  static constexpr int kChunk = within(64, (96 << 10) / (2 * (D + Dp) * (int)sizeof(T)) / 32 * 32, 4096);
+  static constexpr int kSlots = 14;
+
+  /// Row tiles of a unit: as many as leave room in the second-level cache for all columns that they have, of `width` each,
+  /// so that every row of K and V is read once, and of dK and dV written once. Where they are too many for that, each
+  /// unit reads and writes them all, and has as many tiles as there may be.
+  static int64_t tiles_for(int64_t width) {
+    for (int64_t n = kTiles; n > 1; --n) {
+      const int64_t slots = ceil_div(n * kLanes + width, kChunk) + 1;
+      if (slots <= kSlots && n * (int64_t)sizeof(State) + slots * (int64_t)sizeof(Slot) <= 1400 << 10) return n;
+    }
+    return kTiles;
+  }
 
   struct State {
     alignas(64) T query[D * kLanes], d_out[D * kLanes], sum[D * kLanes];  // [d][lane]
     alignas(64) T query_rows[kLanes * Dp], d_out_rows[kLanes * Dp];       // [lane][d], zeros in lanes without a row
     alignas(64) T base[kLanes], delta[kLanes];
   };
+  /// A chunk of walked rows, with what their gradients have added up to.
+  struct Slot {
+    int64_t from;  // its first row
+    int count;     // 0: nothing
+    alignas(64) T key[kChunk * D], value[kChunk * D], d_key[kChunk * Dp], d_value[kChunk * Dp];
+  };
   struct Scratch {
     State tiles[kTiles];
-    alignas(64) T key[kChunk * D], value[kChunk * D], d_key[kChunk * Dp], d_value[kChunk * Dp];
+    Slot slots[kSlots];
     alignas(64) T p[kBlockColumns * kLanes], ds[kBlockColumns * kLanes];
   };
 
@@ -35,13 +51,19 @@ template <class Facts> struct Backward {
   const bool first;
   int64_t batch, kv_head, q_head;
   const T *key, *value;
-  int64_t from, step;
-  int count;
-  int64_t untouched;  // of dK and dV, the rows from here on hold nothing yet
+  Slot* slot;             // the chunk that is worked on
+  int64_t step, residue;  // of the lattice that the slots are of
+  int64_t untouched;      // of dK and dV, the rows from here on hold nothing yet
 
   /// Before and after all units of a key head.
-  void open(int64_t batch_, int64_t kv_head_) { batch = batch_, kv_head = kv_head_, untouched = first ? 0 : call.kv_len; }
-  void close() { clear(call.kv_len); }
+  void open(int64_t batch_, int64_t kv_head_) {
+    batch = batch_, kv_head = kv_head_, untouched = first ? 0 : call.kv_len, step = 0;
+    for (Slot& one : memory.slots) one.count = 0;
+  }
+  void close() {
+    for (Slot& one : memory.slots) put_back(one);
+    clear(call.kv_len);
+  }
 
   void start(int64_t batch_, int64_t kv_head_, int64_t q_head_) { batch = batch_, kv_head = kv_head_, q_head = q_head_; }
   int walked_heads() const { return 1; }
@@ -73,29 +95,29 @@ template <class Facts> struct Backward {
                                call.scale ? (T)(1 / call.scale) : (T)0, s.sum);
   }
 
-  void pack(int, int64_t from_, int64_t step_, int count_) {
-    from = from_, step = step_, count = count_;
-    key = walked_rows<Scalar, D>(call.key, batch, kv_head, from, step, count, memory.key);
-    value = walked_rows<Scalar, D>(call.value, batch, kv_head, from, step, count, memory.value);
+  void pack(int, int64_t from, int64_t step_, int count) {
+    if (step != step_ || residue != from % step_) {  // rows may lie in slots of another lattice
+      for (Slot& one : memory.slots) put_back(one);
+      step = step_, residue = from % step;
+    }
+    slot = &memory.slots[from / step / kChunk % kSlots];
+    key = slot->key, value = slot->value;
+    if (slot->count && slot->from == from) return;
+    put_back(*slot);
+    slot->from = from, slot->count = count;
+    pack_rows<Scalar, D>(at<Scalar>(call.key, batch, kv_head), call.key.position, from, step, count, slot->key);
+    pack_rows<Scalar, D>(at<Scalar>(call.value, batch, kv_head), call.value.position, from, step, count, slot->value);
     clear(step == 1 ? from : from + step * (count - 1) + 1);
     const int64_t left = step == 1 ? untouched - from : count;
     const int touched = (int)(left < count ? left : count);
     const T *const d_key = at<T>(call.d_key, batch, kv_head), *const d_value = at<T>(call.d_value, batch, kv_head);
     for (int n = 0; n < touched; ++n) {
-      memcpy(memory.d_key + n * Dp, d_key + (from + step * n) * call.d_key.position, D * sizeof(T));
-      memcpy(memory.d_value + n * Dp, d_value + (from + step * n) * call.d_value.position, D * sizeof(T));
+      memcpy(slot->d_key + n * Dp, d_key + (from + step * n) * call.d_key.position, D * sizeof(T));
+      memcpy(slot->d_value + n * Dp, d_value + (from + step * n) * call.d_value.position, D * sizeof(T));
     }
-    memset(memory.d_key + touched * Dp, 0, (size_t)(count - touched) * Dp * sizeof(T));
-    memset(memory.d_value + touched * Dp, 0, (size_t)(count - touched) * Dp * sizeof(T));
+    memset(slot->d_key + touched * Dp, 0, (size_t)(count - touched) * Dp * sizeof(T));
+    memset(slot->d_value + touched * Dp, 0, (size_t)(count - touched) * Dp * sizeof(T));
     if (touched < count) untouched = from + count;
-  }
-
-  void unpack() {
-    T *const d_key = at<T>(call.d_key, batch, kv_head), *const d_value = at<T>(call.d_value, batch, kv_head);
-    for (int n = 0; n < count; ++n) {
-      memcpy(d_key + (from + step * n) * call.d_key.position, memory.d_key + n * Dp, D * sizeof(T));
-      memcpy(d_value + (from + step * n) * call.d_value.position, memory.d_value + n * Dp, D * sizeof(T));
-    }
   }
 
   template <int NV, class M>
@@ -110,8 +132,8 @@ template <class Facts> struct Backward {
     differentiate<Facts, NV, true>(
         call, n, x, lane, mask, p, ds, [&](int, int v) { return base[v]; }, [&](int, int v) { return delta[v]; });
     accumulate<T, D, NV>(key + (int64_t)at * D, ds, n, s.sum + lane);
-    spread_rows(p, n, NV * W, s.d_out_rows + lane * Dp, memory.d_value + at * Dp);
-    spread_rows(ds, n, NV * W, s.query_rows + lane * Dp, memory.d_key + at * Dp);
+    spread_rows(p, n, NV * W, s.d_out_rows + lane * Dp, slot->d_value + at * Dp);
+    spread_rows(ds, n, NV * W, s.query_rows + lane * Dp, slot->d_key + at * Dp);
   }
 
   void end(int tile, int head, const LaneRows& rows) {
@@ -132,6 +154,16 @@ template <class Facts> struct Backward {
   }
 
  private:
+  /// Writes a slot's gradients where they belong; it is empty then.
+  void put_back(Slot& one) {
+    const bool past_caches = is_past_caches<Scalar, D>(call.d_key, call.batch, call.kv_len, call.num_kv_heads);
+    T *const d_key = at<T>(call.d_key, batch, kv_head), *const d_value = at<T>(call.d_value, batch, kv_head);
+    for (int n = 0; n < one.count; ++n) {
+      put_row<D>(one.d_key + n * Dp, d_key + (one.from + step * n) * call.d_key.position, past_caches);
+      put_row<D>(one.d_value + n * Dp, d_value + (one.from + step * n) * call.d_value.position, past_caches);
+    }
+    one.count = 0;
+  }
   /// Sets what is untouched before row `to` to 0.
   void clear(int64_t to) {
     T *const d_key = at<T>(call.d_key, batch, kv_head), *const d_value = at<T>(call.d_value, batch, kv_head);

@@ -10,7 +10,7 @@ template <class Facts> struct DQuery {
   using T = Compute<Scalar>;
   static constexpr int D = Facts::head_dim, W = kWidth<T>, kVectors = kMaxVectors;
   static constexpr bool kKeysInLanes = false, kGuard = Facts::guard, kFill = Facts::fill, kOwnSegments = false;
-  static constexpr bool kUnpacks = false, kWholeHeads = false;
+  static constexpr bool kKeeps = false, kWholeHeads = false;
   static constexpr int kTiles = kTilesOf<3 * D * kLanes * (int)sizeof(T)>, kChunk = kChunkOf<2 * D * (int)sizeof(T)>;
 
   struct State {

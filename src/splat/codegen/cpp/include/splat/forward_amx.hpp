@@ -26,7 +26,7 @@ template <class Facts> struct ForwardAmx {
   static constexpr int D = Facts::head_dim, Dp = (D + 31) / 32 * 32, kSteps = Dp / 32, kSlices = Dp / 16;
   static constexpr int kBatch = kSteps;  // chunks whose output is made at once: as many as it has parts
   static constexpr bool kKeysInLanes = false, kGuard = Facts::guard, kFill = Facts::fill, kOwnSegments = true;
-  static constexpr bool kUnpacks = false, kWholeHeads = false;
+  static constexpr bool kKeeps = false, kWholeHeads = false;
   static constexpr int kVectors = kMaxVectors;
   static constexpr int kTiles = within(1, (896 << 10) / ((4 + 2) * Dp * kLanes), 16);
   static constexpr int kChunk = kChunkOf<2 * 2 * Dp>;

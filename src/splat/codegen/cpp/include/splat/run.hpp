@@ -12,7 +12,7 @@
 //   pack(head, first, step, count)   brings together walked rows first + step * n
 //   block<NV>(tile, lane, at, n, x, mask)   works on n of them, from number `at` on, in NV vectors from `lane` on
 //   end(tile, head, rows)
-//   kUnpacks, unpack()         whether, and how, what was packed is put back after its blocks
+//   kKeeps                     whether what was packed stays for later units, so that chunks are always whole
 //   kWholeHeads                whether a key head is one thread's, because its units write to the same rows
 //   open(batch, kv_head), close()   before the first and after the last unit of a key head, where kWholeHeads
 //   kOwnSegments               instead of block: tile<edges>(tile, spans, from, to, mask) works on columns [from, to)
@@ -138,11 +138,11 @@ template <class Kernel, class PassType> struct Runner {
         if (b > to) to = b;
       }
       if (from >= to) continue;
+      if constexpr (Kernel::kKeeps) from = (int32_t)base, to = (int32_t)(base + size < stop ? base + size : stop);
       if constexpr (Kernel::kOwnSegments) from = (int32_t)floor_to(from, 32);  // the same parts, wherever a unit begins
       kernel.pack(head, residue + kStride * from, kStride, to - from);
       for (int t = 0; t < num_tiles; ++t)
         if (low[t] < to && high[t] > from) tile<WalkType>(t, number, n, from, to < high[t] ? to : high[t]);
-      if constexpr (Kernel::kUnpacks) kernel.unpack();
     }
   }
 
@@ -228,6 +228,15 @@ Grid make_grid(const Call& call, const int32_t* groups, int64_t num_groups, int 
   const int64_t tiles = grid.residues * grid.tiles_of_residue * call.batch * call.num_kv_heads;
   int64_t wanted = tiles / (8 * num_threads);
   if (wanted > Kernel::kTiles / grid.heads) wanted = Kernel::kTiles / grid.heads;
+  if constexpr (Kernel::kKeeps) {
+    int32_t width = 0;  // of the columns that a group has, the most
+    for (int64_t n = 0; n < num_groups * PassType::kWalks; ++n) {
+      const Span& s = ((const Span*)groups)[n];
+      if (s.x3 - s.x0 > width) width = s.x3 - s.x0;
+    }
+    const int64_t most = Kernel::tiles_for(width) / grid.heads;
+    if (wanted > most) wanted = most;
+  }
   grid.tiles_of_unit = wanted < 1 ? 1 : wanted < grid.tiles_of_residue ? wanted : grid.tiles_of_residue;
   grid.units_of_residue = ceil_div(grid.tiles_of_residue, grid.tiles_of_unit);
   grid.units = grid.residues * grid.units_of_residue;

@@ -65,6 +65,17 @@ SPLAT_INLINE bool is_past_caches(const Array& array, int64_t batch, int64_t posi
 #endif
 }
 
+/// A row of a result, from the compute type, where that is its own.
+template <int D, class T> SPLAT_INLINE void put_row(const T* from, T* to, bool past_caches) {
+#ifdef SPLAT_AVX512
+  if (past_caches) {
+    for (int d = 0; d < D; d += kWidth<T>) store_past_caches(to + d, load(from + d));
+    return;
+  }
+#endif
+  memcpy(to, from, D * sizeof(T));
+}
+
 /// array[row of the lane][d] = lanes[d][lane] * factor[lane]; lanes without a row are left out.
 template <class Scalar, int D>
 SPLAT_INLINE void lanes_to_rows(const Compute<Scalar>* lanes, const Compute<Scalar>* factor, const LaneRows& rows,
