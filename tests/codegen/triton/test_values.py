@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 
 import splat
 from splat.acsr import ACSR, Component
+from splat.codegen.base import How
 from splat.codegen.triton.launch import Launch
 from splat.errors import ArgumentError, IrregularPatternError, UnsupportedError
 from splat.planning.kernels import INTERPRETER, KernelConfig
@@ -195,11 +196,29 @@ def test_same_results_every_time(rng: np.random.Generator) -> None:
         np.testing.assert_array_equal(operation(), operation())
 
 
-def test_float64_is_refused() -> None:
-    m = matrix("window(2)", 8)
-    array = np.ones((1, 8, 4))
-    with pytest.raises(UnsupportedError, match="serves float32, bfloat16, float16, not float64. Convert the inputs"):
-        OPERATIONS.sddmm(m.acsr, array, array)
+@pytest.mark.parametrize(
+    ("array", "message"),
+    [
+        (np.ones((1, 8, 4)), "serves float32, bfloat16, float16, not float64. Convert the inputs"),
+        (np.ones((1, 8, 300), np.float32), "serves head dims up to 256, not 300. Use implementation='xla'."),
+    ],
+)
+def test_refused(array: Any, message: str) -> None:
+    with pytest.raises(UnsupportedError, match=message):
+        OPERATIONS.sddmm(matrix("window(2)", 8).acsr, array, array)
+
+
+@pytest.mark.parametrize(
+    ("how", "message"),
+    [(How("tiles"), "has values in layout 'rows' only, not 'tiles'"), (How(spans=False), "has nothing to switch off")],
+)
+def test_other_ways_are_refused(how: How, message: str) -> None:
+    acsr = matrix("window(2)", 8).acsr
+    with pytest.raises(UnsupportedError, match=message):
+        IMPLEMENTATION.num_values(acsr, how)
+    with pytest.raises(UnsupportedError, match=message):
+        IMPLEMENTATION.softmax(acsr, jax.numpy.ones((1, 8, 5)), how)
+    assert IMPLEMENTATION.num_values(acsr, How()) == 40
 
 
 # -- what is launched --------------------------------------------------------------------------------------------------

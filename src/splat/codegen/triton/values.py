@@ -22,7 +22,7 @@ from splat.codegen.triton.values_tiles import Phases
 from splat.errors import ArgumentError, UnsupportedError
 from splat.pattern import parse
 from splat.pattern.core import ceil_div
-from splat.planning.kernels import DTYPES, INTERPRETER, KernelConfig
+from splat.planning.kernels import DTYPES, INTERPRETER, MAX_HEAD_DIM, KernelConfig
 
 Array = Any
 
@@ -39,7 +39,8 @@ _AMD = (_C(64, 64, 4, 1), _C(32, 32, 4, 1))
 _AMD_SPMM = {128: (_C(128, 64, 4, 1), *_AMD), 256: (_C(128, 32, 4, 1), *_AMD)}
 
 #: Of arrays of 16 bits: architecture -> operation -> largest head dim (padded to a power of two) -> configurations to
-#: choose from. As in `splat.planning.kernels`, each was compiled and looked at: tensor-core instructions, no spills.
+#: choose from. As in `splat.planning.kernels`, each was compiled and looked at: tensor-core instructions, at most 8
+#: bytes spilled with any of four patterns.
 _TABLE: dict[str, dict[str, dict[int, tuple[KernelConfig, ...]]]] = {
     "sm_80": {"sddmm": _SDDMM, "spmm": _SPMM, "spmm_transposed": _TRANSPOSED},
     "sm_90": {"sddmm": _SDDMM, "spmm": _SPMM, "spmm_transposed": _TRANSPOSED},
@@ -55,10 +56,10 @@ _TABLE: dict[str, dict[str, dict[int, tuple[KernelConfig, ...]]]] = {
     },
 }
 
-#: float32, on every architecture: without tensor cores (but AMD's).
+#: float32, on every architecture: without tensor cores (but AMD's), at most 12 bytes spilled.
 _SINGLE: dict[int, tuple[KernelConfig, ...]] = {
     64: (_C(64, 32, 8, 1), _C(32, 32, 4, 1)),
-    128: (_C(32, 32, 4, 1),),
+    128: (_C(32, 32, 8, 1),),
     256: (_C(32, 16, 8, 1),),
 }
 
@@ -67,7 +68,12 @@ _SOFTMAX_ELEMENTS, _SOFTMAX_WHOLE = 4096, 8192
 
 
 def configs_of(arch: str, operation: str, head_dim: int, dtype: str) -> tuple[KernelConfig, ...]:
-    """The configurations to choose from."""
+    """The configurations to choose from. Raises UnsupportedError for a head dim that there are none for."""
+    if head_dim > MAX_HEAD_DIM:
+        raise UnsupportedError(
+            f"the triton implementation serves head dims up to {MAX_HEAD_DIM}, not {head_dim}. Use "
+            "implementation='xla'."
+        )
     if arch == INTERPRETER:
         return (_C(32, 16, 4, 1), _C(16, 16, 4, 1))
     known = _SINGLE if dtype == "float32" else _TABLE[arch][operation]
@@ -184,6 +190,7 @@ class Operations:
 
     @staticmethod
     def _check(*arrays: Array) -> None:
+        """What `refusal` tells whoever asks it first."""
         for array in arrays:
             if str(array.dtype) not in DTYPES:
                 raise UnsupportedError(
