@@ -116,13 +116,10 @@ def _prepare(problem: Problem, contender: Contender) -> _Prepared:
     if ready.layout is not Layout.PLAN:
         off = gate.check(problem, ready, results.pop(), gate.sampled_rows(problem.q_len))
     results.clear()
-    warm: list[float] = []
-    peak_bytes = None
-    if problem.device == "cpu":
-        peak_bytes = memory.call_peak_bytes(lambda: warm.append(wall_ms(ready.call)))
-    if not warm:
-        warm.append(wall_ms(ready.call))
-    return _Prepared(ready, prepare_ms, first_ms, warm[0], peak_bytes, off)
+    warm_ms = wall_ms(ready.call)  # what compiling has left is freed by now, and does not hide what a call needs
+    gc.collect()
+    peak_bytes = memory.call_peak_bytes(ready.call) if problem.device == "cpu" else None
+    return _Prepared(ready, prepare_ms, first_ms, warm_ms, peak_bytes, off)
 
 
 def _timed(prepared: dict[str, _Prepared], how: Thoroughness) -> Turns:

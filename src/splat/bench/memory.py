@@ -9,8 +9,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-#: Parameters of glibc's `mallopt`: how much free memory at the heap's end it keeps, and how many blocks it maps.
-TRIM_THRESHOLD, MMAP_MAX = -1, -4
+#: Parameters of glibc's `mallopt`: how much free memory at the heap's end it keeps, how many blocks it maps, and how
+#: many heaps it has.
+TRIM_THRESHOLD, MMAP_MAX, ARENA_MAX = -1, -4, -8
 
 
 def keep_memory() -> bool:
@@ -24,6 +25,17 @@ def keep_memory() -> bool:
     except (OSError, AttributeError):  # not glibc
         return False
     return bool(mallopt(MMAP_MAX, 0) and mallopt(TRIM_THRESHOLD, (1 << 31) - 1))
+
+
+def one_heap() -> bool:
+    """Has threads that begin from here on share one heap; whether they do. It cannot be undone.
+
+    Of other heaps `malloc_trim` does not give back what is free at the end, so that `call_peak_bytes` misses it.
+    """
+    try:
+        return bool(ctypes.CDLL(None).mallopt(ARENA_MAX, 1))
+    except (OSError, AttributeError):  # not glibc
+        return False
 
 
 def traced_peak_bytes(function: Callable[[], Any]) -> int:

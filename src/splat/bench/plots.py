@@ -169,8 +169,8 @@ def _by_case(run: Run, op: str, q_len: int) -> Plot:
 
 def _case_axis(ax: Any, names: Sequence[str]) -> None:
     ax.set_xticks(range(len(names)), [name.replace(", ", ",\n") for name in names])
-    ax.tick_params(axis="x", rotation=30 if len(names) > 6 else 0, length=0)
-    if len(names) > 6:
+    ax.tick_params(axis="x", rotation=30 if len(names) > 5 else 0, length=0)
+    if len(names) > 5:
         for label in ax.get_xticklabels():
             label.set_horizontalalignment("right")
     ax.grid(axis="x", visible=False)

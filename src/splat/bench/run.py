@@ -57,6 +57,7 @@ def prepared(request: Request) -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         if not selection.quick:
             memory.keep_memory()
+            memory.one_heap()
             stack.enter_context(_empty_caches())
         if selection.device == "cpu":
             stack.enter_context(machine.confined(request.threads))
