@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.util
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -30,6 +32,18 @@ class TestCpp(ValuesSuite):
         acsr = splat.build(splat.parse(text), 250)
         with splat.ops.values.without(*off):
             self.check(acsr, rng, 20)
+
+
+@pytest.mark.skipif(
+    not importlib.util.find_spec("triton"), reason="triton is not installed: its kernels are untested here"
+)
+class TestTriton(ValuesSuite):
+    """Interpreted."""
+
+    implementation = "triton"
+    dtypes = ("float32", "bfloat16", "float16")
+    leading = (2,)
+    layouts = ("rows",)
 
 
 ACSR = splat.build(splat.window(2), 8)
