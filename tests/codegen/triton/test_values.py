@@ -32,7 +32,7 @@ from splat.codegen.triton import values
 from splat.codegen.triton.emit import IMPLEMENTATION
 from splat.codegen.triton.values import Operations
 from splat.codegen.triton.values_lower import lower_sddmm, lower_spmm
-from tests.codegen.triton.numpy_values import OPERATIONS, Matrix, carry_out, check, draw, matrix, truth
+from tests.codegen.triton.numpy_values import OPERATIONS, TOLERANCE, Matrix, carry_out, check, draw, matrix, truth
 
 #: Edges on one side and on both, full tiles, two components, strides, rows without columns.
 LOCAL = "causal() & (sink(2) | window(20, 0))"
@@ -95,6 +95,26 @@ def test_rectangles(text: str, sizes: tuple[int, int], rng: np.random.Generator)
 def test_blocks(text: str, blocks: tuple[int, int], rng: np.random.Generator) -> None:
     m = matrix(text, 70)
     check(m, *draw(rng, m, batch=1), operations=by(*blocks))
+
+
+@pytest.mark.parametrize(
+    ("arch", "head_dim", "dtype"), [("sm_90", 64, "bfloat16"), ("gfx942", 130, "float16"), ("sm_80", 72, "float32")]
+)
+def test_configurations_of_gpus(arch: str, head_dim: int, dtype: str, rng: np.random.Generator) -> None:
+    """Their block sizes, on patterns with all phases."""
+    for text in ("causal() & (window(60, 0) | strided(37))", "window(70)"):
+        m = matrix(text, 300)
+        rows, columns, given = draw(rng, m, batch=1, head_dim=head_dim, dtype=jax.numpy.dtype(dtype))
+        expected = truth(m, rows, columns, given)
+        for name, arrays in {
+            "sddmm": (rows, columns),
+            "spmm": (given, columns),
+            "spmm_transposed": (given, rows),
+        }.items():
+            operations = dataclasses.replace(OPERATIONS, configs=values.configs_of(arch, name, head_dim, dtype))
+            found = np.asarray(getattr(operations, name)(m.acsr, *arrays), np.float64)
+            limit = TOLERANCE[dtype] * np.abs(expected[name]).max()
+            np.testing.assert_allclose(found, expected[name], rtol=0, atol=limit)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
