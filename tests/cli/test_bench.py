@@ -58,6 +58,8 @@ def test_paper_from_end_to_end(run, tmp_path: Path) -> None:
 def test_a_regression_is_an_exit_code(run, tmp_path: Path) -> None:
     args = ("paper", "--quick", *TINY, "--op", "sddmm", "--case", "windowed, 10 %", "--against", "none")
     run(*args, "--out", str(tmp_path))
+    other = run("sas", "--quick", "--baseline", str(tmp_path / "paper.json"), code=2)
+    assert "no problem in common with this run: it is of the suite paper" in other
     text = run(*args, "--baseline", _slowed(tmp_path / "paper.json", 1e-3), code=1)
     assert "SLOWER: sddmm, windowed, 10 %, 64, splat-xla" in text
 

@@ -70,6 +70,11 @@ class Problem:
     head_dim: int
     device: str = "cpu"
 
+    @property
+    def key(self) -> tuple[str, str, int, int, int]:
+        """What two runs are compared by; see `Record.key`."""
+        return self.op, self.case.name, self.q_len, self.heads, self.head_dim
+
     @cached_property
     def pattern(self) -> Pattern:
         (pattern,) = self.case.patterns(self.q_len)

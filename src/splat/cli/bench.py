@@ -53,6 +53,7 @@ def command(
 
     from rich.console import Console
 
+    from splat.bench import baseline as baselines
     from splat.bench import record, run, suites
 
     found = suites.find(suite)
@@ -69,11 +70,13 @@ def command(
         threads,
         shlex.join(["splat", *sys.argv[1:]]),
     )
+    if before is not None:
+        _check_common(before, request)
     # A file is as wide as the tables, a terminal as it is.
     console = Console(width=None if sys.stdout.isatty() or "COLUMNS" in os.environ else 200)
     with run.prepared(request):
         made = _measured(request, out, Console(stderr=True))
-    comparison = _compared(before, made)
+    comparison = None if before is None else baselines.compare(before, made)
     _print(console, made, comparison)
     if out is not None:
         _write_report(console, out, made, comparison)
@@ -110,17 +113,16 @@ def _measured(request: Request, out: Path | None, console: Console) -> Run:
         return run.run(request, tell=tell, listen=listen)
 
 
-def _compared(before: Run | None, made: Run) -> Comparison | None:
-    from splat.bench import baseline
+def _check_common(before: Run, request: Request) -> None:
+    """Raises ArgumentError where there will be nothing to compare: said before the work, not after it."""
+    from splat.bench import suites
 
-    if before is None:
-        return None
-    found = baseline.compare(before, made)
-    if not found.changes:
+    asked = {problem.key for problem in suites.problems(request.suite, request.selection)}
+    if not asked & {record.key for record in before.records}:
         raise ArgumentError(
-            "--baseline has no problem in common with this run: measure the same suite, operations and sizes"
+            f"--baseline has no problem in common with this run: it is of the suite {before.suite}. Measure the same "
+            "suite, operations and sizes, --quick or not."
         )
-    return found
 
 
 def _print(console: Console, made: Run, comparison: Comparison | None) -> None:
