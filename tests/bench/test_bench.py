@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import time
 from pathlib import Path
 from typing import Any
 
@@ -158,6 +159,17 @@ def test_slow_ones_leave_early() -> None:
     assert len(turns.made["fast"]) >= 4
     assert turns.ratio("slow", "fast") > 0
     assert turns.spread("slow", "fast")[0] > 0
+
+
+def test_everyone_rests_after_a_turn_whose_threads_go_on() -> None:
+    ended: list[float] = []
+    begun: list[float] = []
+    functions = {
+        "spins": lambda: ended.append(time.perf_counter()),
+        "next": lambda: begun.append(time.perf_counter()),
+    }
+    take_turns(functions, 2, 10.0, turn_ms=0, rest_s={"spins": 0.05})
+    assert min(after - before for before, after in zip(ended, begun, strict=True)) >= 0.05
 
 
 def test_memory_of_a_call() -> None:

@@ -162,11 +162,13 @@ def take_turns(
     budget_s: float,
     turn_ms: float = TURN_MS,
     at_most: Mapping[str, int] = MappingProxyType({}),
+    rest_s: Mapping[str, float] = MappingProxyType({}),
 ) -> Turns:
     """One turn of each function a round, until `rounds` of them are clean or the budget is spent.
 
     The functions have been called before. At least `LEAST_ROUNDS` are made, or `rounds` if that is less, and at most
     three times as many as are wanted. Functions in `at_most` leave after so many rounds: slow ones.
+    After a turn of one in `rest_s` everyone waits: its threads go on for so long, looking for work.
     """
     made: dict[str, list[Sample]] = {name: [] for name in functions}
     clean = done = 0
@@ -176,9 +178,11 @@ def take_turns(
             if done >= min(LEAST_ROUNDS, rounds) and time.perf_counter() - begin > budget_s:
                 break
             staying = {name: function for name, function in functions.items() if done < at_most.get(name, done + 1)}
-            samples = {name: sample(function, turn_ms=turn_ms) for name, function in staying.items()}
-            for name, one in samples.items():
-                made[name].append(one)
+            samples = {}
+            for name, function in staying.items():
+                samples[name] = sample(function, turn_ms=turn_ms)
+                made[name].append(samples[name])
+                time.sleep(rest_s.get(name, 0.0))
             clean += all(one.clean for one in samples.values())
             done += 1
     return Turns(made, others.share)

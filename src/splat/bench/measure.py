@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import gc
+import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -13,7 +14,7 @@ import splat
 from splat.acsr import ACSR
 from splat.bench import gate, memory
 from splat.bench.clock import LEAST_ROUNDS, TURN_MS, Turns, take_turns
-from splat.bench.peers.base import Contender, Kind, Layout, Ready
+from splat.bench.peers.base import BLAS_REST_S, Contender, Kind, Layout, Ready
 from splat.bench.peers.ours import jitted
 from splat.bench.problem import Problem
 from splat.bench.record import Measured, Record
@@ -57,6 +58,7 @@ QUICK = Thoroughness(rounds=2, budget_s=0.2, turn_ms=0.0, matmul=256)
 class _Prepared:
     """A contender that has been called, and what that took."""
 
+    contender: Contender
     ready: Ready
     prepare_ms: float
     first_ms: float
@@ -119,7 +121,7 @@ def _prepare(problem: Problem, contender: Contender) -> _Prepared:
     warm_ms = wall_ms(ready.call)  # what compiling has left is freed by now, and does not hide what a call needs
     gc.collect()
     peak_bytes = memory.call_peak_bytes(ready.call) if problem.device == "cpu" else None
-    return _Prepared(ready, prepare_ms, first_ms, warm_ms, peak_bytes, off)
+    return _Prepared(contender, ready, prepare_ms, first_ms, warm_ms, peak_bytes, off)
 
 
 def _timed(prepared: dict[str, _Prepared], how: Thoroughness) -> Turns:
@@ -131,7 +133,10 @@ def _timed(prepared: dict[str, _Prepared], how: Thoroughness) -> Turns:
             at_most[name] = max(min(int(share_ms / one.warm_ms), how.rounds), LEAST_ROUNDS if one.warm_ms < 5e3 else 1)
             extra_ms += at_most[name] * one.warm_ms
     calls = {name: one.ready.call for name, one in prepared.items()}
-    return take_turns(calls, how.rounds, how.budget_s + extra_ms / 1e3, how.turn_ms, at_most)
+    rest_s = {name: one.contender.rest_s for name, one in prepared.items() if how.turn_ms}
+    time.sleep(max(rest_s.values(), default=0.0))
+    budget_s = how.budget_s + extra_ms / 1e3 + how.rounds * sum(rest_s.values())
+    return take_turns(calls, how.rounds, budget_s, how.turn_ms, at_most, rest_s)
 
 
 def _record(
@@ -170,6 +175,7 @@ def matmul_flops_per_s(side: int) -> float:
     for call in (jitted(lambda x: x @ x, a), lambda: a @ a):
         call()
         best.append(min(wall_ms(call) for _ in range(MATMUL_CALLS)))
+    time.sleep(BLAS_REST_S)
     return 2 * side**3 / min(best) * 1e3
 
 

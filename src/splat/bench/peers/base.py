@@ -51,6 +51,9 @@ class Ready:
     note: str = ""
 
 
+#: The threads of OpenBLAS, which NumPy and SciPy use, spin for about 0.1 s after a product.
+BLAS_REST_S = 0.15
+
 Make = Callable[[Problem], Ready]
 
 
@@ -74,6 +77,7 @@ class Contender:
       devices: it runs on.
       needs_bytes: about how much memory; it is left out where the machine has less.
       refuses: why it cannot do a problem; None where it can.
+      rest_s: how long its threads go on after a call, looking for work: nobody is timed meanwhile.
       slow_to_prepare: left out of --quick unless named.
       under: what holds while it is prepared and first called; for variants of SPLAT.
     """
@@ -86,6 +90,7 @@ class Contender:
     devices: tuple[str, ...] = ("cpu", "cuda")
     needs_bytes: Callable[[Problem], float] = _no_memory
     refuses: Callable[[Problem], str | None] = _anything
+    rest_s: float = 0.0
     slow_to_prepare: bool = False
     under: Callable[[], AbstractContextManager[Any]] = contextlib.nullcontext
 

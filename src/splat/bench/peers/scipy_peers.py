@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from splat.bench.peers.base import Contender, Kind, Layout, Ready, as_numpy
+from splat.bench.peers.base import BLAS_REST_S, Contender, Kind, Layout, Ready, as_numpy
 from splat.bench.problem import Problem
 from splat.bench.timing import wall_ms
 
@@ -93,5 +93,6 @@ SCIPY = Contender(
     {"spmm": _spmm, "softmax": _softmax, "sddmm": _sddmm},
     packages=("scipy",),
     devices=("cpu",),
+    rest_s=BLAS_REST_S,
     needs_bytes=lambda problem: problem.nnz * (24 + 8 * problem.heads),
 )
