@@ -103,7 +103,9 @@ def _plain_log_axis(ax: Any, text: str) -> None:
 
     ax.set_yscale("log")
     ax.axhline(1, color="black", linewidth=0.8)
-    ax.yaxis.set_major_locator(LogLocator(base=10, subs=(1.0, 2.0, 5.0)))
+    low, high = ax.get_ylim()
+    few = (1.0, 1.1, 1.2, 1.5, 2.0, 3.0, 5.0, 7.0, 8.0, 9.0)
+    ax.yaxis.set_major_locator(LogLocator(base=10, subs=few if high < 5 * low else (1.0, 2.0, 5.0)))
     ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: text.format(value)))
     ax.yaxis.set_minor_formatter(NullFormatter())
 
@@ -115,7 +117,7 @@ def _by_density(run: Run, op: str, q_len: int) -> Plot:
     first = summary.first_of(run, op)
 
     def draw() -> Any:
-        figure, axes = _figure(3.1 * len(families) + 0.4, 3.1, len(families), sharey=True)
+        figure, axes = _figure(max(3.1 * len(families) + 0.4, 6.5), 3.1, len(families), sharey=True)
         for ax, one in zip(axes, families, strict=True):
             members = [record for record in records if family(record.case) == one]
             for rival in rivals:
@@ -127,6 +129,7 @@ def _by_density(run: Run, op: str, q_len: int) -> Plot:
             _plain_log_axis(ax, "{:g}x")
             ax.set_title(one)
             ax.set_xlabel("non-zeros, %")
+            ax.set_xlim(0, 55)
         axes[0].set_ylabel(f"{first} is faster by")
         handles, labels = _all_labels(axes)
         figure.legend(handles, labels, loc="outside upper center", ncols=min(len(labels), 6), frameon=False)
