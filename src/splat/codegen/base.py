@@ -93,8 +93,8 @@ class Implementation(Protocol):
 
     # Operations on values. `acsr` is static; arrays have one batch axis, of any length; values have the accumulation
     # dtype of the other arrays' dtype (`accumulator`), [batch, rows, acsr.width] or, in tiles, [batch, num_values].
-    # What lies in padding is not read, and written as 0. Nothing here is differentiable: `splat.ops.values` makes it so.
-    # `how` is left out where it is the usual.
+    # What lies in padding is not read, and written as 0. Nothing here is differentiable: `splat.ops.values` makes it
+    # so. `how` is left out where it is the usual.
 
     def num_values(self, acsr: ACSR, how: How) -> int:
         """Of one batch entry, padding counted. Raises UnsupportedError where it has no such layout or switches."""
