@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from jax.test_util import check_grads
 
 import splat
@@ -125,7 +125,7 @@ class ValuesSuite:
     def test_patterns(self, text: str, rng: np.random.Generator) -> None:
         self.check(splat.build(splat.parse(text), 37), rng)
 
-    @settings(max_examples=12)
+    @settings(max_examples=12, suppress_health_check=[HealthCheck.differing_executors])
     @given(cases())
     def test_composed_patterns(self, case: Case) -> None:
         acsr = splat.build(case.pattern, case.q_len, case.kv_len, case.query_offset)
