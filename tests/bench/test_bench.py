@@ -18,6 +18,7 @@ from splat.bench.clock import take_turns
 from splat.bench.peers.base import Contender, Kind, Layout, Ready
 from splat.bench.problem import OPERATIONS, Problem
 from splat.bench.record import Measured, Record, Run
+from splat.bench.truth import Truth, sample
 from splat.errors import ArgumentError
 
 UNION = Case("union", "test", "causal() & (window(9) | strided(7))")
@@ -113,6 +114,15 @@ def test_the_gate_passes_what_is_right_and_stops_what_is_wrong() -> None:
             gate.check_small(problem(), contender(wrong))
 
 
+def test_a_sample_has_both_ends_and_is_the_same_every_time() -> None:
+    for count in (8, 64):
+        rows = sample(4096, count)
+        assert len(set(rows)) == count
+        assert rows == sorted(rows) == sample(4096, count)
+        assert (rows[0], rows[-1]) == (0, 4095)
+    assert sample(5, 8) == [0, 1, 2, 3, 4]
+
+
 @pytest.mark.parametrize("op", ["sddmm", "softmax", "spmm", "attention"])
 @pytest.mark.parametrize("peer", [name for name, peer in peers.PEERS.items() if "cpu" in peer.devices])
 def test_peers_compute_the_same(peer: str, op: str) -> None:
@@ -121,7 +131,7 @@ def test_peers_compute_the_same(peer: str, op: str) -> None:
         pytest.skip("not this operation, not here, or slow to prepare")
     given = problem(op)
     ready = found.make[op](given)
-    assert gate.check(given, ready, ready.call(), range(64)) < 2e-6
+    assert gate.check(Truth.everywhere(given), ready, ready.call()) < 2e-6
 
 
 def test_a_record_has_everyones_numbers_and_why_others_have_none() -> None:

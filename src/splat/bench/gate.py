@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import numpy as np
 
 from splat.bench.peers.base import Contender, Layout, Ready
-from splat.bench.problem import Problem, truth
+from splat.bench.problem import Problem
+from splat.bench.truth import Part, Truth
 
-#: The size at which all rows are checked, and the rows that are checked at larger ones.
-GATE_LENGTH, SAMPLED_ROWS = 1024, 64
+#: The size at which all rows are checked.
+GATE_LENGTH = 1024
 
 #: Of the largest value. A GPU multiplies float32 in pieces of lower precision, and cuDNN takes bfloat16.
 TOLERANCE = {"cpu": 2e-5, "cuda": 2e-2}
@@ -36,44 +37,38 @@ def check_small(problem: Problem, contender: Contender) -> float:
     for row in range(small.q_len):
         if not np.array_equal(small.row(row)[0], np.flatnonzero(mask[row])):
             raise WrongError(f"row {row} of the ACSR has other columns than the pattern")
-    return check(small, ready, result, range(small.q_len))
+    return check(Truth.everywhere(small), ready, result)
 
 
-def check(problem: Problem, ready: Ready, result: Any, rows: Iterable[int]) -> float:
-    """The largest error in these rows, as a share of the largest value. Raises WrongError, also for NaN."""
-    array = ready.read(result)
-    errors, largest = [0.0], 0.0
-    for row in rows:
-        columns, places = problem.row(row)
-        expected = truth(problem, row, columns, places)
-        found = _row_of(problem, ready.layout, array, row, columns, places)
-        if found.shape != expected.shape:
-            raise WrongError(f"row {row} has shape {list(found.shape)}, not {list(expected.shape)}")
-        errors.append(float(np.max(np.abs(found - expected), initial=0.0)))
-        largest = max(largest, float(np.max(np.abs(expected), initial=0.0)))
-    off = float(np.max(errors)) / (largest or 1.0)  # NaN stays NaN
+def check(truth: Truth, ready: Ready, result: Any) -> float:
+    """The largest error where the truth is known, as a share of the largest value. Raises WrongError, also for NaN."""
+    problem, array = truth.problem, ready.read(result)
+    off = max(_share(_rows_of(problem, ready.layout, array, part), part.expected) for part in truth.parts)
     if not off <= TOLERANCE[problem.device]:
         raise WrongError(f"off by {off:.2g} of the largest value; {TOLERANCE[problem.device]:g} is allowed")
     return off
 
 
-def sampled_rows(q_len: int) -> list[int]:
-    """The first and the last four, and others at random, the same in every process."""
-    if q_len <= SAMPLED_ROWS:
-        return list(range(q_len))
-    inner = np.random.default_rng(1).choice(np.arange(4, q_len - 4), SAMPLED_ROWS - 8, replace=False)
-    return [*range(4), *sorted(inner.tolist()), *range(q_len - 4, q_len)]
+def _share(found: Iterable[np.ndarray], expected: Iterable[np.ndarray]) -> float:
+    """The largest error as a share of the largest value; infinity for NaN."""
+    errors, largest = [0.0], 0.0
+    for there, right in zip(found, expected, strict=True):
+        if there.shape != right.shape:
+            raise WrongError(f"a row has shape {list(there.shape)}, not {list(right.shape)}")
+        errors.append(float(np.max(np.abs(there - right), initial=0.0)))
+        largest = max(largest, float(np.max(np.abs(right), initial=0.0)))
+    off = float(np.max(errors)) / (largest or 1.0)
+    return float("inf") if np.isnan(off) else off
 
 
-def _row_of(
-    problem: Problem, layout: Layout, array: np.ndarray, row: int, columns: np.ndarray, places: np.ndarray
-) -> np.ndarray:
-    match layout:
-        case Layout.ACSR:
-            return array[:, row, places]
-        case Layout.DENSE:
-            return array[:, row, columns]
-        case Layout.CSR:
-            return array[:, problem.csr.indptr[row] : problem.csr.indptr[row + 1]]
-        case _:
-            return array[:, row]
+def _rows_of(problem: Problem, layout: Layout, array: np.ndarray, part: Part) -> Iterator[np.ndarray]:
+    for row in part.rows:
+        match layout:
+            case Layout.ACSR:
+                yield array[:, row, problem.row(row)[1]]
+            case Layout.DENSE:
+                yield array[:, row, problem.row(row)[0]]
+            case Layout.CSR:
+                yield array[:, problem.csr.indptr[row] : problem.csr.indptr[row + 1]]
+            case _:
+                yield array[:, row]

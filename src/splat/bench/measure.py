@@ -19,6 +19,7 @@ from splat.bench.peers.ours import jitted
 from splat.bench.problem import Problem
 from splat.bench.record import Measured, Record
 from splat.bench.timing import wall_ms
+from splat.bench.truth import Truth
 from splat.errors import UnsupportedError
 
 #: Says what is being done.
@@ -72,6 +73,7 @@ def measure(problem: Problem, contenders: Sequence[Contender], how: Thoroughness
     prepared: dict[str, _Prepared] = {}
     left_out: dict[str, str] = {}
     gate_off = None
+    truth = Truth.sampled(problem)
     for contender in contenders:
         if problem.op not in contender.make:
             continue
@@ -81,7 +83,7 @@ def measure(problem: Problem, contenders: Sequence[Contender], how: Thoroughness
             continue
         tell(f"{problem}: preparing {contender.name}")
         try:
-            ready = _prepare(problem, contender)  # before the gate: its first call is to be the first one
+            ready = _prepare(truth, contender)  # before the gate: its first call is to be the first one
             if contender.kind in (Kind.OURS, Kind.VARIANT):
                 gate_off = max(gate_off or 0.0, gate.check_small(problem, contender))
             prepared[contender.name] = ready
@@ -107,8 +109,8 @@ def _too_large(problem: Problem, contender: Contender) -> str | None:
     return f"needs about {needs / 1e9:.1f} GB, {there / 1e9:.1f} GB are free"
 
 
-def _prepare(problem: Problem, contender: Contender) -> _Prepared:
-    made: list[Any] = []
+def _prepare(truth: Truth, contender: Contender) -> _Prepared:
+    problem, made = truth.problem, []
     with contender.under():
         prepare_ms = wall_ms(lambda: made.append(contender.make[problem.op](problem)))
         (ready,) = made
@@ -116,7 +118,7 @@ def _prepare(problem: Problem, contender: Contender) -> _Prepared:
         first_ms = wall_ms(lambda: results.append(ready.call()))
     off = None
     if ready.layout is not Layout.PLAN:
-        off = gate.check(problem, ready, results.pop(), gate.sampled_rows(problem.q_len))
+        off = gate.check(truth, ready, results.pop())
     results.clear()
     warm_ms = wall_ms(ready.call)  # what compiling has left is freed by now, and does not hide what a call needs
     gc.collect()

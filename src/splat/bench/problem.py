@@ -1,10 +1,10 @@
-"""One thing to be computed: an operation on a pattern at a size, its input, its structure, and the truth for a row."""
+"""One thing to be computed: an operation on a pattern at a size, its input and its structure."""
 
 from __future__ import annotations
 
 import dataclasses
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
@@ -148,29 +148,3 @@ def _ascending(columns: np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
         return columns, None
     order = np.argsort(columns, axis=1, kind="stable")
     return np.take_along_axis(columns, order, axis=1), order
-
-
-def truth(problem: Problem, row: int, columns: np.ndarray, places: np.ndarray) -> np.ndarray:
-    """The row of the result in float64, [heads, columns] or [heads, head dim], from the definition.
-
-    `columns` are those of the pattern in this row, `places` where `Inputs.values` has theirs.
-    """
-    query, key, value, values = problem.inputs
-    if problem.op == "spmm":
-        return _weighted(values[:, row, places], value[:, columns])
-    if problem.op == "softmax":
-        return _softmax(values[:, row, places])
-    scores = np.einsum("nh,nch->nc", query[:, row].astype(np.float64), key[:, columns].astype(np.float64))
-    if problem.op == "sddmm":
-        return scores
-    return _weighted(_softmax(scores / np.sqrt(problem.head_dim)), value[:, columns])
-
-
-def _softmax(scores: Any) -> np.ndarray:
-    scores = scores.astype(np.float64)
-    weights = np.exp(scores - scores.max(axis=-1, keepdims=True, initial=-np.inf))
-    return weights / weights.sum(axis=-1, keepdims=True)
-
-
-def _weighted(weights: np.ndarray, value: np.ndarray) -> np.ndarray:
-    return np.einsum("nc,nch->nh", weights.astype(np.float64), value.astype(np.float64))
