@@ -43,8 +43,8 @@ def vmappable(function: Callable[[Any, Any, Any], Any]) -> Callable[[Any, Any, A
             if any(jax.tree.leaves(shared_mapped)):
                 results = _one_by_one(call, (batched, shared), (batched_mapped, shared_mapped))
             else:
-                folded = jax.tree.map(functools.partial(_fold, size), batched, batched_mapped)
-                results = jax.tree.map(functools.partial(_unfold, size), call(folded, shared))
+                folded = jax.tree.map(functools.partial(fold, size), batched, batched_mapped)
+                results = jax.tree.map(functools.partial(unfold, size), call(folded, shared))
             return results, jax.tree.map(lambda _: True, results)
 
         return call
@@ -56,14 +56,15 @@ def vmappable(function: Callable[[Any, Any, Any], Any]) -> Callable[[Any, Any, A
     return wrapper
 
 
-def _fold(size: int, array: Array, mapped: bool) -> Array:
+def fold(size: int, array: Array, mapped: bool) -> Array:
     """[size, B, ...], or [B, ...] where not mapped, as [size * B, ...]."""
     if not mapped:
         array = jnp.broadcast_to(array, (size, *array.shape))
     return array.reshape(size * array.shape[1], *array.shape[2:])
 
 
-def _unfold(size: int, array: Array) -> Array:
+def unfold(size: int, array: Array) -> Array:
+    """[size * B, ...] as [size, B, ...]."""
     return array.reshape(size, array.shape[0] // size, *array.shape[1:])
 
 
@@ -79,4 +80,4 @@ def _one_by_one(call: Callable[..., Any], arguments: Any, mapped: Any) -> Any:
     return lax.map(step, [x for x, flag in zip(leaves, flags, strict=True) if flag])
 
 
-__all__ = ["vmappable"]
+__all__ = ["fold", "unfold", "vmappable"]

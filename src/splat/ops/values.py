@@ -28,6 +28,7 @@ from jax.interpreters import ad, batching, mlir
 from splat.acsr import ACSR
 from splat.codegen import Request, choose
 from splat.codegen.base import USUAL, How, accumulator
+from splat.codegen.batching import fold, unfold
 from splat.codegen.devices import platform_of
 from splat.codegen.registry import load
 from splat.errors import ArgumentError
@@ -169,7 +170,7 @@ def _check_dense(name: str, array: Array, length: int, what: str) -> None:
 
 def _check_values(values: Array, static: _Static) -> int:
     """How many axes of values are not leading ones."""
-    wanted = _values_shape(static)
+    wanted = static.values_shape
     if values.shape[-len(wanted) :] != wanted:
         text = "".join(f", {n}" for n in wanted)
         raise ArgumentError(
@@ -183,7 +184,11 @@ def _choose(array: Array, dtype: str, head_dim: int, acsr: ACSR, layout: str, im
     if layout not in ("rows", "tiles"):
         raise ArgumentError(f"layout must be 'rows' or 'tiles', but {layout!r} was given")
     chosen = choose(Request(platform_of(array), dtype, head_dim), implementation)
-    return _Static(acsr, chosen.name, How(layout, **dict.fromkeys(_off.get(), False)))
+    how, shape = How(layout, **dict.fromkeys(_off.get(), False)), (acsr.shape[0], acsr.width)
+    if how != USUAL:
+        size = chosen.num_values(acsr, how)
+        shape = (size,) if layout == "tiles" else shape
+    return _Static(acsr, chosen.name, how, shape)
 
 
 def _bind(
@@ -210,11 +215,16 @@ def _bind(
 
 @dataclasses.dataclass(frozen=True)
 class _Static:
-    """What is static about a call."""
+    """What is static about a call.
+
+    Attributes:
+      values_shape: of one batch entry.
+    """
 
     acsr: ACSR
     implementation: str
     how: How
+    values_shape: tuple[int, ...]
 
 
 def _run(name: str, static: _Static, *arrays: Array) -> Array:
@@ -226,18 +236,10 @@ def _run(name: str, static: _Static, *arrays: Array) -> Array:
     return getattr(load(static.implementation), name)(static.acsr, *arrays, *how)
 
 
-def _values_shape(static: _Static) -> tuple[int, ...]:
-    """Of one batch entry."""
-    if static.how.layout == "rows" and static.how.specialised:
-        return static.acsr.shape[0], static.acsr.width
-    size = load(static.implementation).num_values(static.acsr, static.how)
-    return (size,) if static.how.layout == "tiles" else (static.acsr.shape[0], static.acsr.width)
-
-
 def _shape(name: str, static: _Static, *arrays: Any) -> jax.ShapeDtypeStruct:
     last = arrays[-1]
     if name in ("sddmm", "softmax"):
-        return jax.ShapeDtypeStruct((last.shape[0], *_values_shape(static)), jnp.dtype(accumulator(last.dtype)))
+        return jax.ShapeDtypeStruct((last.shape[0], *static.values_shape), jnp.dtype(accumulator(last.dtype)))
     rows = static.acsr.shape[0 if name == "spmm" else 1]
     return jax.ShapeDtypeStruct((last.shape[0], rows, last.shape[-1]), last.dtype)
 
@@ -252,12 +254,11 @@ def _primitive(name: str) -> Primitive:
 
     def batch(arrays: Any, axes: Any, *, static: _Static) -> tuple[Array, int]:
         size = next(x.shape[axis] for x, axis in zip(arrays, axes, strict=True) if axis is not None)
-        folded = []
-        for x, axis in zip(arrays, axes, strict=True):
-            moved = jnp.broadcast_to(x, (size, *x.shape)) if axis is None else jnp.moveaxis(x, axis, 0)
-            folded.append(moved.reshape(size * moved.shape[1], *moved.shape[2:]))
-        out = primitive.bind(*folded, static=static)
-        return out.reshape(size, out.shape[0] // size, *out.shape[1:]), 0
+        folded = [
+            fold(size, x if axis is None else jnp.moveaxis(x, axis, 0), axis is not None)
+            for x, axis in zip(arrays, axes, strict=True)
+        ]
+        return unfold(size, primitive.bind(*folded, static=static)), 0
 
     def abstract(*avals: Any, static: _Static) -> Any:
         shape = _shape(name, static, *avals)
