@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import lru_cache
 
 from splat import __version__
@@ -83,25 +83,42 @@ def source(facts: KernelFacts) -> str:
     """The text of the kernel's translation unit."""
     what, *_ = _WORDS[facts.kernel]
     flags = ", ".join(f"{name} = {_flag(getattr(facts, name))}" for name in ("soft_cap", "guard", "fill", "amx"))
+    passes = [line for n, one in enumerate(facts.passes) for line in ("", *_pass(n, one, facts.kernel))]
+    names = ", ".join(f"Pass{n}" for n in range(len(facts.passes)))
+    return translation_unit(
+        what,
+        ("ffi.hpp", f"{facts.kernel}.hpp"),
+        facts.dtype,
+        facts.head_dim,
+        f"SPLAT_KERNEL({facts.kernel}, Facts, {names})",
+        more_facts=(f"static constexpr bool {flags};",),
+        types=passes,
+    )
+
+
+def translation_unit(
+    what: str, headers: Sequence[str], dtype: str, head_dim: int, entry: str, *,
+    more_facts: Sequence[str] = (), types: Sequence[str] = (),
+) -> str:  # fmt: skip
+    """The text around a kernel's facts: `entry` is the macro that makes its handler, `types` are lines before it."""
+    members = (f"using Scalar = {SCALARS[dtype]};", f"static constexpr int head_dim = {head_dim};", *more_facts)
     lines = [
-        f"// splat {__version__}: {what}; {facts.dtype}, head dim {facts.head_dim}.",
-        '#include "splat/ffi.hpp"',
-        f'#include "splat/{facts.kernel}.hpp"',
+        f"// splat {__version__}: {what}; {dtype}, head dim {head_dim}.",
+        *(f'#include "splat/{header}"' for header in headers),
         "",
         "namespace {",
         "",
         "using namespace splat;",
         "",
         "struct Facts {",
-        f"  using Scalar = {SCALARS[facts.dtype]};",
-        f"  static constexpr int head_dim = {facts.head_dim};",
-        f"  static constexpr bool {flags};",
+        *(f"  {member}" for member in members),
         "};",
+        *types,
+        "",
+        "}  // namespace",
+        "",
+        entry,
     ]
-    for n, one in enumerate(facts.passes):
-        lines += ["", *_pass(n, one, facts.kernel)]
-    names = ", ".join(f"Pass{n}" for n in range(len(facts.passes)))
-    lines += ["", "}  // namespace", "", f"SPLAT_KERNEL({facts.kernel}, Facts, {names})"]
     return "\n".join(lines) + "\n"
 
 

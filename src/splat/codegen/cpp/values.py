@@ -9,11 +9,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from splat import __version__
 from splat.acsr import ACSR, Component
 from splat.codegen.base import USUAL, How, accumulator
 from splat.codegen.cpp import bind_jax
-from splat.codegen.cpp.generate import SCALARS
+from splat.codegen.cpp.generate import translation_unit
 from splat.codegen.xla.kernels import vary_like
 from splat.codegen.xla.values import rows_by_residue
 from splat.errors import UnsupportedError
@@ -36,26 +35,8 @@ KERNELS = {
 
 def source(kernel: str, dtype: str, head_dim: int) -> str:
     """The text of a kernel's translation unit. Raises KeyError for unknown names."""
-    return "\n".join(
-        [
-            f"// splat {__version__}: {KERNELS[kernel]}; {dtype}, head dim {head_dim}.",
-            '#include "splat/values_ffi.hpp"',
-            "",
-            "namespace {",
-            "",
-            "using namespace splat;",
-            "",
-            "struct Facts {",
-            f"  using Scalar = {SCALARS[dtype]};",
-            f"  static constexpr int head_dim = {head_dim};",
-            "};",
-            "",
-            "}  // namespace",
-            "",
-            f"SPLAT_VALUES_KERNEL({kernel}, Facts)",
-            "",
-        ]
-    )
+    entry = f"SPLAT_VALUES_KERNEL({kernel}, Facts)"
+    return translation_unit(KERNELS[kernel], ("values_ffi.hpp",), dtype, head_dim, entry)
 
 
 # -- tables ------------------------------------------------------------------------------------------------------------
