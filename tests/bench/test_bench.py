@@ -24,18 +24,20 @@ from splat.errors import ArgumentError
 UNION = Case("union", "test", "causal() & (window(9) | strided(7))")
 
 
-def problem(op: str = "sddmm", case: Case = UNION, q_len: int = 64) -> Problem:
-    return Problem(op, case, q_len, heads=2, head_dim=8)
+def problem(op: str = "sddmm", case: Case = UNION, q_len: int = 64, dtype: str = "float32") -> Problem:
+    return Problem(op, case, q_len, heads=2, head_dim=8, dtype=dtype)
 
 
 def measured(*ms: float, first_ms: float = 50.0) -> Measured:
     return Measured(ms, ms, tuple(0.0 for _ in ms), 1.0, first_ms, 4 << 20, 1e-7)
 
 
-def one(case: str = "windowed, 10 %", q_len: int = 1024, op: str = "sddmm", **who: Measured) -> Record:
+def one(
+    case: str = "windowed, 10 %", q_len: int = 1024, op: str = "sddmm", dtype: str = "float32", **who: Measured
+) -> Record:
     return Record(
-        op=op, suite="paper", case=case, expression="window(3)", q_len=q_len, heads=1, head_dim=64, nnz=q_len * 64,
-        density=64 / q_len, flops=2 * q_len * 64 * 64, metadata_bytes=8 * q_len, csr_bytes=260 * q_len,
+        op=op, suite="paper", case=case, expression="window(3)", q_len=q_len, heads=1, head_dim=64, dtype=dtype,
+        nnz=q_len * 64, density=64 / q_len, flops=2 * q_len * 64 * 64, metadata_bytes=8 * q_len, csr_bytes=260 * q_len,
         waste={"splat": 1.1, "blocks of 128": 2.2}, gate_off=1e-7, matmul_flops_per_s=2e11, measured=who, left_out={},
         clean="3/3", foreign=0.01,
     )  # fmt: skip
@@ -71,6 +73,14 @@ def test_quick_takes_one_of_each_family() -> None:
 def test_flops_are_of_non_zeros() -> None:
     counts = {op: problem(op).flops / problem(op).nnz for op in ("sddmm", "spmm", "attention", "composed")}
     assert counts == {"sddmm": 2 * 8 * 2, "spmm": 2 * 8 * 2, "attention": 4 * 8 * 2, "composed": 4 * 8 * 2}
+
+
+def test_inputs_are_numbers_that_the_dtype_has() -> None:
+    given, usual = (problem("attention", dtype=dtype).inputs.query for dtype in ("bfloat16", "float32"))
+    assert given.dtype == np.float32
+    bits = given.view(np.uint32)
+    assert not (bits & 0xFFFF).any()
+    assert 0 < np.abs(given - usual).max() <= 2**-8 * np.abs(usual).max()
 
 
 @pytest.mark.parametrize("op", ["spmm", "softmax"])
@@ -132,6 +142,20 @@ def test_peers_compute_the_same(peer: str, op: str) -> None:
     given = problem(op)
     ready = found.make[op](given)
     assert gate.check(Truth.everywhere(given), ready, ready.call()) < 2e-6
+
+
+@pytest.mark.parametrize("who", ["splat-xla", "dense", "sdpa"])
+def test_bfloat16_is_rounded_to_and_has_its_own_tolerance(who: str) -> None:
+    found = peers.ours.contender("xla") if who == "splat-xla" else peers.PEERS[who]
+    if found.missing("cpu"):
+        pytest.skip("not here")
+    truth = Truth.everywhere(problem("attention", dtype="bfloat16"))
+    ready = found.make["attention"](truth.problem)
+    result = ready.call()
+    assert 1e-4 < gate.check(truth, ready, result) < 2**-6
+    usual = Truth.everywhere(problem("attention"))
+    with pytest.raises(gate.WrongError, match="2e-05 is allowed"):
+        gate.check(usual, ready, result)
 
 
 def test_a_record_has_everyones_numbers_and_why_others_have_none() -> None:
@@ -225,6 +249,22 @@ def test_tables_state_what_was_found() -> None:
     assert share == f"{8 / 260:.2%}"
 
 
+def test_dtypes_have_tables_and_pictures_of_their_own() -> None:
+    both = [one(op="attention", dtype=dtype, ours=measured(1.0), scipy=measured(ms))
+            for dtype, ms in (("float32", 2.0), ("bfloat16", 8.0))]  # fmt: skip
+    made = run_of(*both)
+    assert made.tasks == ("attention", "attention, bfloat16")
+    assert [summary.geomean(made, task, "scipy") for task in made.tasks] == [
+        (pytest.approx(2.0), 1), (pytest.approx(8.0), 1),
+    ]  # fmt: skip
+    assert tables.speedups(made, made.tasks[1]).title == "attention: bfloat16, batch 1, 1 head of 64, 2 threads"
+    names = [plot.name for plot in plots.plots(made)]
+    assert names == ["speedup-attention-1024", "speedup-attention-bfloat16-1024", "waste"]
+    page = report.report(made)
+    assert page.count("<figure") == 3
+    assert page.index('id="speedup-attention-1024"') < page.index("<h2>attention, bfloat16</h2>")
+
+
 # -- baselines ---------------------------------------------------------------------------------------------------------
 
 
@@ -250,6 +290,11 @@ def test_regressions_are_beyond_the_noise(before: Any, now: Any, slower: bool, f
     assert str(change).startswith(verdict)
 
 
+def test_dtypes_are_not_compared_with_each_other() -> None:
+    then, today = (run_of(one(op="attention", dtype=dtype, ours=measured(1.0))) for dtype in ("bfloat16", "float32"))
+    assert baseline.compare(then, today).unmatched == 1
+
+
 def test_peers_never_regress() -> None:
     then = run_of(one(ours=measured(1.0, 1.0), scipy=measured(1.0, 1.0)))
     today = run_of(one(ours=measured(1.0, 1.0), scipy=measured(9.0, 9.0)))
@@ -270,7 +315,7 @@ def test_runs_survive_json(tmp_path: Path) -> None:
         ("{", "is no JSON"),
         ("[]", "holds no run of splat bench"),
         ("{}", "holds no run of splat bench"),
-        ('{"format": 99}', "is of format 99, not 1. Measure it anew."),
+        ('{"format": 99}', "is of format 99, not 2. Measure it anew."),
     ],
 )
 def test_unreadable_baselines(tmp_path: Path, text: str | None, message: str) -> None:

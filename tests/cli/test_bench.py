@@ -74,6 +74,18 @@ def _slowed(path: Path, factor: float) -> str:
     return str(path)
 
 
+def test_dtypes_side_by_side(run, tmp_path: Path) -> None:
+    args = ("figures", "--quick", *TINY, "--op", "attention", "--case", "window 256", "--against", "dense")
+    text = run(*args, "--dtype", "float32", "--dtype", "bfloat16", "--out", str(tmp_path))
+    for dtype in ("float32", "bfloat16"):
+        assert f"attention: {dtype}, batch 1, 1 head of 16" in text
+    first, second = record.read(tmp_path / "figures.json").records
+    assert (first.dtype, second.dtype) == ("float32", "bfloat16")
+    assert first.key != second.key
+    offs = [one.measured["splat-xla"].off or 0.0 for one in (first, second)]
+    assert offs[0] < 2e-5 < offs[1]
+
+
 def test_planning_and_scaling(run, tmp_path: Path) -> None:
     text = run("planning", "--quick", "--against", "none", "--q-len", "64", "--q-len", "128", "--out", str(tmp_path))
     assert "planning: expression to printed plan" in text
@@ -114,6 +126,12 @@ def test_help_has_an_example(run) -> None:
         (["paper", "--against", "cudnn"], "--against cudnn: runs on cuda only"),
         (["paper", "--baseline", "/no/such/file.json"], "--baseline /no/such/file.json cannot be read: No such file"),
         (["paper", "--op", "matmul"], "--op must name some of sddmm"),
+        (["paper", "--op", "attention", "--dtype", "int8"], "--dtype must name some of float32, bfloat16, but int8"),
+        (
+            ["paper", "--dtype", "bfloat16"],
+            "--dtype bfloat16 must go with operations that are measured in it, attention, but sddmm, spmm was given. "
+            "Add --op attention, or leave it out.",
+        ),
         (["paper", "--case", "diagonal"], "--case must name cases of the suite paper: 'windowed, 10 %'"),
         (["paper", "--device", "cuda"], "--device cuda needs a GPU, but JAX has cpu here"),
         (["paper", "--device", "tpu"], "--device must be cpu or cuda, but 'tpu' was given"),

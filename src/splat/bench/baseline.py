@@ -70,7 +70,7 @@ def compare(before: Run, now: Run) -> Comparison:
         unmatched += old is None
         if old is None:
             continue
-        what = f"{record.op}, {record.case}, {record.q_len:,}"
+        what = f"{record.task}, {record.case}, {record.q_len:,}"
         changes += [
             _change(what, name, old.measured[name], record.measured[name])
             for name in now.ours

@@ -162,7 +162,7 @@ def _record(
     gc.collect()
     return Record(
         op=problem.op, suite=problem.case.suite, case=problem.case.name, expression=problem.text[:200],
-        q_len=problem.q_len, heads=problem.heads, head_dim=problem.head_dim, nnz=problem.nnz,
+        q_len=problem.q_len, heads=problem.heads, head_dim=problem.head_dim, dtype=problem.dtype, nnz=problem.nnz,
         density=problem.acsr.density, flops=problem.flops, metadata_bytes=problem.acsr.metadata_bytes,
         csr_bytes=problem.csr_bytes, waste=waste(problem), gate_off=gate_off,
         matmul_flops_per_s=matmul_flops_per_s(how.matmul), measured=measured, left_out=left_out,
@@ -183,7 +183,7 @@ def matmul_flops_per_s(side: int) -> float:
 
 def waste(problem: Problem) -> dict[str, float]:
     """Scores computed over non-zeros: by SPLAT's tiles as planned here, and by square blocks that hold any non-zero."""
-    out = {"splat": splat.plan(problem.pattern, problem.q_len, head_dim=problem.head_dim).waste}
+    out = {"splat": splat.plan(problem.pattern, problem.q_len, head_dim=problem.head_dim, dtype=problem.dtype).waste}
     if problem.q_len <= BLOCKS_LONGEST:
         out[f"blocks of {BLOCK}"] = block_area(problem.acsr) / max(problem.nnz, 1)
     return out

@@ -19,11 +19,19 @@ MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 
 @dataclasses.dataclass(frozen=True)
 class Plot:
-    """A picture: its name, what it says, and a function that draws it into a new matplotlib figure."""
+    """A picture.
+
+    Attributes:
+      name: of a file.
+      caption: what it says.
+      draw: draws it into a new matplotlib figure.
+      task: what it is of; none where of all.
+    """
 
     name: str
     caption: str
     draw: Callable[[], Any]
+    task: str | None = None
 
     def svg(self) -> str:
         return self._render("svg").decode("utf-8")
@@ -45,20 +53,24 @@ class Plot:
 def plots(run: Run) -> list[Plot]:
     """Those that the run has numbers for."""
     out = []
-    for op in run.ops:
-        lengths = {record.q_len for record in run.of_op(op)}
-        rivals = summary.rivals(run, op)
-        if op != "planning" and rivals:
-            chosen = _by_density if _has_densities(run, op) else _by_case
-            several = [n for n in sorted(lengths) if len({r.case for r in run.of_op(op) if r.q_len == n}) > 1]
-            out += [chosen(run, op, q_len) for q_len in several or sorted(lengths)[:1]]
+    for task in run.tasks:
+        lengths = {record.q_len for record in run.of_task(task)}
+        rivals = summary.rivals(run, task)
+        if task != "planning" and rivals:
+            chosen = _by_density if _has_densities(run, task) else _by_case
+            several = [n for n in sorted(lengths) if len({r.case for r in run.of_task(task) if r.q_len == n}) > 1]
+            out += [chosen(run, task, q_len) for q_len in several or sorted(lengths)[:1]]
         if len(lengths) > 1:
-            out.append(_by_length(run, op, summary.time_ms, "milliseconds", "time"))
-            if summary.curves(run, op, _megabytes):
-                out.append(_by_length(run, op, _megabytes, "peak MB of a call", "memory"))
+            out.append(_by_length(run, task, summary.time_ms, "milliseconds", "time"))
+            if summary.curves(run, task, _megabytes):
+                out.append(_by_length(run, task, _megabytes, "peak MB of a call", "memory"))
     if any(record.waste for record in run.records):
         out.append(_waste(run))
     return out
+
+
+def _slug(task: str) -> str:
+    return task.replace(", ", "-")
 
 
 def _figure(width: float, height: float, number: int = 1, **options: Any) -> tuple[Any, list[Any]]:
@@ -91,9 +103,9 @@ def _megabytes(record: Record, name: str) -> float | None:
 # -- speed-ups ---------------------------------------------------------------------------------------------------------
 
 
-def _has_densities(run: Run, op: str) -> bool:
+def _has_densities(run: Run, task: str) -> bool:
     """Whether cases come in families of several densities, as the paper's do."""
-    records = run.of_op(op)
+    records = run.of_task(task)
     return all("," in record.case and record.case.endswith("%") for record in records)
 
 
@@ -110,11 +122,11 @@ def _plain_log_axis(ax: Any, text: str) -> None:
     ax.yaxis.set_minor_formatter(NullFormatter())
 
 
-def _by_density(run: Run, op: str, q_len: int) -> Plot:
-    records = [record for record in run.of_op(op) if record.q_len == q_len]
+def _by_density(run: Run, task: str, q_len: int) -> Plot:
+    records = [record for record in run.of_task(task) if record.q_len == q_len]
     families = list(dict.fromkeys(family(record.case) for record in records))
-    rivals = [rival for rival in summary.rivals(run, op) if rival != summary.BEST_SPARSE]
-    first = summary.first_of(run, op)
+    rivals = [rival for rival in summary.rivals(run, task) if rival != summary.BEST_SPARSE]
+    first = summary.first_of(run, task)
 
     def draw() -> Any:
         figure, axes = _figure(max(3.1 * len(families) + 0.4, 6.5), 3.1, len(families), sharey=True)
@@ -136,16 +148,16 @@ def _by_density(run: Run, op: str, q_len: int) -> Plot:
         return figure
 
     caption = (
-        f"{op}, {q_len:,} positions: how many times {first} is faster, by pattern and density. "
+        f"{task}, {q_len:,} positions: how many times {first} is faster, by pattern and density. "
         "Below the line the other one is faster."
     )
-    return Plot(f"speedup-{op}-{q_len}", caption, draw)
+    return Plot(f"speedup-{_slug(task)}-{q_len}", caption, draw, task)
 
 
-def _by_case(run: Run, op: str, q_len: int) -> Plot:
-    records = [record for record in run.of_op(op) if record.q_len == q_len]
-    rivals = [rival for rival in summary.rivals(run, op) if rival != summary.BEST_SPARSE]
-    first = summary.first_of(run, op)
+def _by_case(run: Run, task: str, q_len: int) -> Plot:
+    records = [record for record in run.of_task(task) if record.q_len == q_len]
+    rivals = [rival for rival in summary.rivals(run, task) if rival != summary.BEST_SPARSE]
+    first = summary.first_of(run, task)
 
     def draw() -> Any:
         figure, (ax,) = _figure(max(6.5, 1.1 * len(records) + 1.5), 3.4)
@@ -167,7 +179,8 @@ def _by_case(run: Run, op: str, q_len: int) -> Plot:
         figure.legend(*_all_labels([ax]), loc="outside upper center", ncols=6, frameon=False)
         return figure
 
-    return Plot(f"speedup-{op}-{q_len}", f"{op}, {q_len:,} positions: how many times {first} is faster.", draw)
+    caption = f"{task}, {q_len:,} positions: how many times {first} is faster."
+    return Plot(f"speedup-{_slug(task)}-{q_len}", caption, draw, task)
 
 
 def _case_axis(ax: Any, names: Sequence[str]) -> None:
@@ -187,8 +200,8 @@ def _all_labels(axes: Sequence[Any]) -> tuple[list[Any], list[str]]:
 # -- by length ---------------------------------------------------------------------------------------------------------
 
 
-def _by_length(run: Run, op: str, value: Callable[[Record, str], float | None], label: str, what: str) -> Plot:
-    curves = summary.curves(run, op, value)
+def _by_length(run: Run, task: str, value: Callable[[Record, str], float | None], label: str, what: str) -> Plot:
+    curves = summary.curves(run, task, value)
     cases = list(dict.fromkeys(case for _, case in curves))
     names = list(dict.fromkeys(name for name, _ in curves))
 
@@ -210,7 +223,8 @@ def _by_length(run: Run, op: str, value: Callable[[Record, str], float | None], 
         figure.legend(handles, labels, loc="outside upper center", ncols=min(len(labels), 3), frameon=False)
         return figure
 
-    return Plot(f"{what}-{op}", f"{op}: {what} over the number of positions, both axes logarithmic.", draw)
+    caption = f"{task}: {what} over the number of positions, both axes logarithmic."
+    return Plot(f"{what}-{_slug(task)}", caption, draw, task)
 
 
 def _length_axis(ax: Any, lengths: Sequence[int]) -> None:

@@ -6,6 +6,7 @@ import dataclasses
 from functools import cached_property
 from typing import NamedTuple
 
+import ml_dtypes
 import numpy as np
 
 import splat
@@ -22,12 +23,17 @@ class Operation:
       name: as the command line spells it.
       flops_per_nonzero: for one non-zero and one element of the head dimension; 0: not stated.
       heads: of the input, where the command line says nothing, on a CPU.
+      dtypes: of the input, that it is measured with.
     """
 
     name: str
     flops_per_nonzero: int
     heads: int
+    dtypes: tuple[str, ...] = ("float32",)
 
+
+#: Operation, case, positions, heads, head dim and dtype.
+Key = tuple[str, str, int, int, int, str]
 
 OPERATIONS = {
     one.name: one
@@ -36,14 +42,17 @@ OPERATIONS = {
         Operation("softmax", 0, 1),
         Operation("spmm", 2, 1),
         Operation("composed", 4, 1),  # sddmm, softmax and spmm, one after the other
-        Operation("attention", 4, 8),
+        Operation("attention", 4, 8, ("float32", "bfloat16")),
         Operation("planning", 0, 1),
     )
 }
 
 
 class Inputs(NamedTuple):
-    """float32: query, key and value [heads, positions, head dim]; values [heads, positions, width], padding 0."""
+    """Query, key and value [heads, positions, head dim]; values [heads, positions, width], padding 0.
+
+    float32 arrays of numbers that the problem's dtype has, so that everyone converts them to it without a difference.
+    """
 
     query: np.ndarray
     key: np.ndarray
@@ -61,7 +70,7 @@ class CSR(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Problem:
-    """An operation on a case at a size; float32, batch 1."""
+    """An operation on a case at a size, batch 1; `dtype` is that of input and result."""
 
     op: str
     case: Case
@@ -69,11 +78,12 @@ class Problem:
     heads: int
     head_dim: int
     device: str = "cpu"
+    dtype: str = "float32"
 
     @property
-    def key(self) -> tuple[str, str, int, int, int]:
+    def key(self) -> Key:
         """What two runs are compared by; see `Record.key`."""
-        return self.op, self.case.name, self.q_len, self.heads, self.head_dim
+        return self.op, self.case.name, self.q_len, self.heads, self.head_dim, self.dtype
 
     @cached_property
     def pattern(self) -> Pattern:
@@ -87,6 +97,11 @@ class Problem:
     @cached_property
     def acsr(self) -> ACSR:
         return splat.build(self.pattern, self.q_len, self.q_len)
+
+    @property
+    def numpy_dtype(self) -> np.dtype:
+        """The dtype, with what `ml_dtypes` adds to NumPy."""
+        return np.dtype(getattr(ml_dtypes, self.dtype, self.dtype))
 
     @property
     def nnz(self) -> int:
@@ -106,7 +121,8 @@ class Problem:
     def inputs(self) -> Inputs:
         """The same in every process. `values` only where the operation reads them."""
         rng = np.random.default_rng(0)
-        dense = [rng.standard_normal((self.heads, self.q_len, self.head_dim), np.float32) for _ in range(3)]
+        shape = (self.heads, self.q_len, self.head_dim)
+        dense = [rng.standard_normal(shape, np.float32).astype(self.numpy_dtype).astype(np.float32) for _ in range(3)]
         if self.op not in ("spmm", "softmax"):
             return Inputs(dense[0], dense[1], dense[2], np.zeros((self.heads, 0, 0), np.float32))
         values = rng.standard_normal((self.heads, self.q_len, self.acsr.width), np.float32)
@@ -138,7 +154,12 @@ class Problem:
         return np.concatenate(columns)[order], np.concatenate(places)[order]
 
     def __str__(self) -> str:
-        return f"{self.op}, {self.case.name}, {self.q_len:,} positions"
+        return f"{task(self.op, self.dtype)}, {self.case.name}, {self.q_len:,} positions"
+
+
+def task(op: str, dtype: str) -> str:
+    """What one table is of: an operation, and the dtype where it is not the usual one."""
+    return op if dtype == "float32" else f"{op}, {dtype}"
 
 
 def _ascending(columns: np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:

@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from splat.bench.clock import quartiles
+from splat.bench.problem import Key, task
 from splat.errors import ArgumentError
 
-FORMAT = 1
+FORMAT = 2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,6 +58,7 @@ class Record:
     """An operation on a case at a size, everyone's numbers.
 
     Attributes:
+      dtype: of input and result.
       flops: over non-zeros only; 0 where not stated.
       metadata_bytes, csr_bytes: of ACSR's starts and counts; of CSR's indptr and indices.
       waste: scores computed over non-zeros, by whose tiles.
@@ -74,6 +76,7 @@ class Record:
     q_len: int
     heads: int
     head_dim: int
+    dtype: str
     nnz: int
     density: float
     flops: int
@@ -88,9 +91,14 @@ class Record:
     foreign: float
 
     @property
-    def key(self) -> tuple[str, str, int, int, int]:
+    def key(self) -> Key:
         """What two runs are compared by."""
-        return self.op, self.case, self.q_len, self.heads, self.head_dim
+        return self.op, self.case, self.q_len, self.heads, self.head_dim, self.dtype
+
+    @property
+    def task(self) -> str:
+        """What one table is of."""
+        return task(self.op, self.dtype)
 
     def faster(self, ours: str, peer: str) -> float | None:
         """How many times `ours` is faster: ratio of medians. None where one of them is missing."""
@@ -143,8 +151,9 @@ class Run:
         return dataclasses.replace(self, failed=(*self.failed, what))
 
     @cached_property
-    def ops(self) -> tuple[str, ...]:
-        return tuple(dict.fromkeys(record.op for record in self.records))
+    def tasks(self) -> tuple[str, ...]:
+        """What there are tables of: operations, and each dtype apart."""
+        return tuple(dict.fromkeys(record.task for record in self.records))
 
     @cached_property
     def peers(self) -> tuple[str, ...]:
@@ -159,8 +168,8 @@ class Run:
         """The best matrix product that was seen while it ran: shares are of it."""
         return max((record.matmul_flops_per_s for record in self.records), default=float("nan"))
 
-    def of_op(self, op: str) -> tuple[Record, ...]:
-        return tuple(record for record in self.records if record.op == op)
+    def of_task(self, task: str) -> tuple[Record, ...]:
+        return tuple(record for record in self.records if record.task == task)
 
     def to_json(self) -> dict[str, Any]:
         return {"format": FORMAT, **dataclasses.asdict(self)}

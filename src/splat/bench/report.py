@@ -49,14 +49,14 @@ def report(run: Run, comparison: Comparison | None = None) -> str:
     if comparison is not None:
         parts += ["<h2>Against the baseline</h2>", _table(tables.comparison(comparison))]
     pictures = plots(run)
-    for op in run.ops:
-        parts += [f"<h2>{html.escape(op)}</h2>", *_figures(pictures, op)]
-        slopes = tables.slopes(run, op)
+    for task in run.tasks:
+        parts += [f"<h2>{html.escape(task)}</h2>", *(_figure(plot) for plot in pictures if plot.task == task)]
+        slopes = tables.slopes(run, task)
         if slopes is not None:
             parts.append(_table(slopes))
-        parts += [_table(tables.speedups(run, op)), _folded(tables.everyone(run, op))]
+        parts += [_table(tables.speedups(run, task)), _folded(tables.everyone(run, task))]
     if run.records:
-        waste = [plot for plot in pictures if plot.name == "waste"]
+        waste = [plot for plot in pictures if plot.task is None]
         parts += ["<h2>Waste and metadata</h2>", *map(_figure, waste), _folded(tables.structure(run))]
     parts += [_conditions(run)]
     title = html.escape(SUITES[run.suite].title if run.suite in SUITES else run.suite)
@@ -80,21 +80,17 @@ def _head(run: Run) -> str:
 def _headline(run: Run) -> str:
     """Geometric means in boxes: the answer first."""
     boxes = []
-    for op in run.ops:
-        rivals = summary.rivals(run, op)
+    for task in run.tasks:
+        rivals = summary.rivals(run, task)
         for rival in rivals:
-            mean = summary.geomean(run, op, rival)
+            mean = summary.geomean(run, task, rival)
             if mean is not None and (rival == summary.BEST_SPARSE or rival not in run.sparse or len(rivals) < 3):
                 cases = f"{mean[1]} case{'s' if mean[1] != 1 else ''}"
                 boxes.append(
-                    f"<div>{html.escape(op)} over {html.escape(rival)}<b>{mean[0]:.2f}x</b>"
+                    f"<div>{html.escape(task)} over {html.escape(rival)}<b>{mean[0]:.2f}x</b>"
                     f"geometric mean of {cases}</div>"
                 )
     return f"<div class=headline>{''.join(boxes)}</div>" if boxes else ""
-
-
-def _figures(pictures: Sequence[Plot], op: str) -> list[str]:
-    return [_figure(plot) for plot in pictures if op in plot.name.split("-")]
 
 
 def _figure(plot: Plot) -> str:

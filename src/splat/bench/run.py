@@ -87,8 +87,12 @@ def contenders(request: Request, todo: Sequence[Problem]) -> tuple[list[Contende
     ops = tuple(dict.fromkeys(problem.op for problem in todo))
     everyone: list[Contender] = []
     if set(ops) - {"planning"}:
-        for name in request.implementations or (None,):
-            everyone.append(ours.contender(ours.served_by(name, selection.device, todo[0].head_dim)))
+        names = [
+            ours.served_by(name, selection.device, dtype, todo[0].head_dim)
+            for name in request.implementations or (None,)
+            for dtype in dict.fromkeys(problem.dtype for problem in todo)
+        ]
+        everyone += [ours.contender(name) for name in dict.fromkeys(names)]
     if "planning" in ops:
         everyone.append(ours.planning())
     if suite.ablation:

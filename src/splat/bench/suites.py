@@ -72,11 +72,12 @@ SUITES: dict[str, Suite] = {
 
 @dataclasses.dataclass(frozen=True)
 class Selection:
-    """What the command line narrows a suite down to; empty and None: the suite's own."""
+    """What the command line narrows a suite down to; empty and None: the suite's own, and float32."""
 
     ops: tuple[str, ...] = ()
     lengths: tuple[int, ...] = ()
     cases: tuple[str, ...] = ()
+    dtypes: tuple[str, ...] = ()
     heads: int | None = None
     head_dim: int | None = None
     device: str = "cpu"
@@ -91,12 +92,17 @@ def find(name: str) -> Suite:
 
 
 def problems(suite: Suite, chosen: Selection) -> list[Problem]:
-    """Everything to measure, in order. Raises ArgumentError for operations and cases that are none."""
-    ops = chosen.ops or suite.ops
+    """Everything to measure, in order.
+
+    Raises ArgumentError for operations, cases and dtypes that are none, and for an operation not measured in a dtype.
+    """
+    ops = _checked_ops(chosen.ops or suite.ops)
+    dtypes = _checked_dtypes(chosen.dtypes or ("float32",), ops)
     lengths = chosen.lengths or (suite.quick_lengths if chosen.quick else suite.lengths)
     return [
-        Problem(op, case, q_len, _heads(suite, op, chosen), chosen.head_dim or suite.head_dim, chosen.device)
-        for op in _checked_ops(ops)
+        Problem(op, case, q_len, _heads(suite, op, chosen), chosen.head_dim or suite.head_dim, chosen.device, dtype)
+        for op in ops
+        for dtype in dtypes
         for q_len in lengths
         for case in _chosen_cases(suite, chosen)
         if case.serves(q_len)
@@ -116,6 +122,21 @@ def _checked_ops(ops: Sequence[str]) -> Sequence[str]:
     if unknown:
         raise ArgumentError(f"--op must name some of {', '.join(OPERATIONS)}, but {', '.join(unknown)} was given")
     return ops
+
+
+def _checked_dtypes(dtypes: Sequence[str], ops: Sequence[str]) -> Sequence[str]:
+    for dtype in dtypes:
+        serving = [op.name for op in OPERATIONS.values() if dtype in op.dtypes]
+        if not serving:
+            known = ", ".join(dict.fromkeys(one for op in OPERATIONS.values() for one in op.dtypes))
+            raise ArgumentError(f"--dtype must name some of {known}, but {dtype} was given")
+        others = [op for op in ops if op not in serving]
+        if others:
+            raise ArgumentError(
+                f"--dtype {dtype} must go with operations that are measured in it, {', '.join(serving)}, but "
+                f"{', '.join(others)} was given. Add {' '.join(f'--op {op}' for op in serving)}, or leave it out."
+            )
+    return dtypes
 
 
 def _chosen_cases(suite: Suite, chosen: Selection) -> list[Case]:

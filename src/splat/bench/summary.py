@@ -12,15 +12,15 @@ from splat.bench.record import Record, Run
 BEST_SPARSE = "best sparse"
 
 
-def first_of(run: Run, op: str) -> str | None:
+def first_of(run: Run, task: str) -> str | None:
     """The contender of SPLAT that has numbers for an operation."""
-    return next((name for name in run.ours if any(name in record.measured for record in run.of_op(op))), None)
+    return next((name for name in run.ours if any(name in record.measured for record in run.of_task(task))), None)
 
 
-def rivals(run: Run, op: str) -> list[str]:
+def rivals(run: Run, task: str) -> list[str]:
     """Who SPLAT is compared with: its other implementations or variants, peers, and the best sparse format."""
-    first = first_of(run, op)
-    named = [name for name in run.contenders if name != first and any(name in r.measured for r in run.of_op(op))]
+    first = first_of(run, task)
+    named = [name for name in run.contenders if name != first and any(name in r.measured for r in run.of_task(task))]
     sparse = [name for name in named if name in run.sparse]
     return [*named, BEST_SPARSE] if len(sparse) > 1 else named
 
@@ -32,7 +32,7 @@ def short(rival: str, first: str | None) -> str:
 
 def faster(run: Run, record: Record, rival: str) -> float | None:
     """How many times SPLAT is faster than the rival; None where one has no number."""
-    first = first_of(run, record.op)
+    first = first_of(run, record.task)
     if first is None:
         return None
     if rival != BEST_SPARSE:
@@ -41,9 +41,9 @@ def faster(run: Run, record: Record, rival: str) -> float | None:
     return min(found, default=None)
 
 
-def geomean(run: Run, op: str, rival: str) -> tuple[float, int] | None:
+def geomean(run: Run, task: str, rival: str) -> tuple[float, int] | None:
     """(geometric mean of the speed-ups over all cases that both have, how many); None where there is none."""
-    values = [value for record in run.of_op(op) if (value := faster(run, record, rival)) is not None]
+    values = [value for record in run.of_task(task) if (value := faster(run, record, rival)) is not None]
     return (statistics.geometric_mean(values), len(values)) if values else None
 
 
@@ -55,11 +55,11 @@ def slope(lengths: Sequence[int], values: Sequence[float]) -> float | None:
 
 
 def curves(
-    run: Run, op: str, value: Callable[[Record, str], float | None]
+    run: Run, task: str, value: Callable[[Record, str], float | None]
 ) -> dict[tuple[str, str], list[tuple[int, float]]]:
     """(contender, case) -> [(length, value)], for cases measured at several lengths."""
     out: dict[tuple[str, str], list[tuple[int, float]]] = {}
-    for record in run.of_op(op):
+    for record in run.of_task(task):
         for name in record.measured:
             found = value(record, name)
             if found is not None:

@@ -51,10 +51,10 @@ def megabytes(size: float | None) -> str:
     return "unknown" if size is None else "< 1" if size < 1e6 else f"{size / 1e6:,.1f}"
 
 
-def speedups(run: Run, op: str) -> Table:
+def speedups(run: Run, task: str) -> Table:
     """SPLAT's numbers, and how many times faster it is than everyone else."""
-    first, rivals = summary.first_of(run, op), summary.rivals(run, op)
-    records = [record for record in run.of_op(op) if first in record.measured]
+    first, rivals = summary.first_of(run, task), summary.rivals(run, task)
+    records = [record for record in run.of_task(task) if first in record.measured]
     rated = any(record.flops for record in records)
     rate_columns = ("GFLOP/s", "of peak") if rated else ()
     rows = []
@@ -68,7 +68,7 @@ def speedups(run: Run, op: str) -> Table:
             (*_problem(record), spread(ours), *rates, f"{ours.first_ms / 1e3:.2f}", megabytes(ours.peak_bytes),
              *("" if value is None else f"{value:.2f}x" for value in found), record.clean)
         )  # fmt: skip
-    means = [summary.geomean(run, op, rival) for rival in rivals]
+    means = [summary.geomean(run, task, rival) for rival in rivals]
     columns = (*PROBLEM_COLUMNS, f"{first}\nms", *rate_columns, "first s", "peak MB",
                *(f"over\n{summary.short(rival, first)}" for rival in rivals), "clean")  # fmt: skip
     bold: frozenset[int] = frozenset()
@@ -76,26 +76,26 @@ def speedups(run: Run, op: str) -> Table:
         bold = frozenset({len(rows)})
         blank = [""] * (len(columns) - len(rivals) - 2)
         rows.append(("geometric mean", *blank, *("" if mean is None else f"{mean[0]:.2f}x" for mean in means), ""))
-    return Table(_title(run, op), columns, tuple(rows), bold)
+    return Table(_title(run, task), columns, tuple(rows), bold)
 
 
-def everyone(run: Run, op: str) -> Table:
+def everyone(run: Run, task: str) -> Table:
     """Median and spread of every contender, and what it needs before its first result."""
     rows = [
         (*_problem(record), name, spread(one), f"{one.prepare_ms / 1e3:.2f}", f"{one.first_ms / 1e3:.2f}",
          megabytes(one.peak_bytes), "" if one.off is None else f"{one.off:.0e}", one.note)
-        for record in run.of_op(op)
+        for record in run.of_task(task)
         for name, one in record.measured.items()
     ]  # fmt: skip
     columns = (*PROBLEM_COLUMNS, "who", "ms", "prepare s", "first s", "peak MB", "error", "note")
-    return Table(f"{op}: everyone's numbers", columns, tuple(rows))
+    return Table(f"{task}: everyone's numbers", columns, tuple(rows))
 
 
-def slopes(run: Run, op: str) -> Table | None:
+def slopes(run: Run, task: str) -> Table | None:
     """How time and memory grow with the length; None where there is one length only."""
     found = {
-        "time": summary.curves(run, op, summary.time_ms),
-        "memory": summary.curves(run, op, summary.memory_bytes),
+        "time": summary.curves(run, task, summary.time_ms),
+        "memory": summary.curves(run, task, summary.memory_bytes),
     }
     rows = []
     for (name, case), points in found["time"].items():
@@ -110,7 +110,7 @@ def slopes(run: Run, op: str) -> Table | None:
     if not rows:
         return None
     columns = ("pattern", "who", "positions", "time", "time, upper half", "memory", "memory, upper half")
-    return Table(f"{op}: slope of log over log of the length (1 is linear, 2 quadratic)", columns, tuple(rows))
+    return Table(f"{task}: slope of log over log of the length (1 is linear, 2 quadratic)", columns, tuple(rows))
 
 
 def structure(run: Run) -> Table:
@@ -145,7 +145,7 @@ def notes(run: Run) -> list[str]:
         reasons: dict[str, list[str]] = {}
         for record in run.records:
             if name in record.left_out:
-                reasons.setdefault(record.left_out[name], []).append(f"{record.op} {record.case} {record.q_len:,}")
+                reasons.setdefault(record.left_out[name], []).append(f"{record.task} {record.case} {record.q_len:,}")
         out += [f"{name} was left out of {_some(where)}: {why}" for why, where in reasons.items()]
     if run.records:
         foreign = statistics.median(record.foreign for record in run.records)
@@ -166,9 +166,9 @@ def _problem(record: Record) -> tuple[str, ...]:
     )
 
 
-def _title(run: Run, op: str) -> str:
-    if op == "planning":
+def _title(run: Run, task: str) -> str:
+    if task == "planning":
         return "planning: expression to printed plan"
-    record = run.of_op(op)[0]
+    record = run.of_task(task)[0]
     heads = f"{record.heads} head{'s' if record.heads != 1 else ''} of {record.head_dim}"
-    return f"{op}: float32, batch 1, {heads}, {run.settings['threads']} threads"
+    return f"{record.op}: {record.dtype}, batch 1, {heads}, {run.settings['threads']} threads"

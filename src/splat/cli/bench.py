@@ -39,6 +39,9 @@ def command(
         list[str] | None, typer.Option(help="sddmm, softmax, spmm, composed, attention or planning; repeat.")
     ] = None,
     q_len: Annotated[list[int] | None, typer.Option(help="Positions; repeat for more.", min=16)] = None,
+    dtype: Annotated[
+        list[str] | None, typer.Option(help="float32 or bfloat16; repeat for both. float32 where not given.")
+    ] = None,
     case: Annotated[list[str] | None, typer.Option(help="A case of the suite by name; repeat for more.")] = None,
     heads: Annotated[int | None, typer.Option(help="Heads.", min=1)] = None,
     head_dim: Annotated[int | None, typer.Option(help="Head dimension.", min=1)] = None,
@@ -64,7 +67,9 @@ def command(
         out.mkdir(parents=True, exist_ok=True)
     request = run.Request(
         dataclasses.replace(found, ablation=found.ablation or ablate),
-        suites.Selection(_words(op), tuple(q_len or ()), tuple(case or ()), heads, head_dim, device, quick),
+        suites.Selection(
+            _words(op), tuple(q_len or ()), tuple(case or ()), _words(dtype), heads, head_dim, device, quick
+        ),
         _words(against),
         _words(implementation),
         threads,
@@ -121,16 +126,16 @@ def _check_common(before: Run, request: Request) -> None:
     if not asked & {record.key for record in before.records}:
         raise ArgumentError(
             f"--baseline has no problem in common with this run: it is of the suite {before.suite}. Measure the same "
-            "suite, operations and sizes, --quick or not."
+            "suite, operations, dtypes and sizes, --quick or not."
         )
 
 
 def _print(console: Console, made: Run, comparison: Comparison | None) -> None:
     from splat.bench import tables
 
-    for op in made.ops:
-        console.print(tables.speedups(made, op).draw())
-        slopes = tables.slopes(made, op)
+    for task in made.tasks:
+        console.print(tables.speedups(made, task).draw())
+        slopes = tables.slopes(made, task)
         if slopes is not None:
             console.print(slopes.draw())
     if comparison is not None:

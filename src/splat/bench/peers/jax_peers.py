@@ -114,7 +114,7 @@ def _cudnn(problem: Problem) -> Ready:
         q, k, v = (x.astype(jnp.bfloat16) for x in (q, k, v))
         return jax.nn.dot_product_attention(q, k, v, local_window_size=window, implementation="cudnn")
 
-    return Ready(jitted(attention, *batched(problem)), Layout.ROWS, lambda out: heads_first(out.astype("float32")))
+    return Ready(jitted(attention, *batched(problem)), Layout.ROWS, heads_first)
 
 
 def _cudnn_refuses(problem: Problem) -> str | None:

@@ -82,20 +82,21 @@ def contender(implementation: str) -> Contender:
 
 
 def batched(problem: Problem) -> tuple[np.ndarray, ...]:
-    """query, key and value [1, positions, heads, head dim]."""
-    return tuple(np.ascontiguousarray(x.swapaxes(0, 1))[None] for x in problem.inputs[:3])
+    """query, key and value [1, positions, heads, head dim] in the problem's dtype."""
+    made = [np.ascontiguousarray(x.swapaxes(0, 1), problem.numpy_dtype) for x in problem.inputs[:3]]
+    return tuple(x[None] for x in made)
 
 
 def heads_first(result: Any) -> np.ndarray:
-    """[1, positions, heads, head dim] -> [heads, positions, head dim]."""
-    return np.asarray(result)[0].swapaxes(0, 1)
+    """[1, positions, heads, head dim] -> float32 [heads, positions, head dim]."""
+    return np.asarray(result)[0].swapaxes(0, 1).astype(np.float32)
 
 
-def served_by(name: str | None, device: str, head_dim: int) -> str:
+def served_by(name: str | None, device: str, dtype: str, head_dim: int) -> str:
     """The implementation of that name, or the best that can serve. Raises ArgumentError, UnsupportedError."""
     from splat.codegen import Request, choose
 
-    return choose(Request(device, "float32", head_dim), name).name
+    return choose(Request(device, dtype, head_dim), name).name
 
 
 def _plan(problem: Problem) -> Ready:

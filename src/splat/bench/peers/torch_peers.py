@@ -45,8 +45,10 @@ def _read(result: Any) -> np.ndarray:
 
 
 def _batch_of_one(problem: Problem) -> list[Any]:
-    """query, key and value [1, heads, positions, head dim]: its own layout."""
-    return [_on(problem, x[None]) for x in problem.inputs[:3]]
+    """query, key and value [1, heads, positions, head dim] in the problem's dtype: its own layout."""
+    import torch
+
+    return [_on(problem, x[None]).to(getattr(torch, problem.dtype)) for x in problem.inputs[:3]]
 
 
 # -- attention ---------------------------------------------------------------------------------------------------------
