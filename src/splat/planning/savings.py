@@ -16,6 +16,7 @@ import dataclasses
 import numpy as np
 
 from splat.acsr import ACSR, Component
+from splat.pattern.core import ceil_div
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,22 +45,19 @@ class Savings:
 
 def savings(acsr: ACSR, block_q: int, block_kv: int) -> Savings:
     """Of a static matrix that is computed in row tiles of `block_q` rows and tiles of `block_kv` lattice columns."""
-    whole = Savings(1.0, 1.0, 1.0, 4 * acsr.shape[0] * acsr.width, 0)
-    totals = dict.fromkeys(("with", "alignment", "spans", "posets"), 0)
+    computed, off = 0, dict.fromkeys(("alignment", "spans", "posets"), 0)
     for component in acsr.components:
         if not component.width:
             continue
         first, last, columns = _row_tiles(component, acsr.shape, block_q, aligned=True)
         area = block_q * block_kv
-        totals["with"] += area * int((-(-(last - first) // block_kv)).sum())
-        totals["posets"] += area * int((-(-last // block_kv) - first // block_kv).sum())
-        totals["spans"] += area * len(first) * -(-columns // block_kv)
+        computed += area * int((-(-(last - first) // block_kv)).sum())
+        off["posets"] += area * int((-(-last // block_kv) - first // block_kv).sum())
+        off["spans"] += area * len(first) * ceil_div(columns, block_kv)
         first, last, _ = _row_tiles(component, acsr.shape, block_q, aligned=False)
-        totals["alignment"] += area * int((-(-(last - first) // block_kv)).sum())
-    if not totals["with"]:
-        return whole
-    ratios = {name: totals[name] / totals["with"] for name in ("alignment", "spans", "posets")}
-    return Savings(**ratios, rows_bytes=whole.rows_bytes, tiles_bytes=4 * totals["with"])
+        off["alignment"] += area * int((-(-(last - first) // block_kv)).sum())
+    ratios = {name: scores / computed if computed else 1.0 for name, scores in off.items()}
+    return Savings(**ratios, rows_bytes=4 * acsr.shape[0] * acsr.width, tiles_bytes=4 * computed)
 
 
 def _row_tiles(
@@ -79,7 +77,7 @@ def _row_tiles(
     opens = np.flatnonzero(np.diff(group, prepend=-1))
     number = np.arange(len(group)) - np.repeat(opens, np.diff(np.append(opens, len(group))))
     tiles = np.flatnonzero(number % block_q == 0)
-    columns = -(-shape[1] // stride) if aligned else shape[1]
+    columns = ceil_div(shape[1], stride) if aligned else shape[1]
     return np.minimum.reduceat(start, tiles), np.maximum.reduceat(end, tiles), columns
 
 
