@@ -40,7 +40,9 @@ class Wrapper:
 def build_elsewhere(name: str = "forward", source: str = SOURCE, **more: str) -> subprocess.Popen[str]:
     """A process that builds the source and prints the library's path."""
     script = (
-        "import sys\nfrom splat.codegen.cpp import compiler\n"
+        "import signal, sys\nfrom splat.codegen.cpp import compiler\n"
+        # A shell's background jobs ignore it, and so do the processes they start.
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         "path = compiler.build(*sys.argv[1:])\n"
         "assert 'jax' not in sys.modules and 'jaxlib' not in sys.modules\n"
         "print(path)\n"
