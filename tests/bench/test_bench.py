@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 import splat
+from splat import reference
 from splat.bench import baseline, gate, measure, memory, peers, plots, record, report, suites, summary, tables
 from splat.bench.cases import Case
 from splat.bench.clock import take_turns
@@ -71,8 +72,14 @@ def test_quick_takes_one_of_each_family() -> None:
 
 
 def test_flops_are_of_non_zeros() -> None:
-    counts = {op: problem(op).flops / problem(op).nnz for op in ("sddmm", "spmm", "attention", "composed")}
-    assert counts == {"sddmm": 2 * 8 * 2, "spmm": 2 * 8 * 2, "attention": 4 * 8 * 2, "composed": 4 * 8 * 2}
+    counts = {op: problem(op).flops / problem(op).nnz for op in ("sddmm", "spmm", "attention", "composed", "training")}
+    assert counts == {
+        "training": 14 * 8 * 2,
+        "sddmm": 2 * 8 * 2,
+        "spmm": 2 * 8 * 2,
+        "attention": 4 * 8 * 2,
+        "composed": 4 * 8 * 2,
+    }
 
 
 def test_inputs_are_numbers_that_the_dtype_has() -> None:
@@ -133,7 +140,7 @@ def test_a_sample_has_both_ends_and_is_the_same_every_time() -> None:
     assert sample(5, 8) == [0, 1, 2, 3, 4]
 
 
-@pytest.mark.parametrize("op", ["sddmm", "softmax", "spmm", "attention"])
+@pytest.mark.parametrize("op", ["sddmm", "softmax", "spmm", "attention", "training"])
 @pytest.mark.parametrize("peer", [name for name, peer in peers.PEERS.items() if "cpu" in peer.devices])
 def test_peers_compute_the_same(peer: str, op: str) -> None:
     found = peers.PEERS[peer]
@@ -144,18 +151,57 @@ def test_peers_compute_the_same(peer: str, op: str) -> None:
     assert gate.check(Truth.everywhere(given), ready, ready.call()) < 2e-6
 
 
+@pytest.mark.parametrize("op", ["attention", "training"])
 @pytest.mark.parametrize("who", ["splat-xla", "dense", "sdpa"])
-def test_bfloat16_is_rounded_to_and_has_its_own_tolerance(who: str) -> None:
+def test_bfloat16_is_rounded_to_and_has_its_own_tolerance(who: str, op: str) -> None:
     found = peers.ours.contender("xla") if who == "splat-xla" else peers.PEERS[who]
     if found.missing("cpu"):
         pytest.skip("not here")
-    truth = Truth.everywhere(problem("attention", dtype="bfloat16"))
-    ready = found.make["attention"](truth.problem)
+    truth = Truth.everywhere(problem(op, dtype="bfloat16"))
+    ready = found.make[op](truth.problem)
     result = ready.call()
     assert 1e-4 < gate.check(truth, ready, result) < 2**-6
-    usual = Truth.everywhere(problem("attention"))
+    usual = Truth.everywhere(problem(op))
     with pytest.raises(gate.WrongError, match="2e-05 is allowed"):
         gate.check(usual, ready, result)
+
+
+EMPTY_ROWS = Case("empty rows", "test", "causal() & (window(9) | strided(7)) - global_tokens(3)")
+
+
+@pytest.mark.parametrize("case", [UNION, EMPTY_ROWS, Case("global", "test", "window(2) | global_tokens(2)")], ids=str)
+def test_the_truth_of_training_is_the_dense_oracles(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("splat.bench.truth.BLOCK_SCORES", 2 * 150 * 40)  # the last block is not a whole one
+    given = problem("training", case, q_len=150)
+    query, key, value, d_out = (np.moveaxis(x, 0, 1)[None] for x in given.inputs[:4])
+    mask = given.pattern.to_dense(150)
+    out, _ = reference.attention(query, key, value, mask)
+    dense = [out, *reference.gradients(query, key, value, mask, d_out)]  # each [1, positions, heads, head dim]
+    for truth, counts in ((Truth.everywhere(given), [150] * 4), (Truth.sampled(given), [64, 64, 8, 8])):
+        assert [len(part.rows) for part in truth.parts] == counts
+        for part, right in zip(truth.parts, dense, strict=True):
+            np.testing.assert_allclose(np.stack(part.expected), right[0, list(part.rows)], rtol=0, atol=1e-13)
+
+
+@pytest.mark.parametrize("part", range(4), ids=["output", "d_query", "d_key", "d_value"])
+def test_the_gate_stops_every_wrong_gradient(part: int) -> None:
+    truth = Truth.sampled(problem("training", q_len=100))
+    ready = peers.ours.contender("xla").make["training"](truth.problem)
+    arrays = ready.read(ready.call())
+    assert arrays.shape == (4, 2, 100, 8)
+    right = dataclasses.replace(ready, read=lambda result: result)
+    assert gate.check(truth, right, arrays) < 2e-6
+    for wrong in (1e-3, np.nan):
+        changed = arrays.copy()
+        changed[part, 1, 99, 3] += wrong
+        with pytest.raises(gate.WrongError, match="of the largest value"):
+            gate.check(truth, right, changed)
+
+
+def test_flex_attention_has_no_backward_here() -> None:
+    assert peers.PEERS["flex"].refuses(problem("training")) == "FlexAttention has no backward on CPUs"
+    assert peers.PEERS["flex"].refuses(problem("attention")) is None
+    assert peers.PEERS["flex"].refuses(dataclasses.replace(problem("training"), device="cuda")) is None
 
 
 def test_a_record_has_everyones_numbers_and_why_others_have_none() -> None:

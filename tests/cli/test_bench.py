@@ -75,15 +75,19 @@ def _slowed(path: Path, factor: float) -> str:
 
 
 def test_dtypes_side_by_side(run, tmp_path: Path) -> None:
-    args = ("figures", "--quick", *TINY, "--op", "attention", "--case", "window 256", "--against", "dense")
+    args = ("figures", "--quick", *TINY, "--case", "window 256", "--against", "dense")
     text = run(*args, "--dtype", "float32", "--dtype", "bfloat16", "--out", str(tmp_path))
-    for dtype in ("float32", "bfloat16"):
-        assert f"attention: {dtype}, batch 1, 1 head of 16" in text
-    first, second = record.read(tmp_path / "figures.json").records
-    assert (first.dtype, second.dtype) == ("float32", "bfloat16")
-    assert first.key != second.key
-    offs = [one.measured["splat-xla"].off or 0.0 for one in (first, second)]
-    assert offs[0] < 2e-5 < offs[1]
+    records = record.read(tmp_path / "figures.json").records
+    tasks = [(op, dtype) for op in ("attention", "training") for dtype in ("float32", "bfloat16")]
+    assert [(one.op, one.dtype) for one in records] == tasks
+    assert len({one.key for one in records}) == 4
+    for op, dtype in tasks:
+        assert f"{op}: {dtype}, batch 1, 1 head of 16" in text
+    for one in records:
+        assert "dense" in one.measured
+        for off in (one.gate_off, one.measured["splat-xla"].off):
+            assert off is not None
+            assert (off < 2e-5) == (one.dtype == "float32")
 
 
 def test_planning_and_scaling(run, tmp_path: Path) -> None:
@@ -129,8 +133,8 @@ def test_help_has_an_example(run) -> None:
         (["paper", "--op", "attention", "--dtype", "int8"], "--dtype must name some of float32, bfloat16, but int8"),
         (
             ["paper", "--dtype", "bfloat16"],
-            "--dtype bfloat16 must go with operations that are measured in it, attention, but sddmm, spmm was given. "
-            "Add --op attention, or leave it out.",
+            "--dtype bfloat16 must go with operations that are measured in it, attention, training, but sddmm, spmm was"
+            " given. Add --op attention --op training, or leave it out.",
         ),
         (["paper", "--case", "diagonal"], "--case must name cases of the suite paper: 'windowed, 10 %'"),
         (["paper", "--device", "cuda"], "--device cuda needs a GPU, but JAX has cpu here"),

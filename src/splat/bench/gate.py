@@ -48,9 +48,16 @@ def check_small(problem: Problem, contender: Contender) -> float:
 
 
 def check(truth: Truth, ready: Ready, result: Any) -> float:
-    """The largest error where the truth is known, as a share of the largest value. Raises WrongError, also for NaN."""
+    """The largest error where the truth is known, as a share of its array's largest value.
+
+    Raises WrongError where that is too much, also for NaN.
+    """
     problem, array = truth.problem, ready.read(result)
-    off = max(_share(_rows_of(problem, ready.layout, array, part), part.expected) for part in truth.parts)
+    arrays = array if ready.layout is Layout.GRADIENTS else [array]
+    off = max(
+        _share(_rows_of(problem, ready.layout, one, part), part.expected)
+        for one, part in zip(arrays, truth.parts, strict=True)
+    )
     allowed = TOLERANCE[problem.dtype, problem.device]
     if not off <= allowed:
         raise WrongError(f"off by {off:.2g} of the largest value; {allowed:g} is allowed")

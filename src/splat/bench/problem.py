@@ -43,20 +43,26 @@ OPERATIONS = {
         Operation("spmm", 2, 1),
         Operation("composed", 4, 1),  # sddmm, softmax and spmm, one after the other
         Operation("attention", 4, 8, ("float32", "bfloat16")),
+        # Two matrix products forward; backward five: the scores again, and the gradients of weights, V, Q and K.
+        Operation("training", 14, 8, ("float32", "bfloat16")),
         Operation("planning", 0, 1),
     )
 }
 
 
 class Inputs(NamedTuple):
-    """Query, key and value [heads, positions, head dim]; values [heads, positions, width], padding 0.
+    """Float32 arrays of numbers that the problem's dtype has: everyone converts them to it without a difference.
 
-    float32 arrays of numbers that the problem's dtype has, so that everyone converts them to it without a difference.
+    Attributes:
+      query, key, value: [heads, positions, head dim].
+      d_out: of training, the cotangent of the output, [heads, positions, head dim]; else empty.
+      values: of spmm and softmax, [heads, positions, width], padding 0; else empty.
     """
 
     query: np.ndarray
     key: np.ndarray
     value: np.ndarray
+    d_out: np.ndarray
     values: np.ndarray
 
 
@@ -119,14 +125,17 @@ class Problem:
 
     @cached_property
     def inputs(self) -> Inputs:
-        """The same in every process. `values` only where the operation reads them."""
+        """The same in every process."""
         rng = np.random.default_rng(0)
         shape = (self.heads, self.q_len, self.head_dim)
-        dense = [rng.standard_normal(shape, np.float32).astype(self.numpy_dtype).astype(np.float32) for _ in range(3)]
+        query, key, value, d_out = (
+            rng.standard_normal(shape, np.float32).astype(self.numpy_dtype).astype(np.float32)
+            for shape in (shape, shape, shape, shape if self.op == "training" else (0, 0, 0))
+        )
         if self.op not in ("spmm", "softmax"):
-            return Inputs(dense[0], dense[1], dense[2], np.zeros((self.heads, 0, 0), np.float32))
+            return Inputs(query, key, value, d_out, np.zeros((self.heads, 0, 0), np.float32))
         values = rng.standard_normal((self.heads, self.q_len, self.acsr.width), np.float32)
-        return Inputs(dense[0], dense[1], dense[2], np.where(self.acsr.has_value(), values, np.float32(0)))
+        return Inputs(query, key, value, d_out, np.where(self.acsr.has_value(), values, np.float32(0)))
 
     @cached_property
     def csr(self) -> CSR:
@@ -152,6 +161,14 @@ class Problem:
             return np.zeros(0, int), np.zeros(0, int)
         order = np.argsort(np.concatenate(columns))
         return np.concatenate(columns)[order], np.concatenate(places)[order]
+
+    def queries(self, key: int) -> np.ndarray:
+        """The rows that attend to a column, ascending."""
+        attend = np.zeros(self.q_len, bool)
+        for component in self.acsr.components:
+            step, rest = np.divmod(key - np.asarray(component.start), component.stride)
+            attend |= (rest == 0) & (step >= 0) & (step < np.asarray(component.count))
+        return np.flatnonzero(attend)
 
     def __str__(self) -> str:
         return f"{task(self.op, self.dtype)}, {self.case.name}, {self.q_len:,} positions"

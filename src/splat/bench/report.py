@@ -37,7 +37,8 @@ _HOW = (
     "A sample is the median call of a turn; the numbers are medians of the samples, ± half the distance between the "
     "quartiles. Rounds in which threads had to wait for a processor do not count where enough others are left.",
     "“first” is the first call, compilation included; “prepare” makes a format or a mask. Neither is in the time.",
-    "FLOP are counted over non-zeros only: 2·nnz·H for sddmm and spmm, 4·nnz·H for attention, for each head. "
+    "FLOP are counted over non-zeros only: 2·nnz·H for sddmm and spmm, 4·nnz·H for attention, 14·nnz·H for training "
+    "(forward and backward), for each head. "
     "“of peak” is of the best float32 matrix product seen during this run.",
     "“peak MB” is what one warm call held beyond what the process held before.",
 )

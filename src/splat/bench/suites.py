@@ -53,7 +53,9 @@ SUITES: dict[str, Suite] = {
             head_dim=128,
         ),
         Suite("models", "Patterns of published models", "models", ("attention",), (4096,), (1024,)),
-        Suite("figures", "What the project promises numbers for", "figures", ("attention",), (4096,), (512,)),
+        Suite(
+            "figures", "What the project promises numbers for", "figures", ("attention", "training"), (4096,), (512,)
+        ),
         Suite(
             "planning", "Planning, against create_block_mask", "planning", ("planning",),
             (4096, 16384, 65536, 262144, 1048576), (1024, 4096),

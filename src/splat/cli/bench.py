@@ -36,7 +36,7 @@ def command(
         Path | None, typer.Option(help="An earlier SUITE.json: exit with 1 if SPLAT is slower.")
     ] = None,
     op: Annotated[
-        list[str] | None, typer.Option(help="sddmm, softmax, spmm, composed, attention or planning; repeat.")
+        list[str] | None, typer.Option(help="sddmm, softmax, spmm, composed, attention, training or planning; repeat.")
     ] = None,
     q_len: Annotated[list[int] | None, typer.Option(help="Positions; repeat for more.", min=16)] = None,
     dtype: Annotated[

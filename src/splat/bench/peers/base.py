@@ -22,6 +22,7 @@ class Layout(enum.Enum):
     CSR = "data [heads, non-zeros], columns ascending"
     DENSE = "scores [heads, positions, positions]"
     ROWS = "[heads, positions, head dim]"
+    GRADIENTS = "output and gradients of query, key and value, [4, heads, positions, head dim]"
     PLAN = "a plan: nothing to compare"
 
 
@@ -100,11 +101,6 @@ class Contender:
             return f"runs on {', '.join(self.devices)} only"
         lacking = [name for name in self.packages if importlib.util.find_spec(name) is None]
         return f"{', '.join(lacking)} not installed" if lacking else None
-
-
-def positions_squared(share_bytes: float) -> Callable[[Problem], float]:
-    """Memory of something with so many bytes for each pair of positions and each head."""
-    return lambda problem: share_bytes * problem.heads * problem.q_len**2
 
 
 def as_numpy(result: Any) -> np.ndarray:

@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from splat.bench.peers.base import Contender, Kind, Layout, Ready, as_numpy, positions_squared
-from splat.bench.peers.ours import batched, heads_first, jitted
+from splat.bench.peers.base import Contender, Kind, Layout, Ready, as_numpy
+from splat.bench.peers.ours import attending, jitted
 from splat.bench.problem import Problem
 
 
@@ -44,8 +44,12 @@ def _dense_attention(problem: Problem) -> Ready:
     import jax
 
     mask = problem.pattern.to_dense(problem.q_len)[None, None]
-    call = jitted(lambda q, k, v, m: jax.nn.dot_product_attention(q, k, v, mask=m), *batched(problem), mask)
-    return Ready(call, Layout.ROWS, heads_first)
+    return attending(problem, lambda q, k, v, m: jax.nn.dot_product_attention(q, k, v, mask=m), mask)
+
+
+def _dense_bytes(problem: Problem) -> float:
+    """Scores and weights; of training also what the gradients of both need."""
+    return (28 if problem.op == "training" else 12) * problem.heads * problem.q_len**2
 
 
 # -- BCOO --------------------------------------------------------------------------------------------------------------
@@ -114,7 +118,7 @@ def _cudnn(problem: Problem) -> Ready:
         q, k, v = (x.astype(jnp.bfloat16) for x in (q, k, v))
         return jax.nn.dot_product_attention(q, k, v, local_window_size=window, implementation="cudnn")
 
-    return Ready(jitted(attention, *batched(problem)), Layout.ROWS, heads_first)
+    return attending(problem, attention)
 
 
 def _cudnn_refuses(problem: Problem) -> str | None:
@@ -130,9 +134,10 @@ DENSE = Contender(
         "softmax": _dense_softmax,
         "spmm": _dense_spmm,
         "attention": _dense_attention,
+        "training": _dense_attention,
         "composed": _dense_attention,
     },
-    needs_bytes=positions_squared(12),
+    needs_bytes=_dense_bytes,
 )
 BCOO = Contender(
     "bcoo",

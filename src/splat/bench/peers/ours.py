@@ -42,10 +42,9 @@ def contender(implementation: str) -> Contender:
     """An implementation by its name."""
 
     def attention(problem: Problem) -> Ready:
-        call = jitted(
-            lambda q, k, v: splat.attention(q, k, v, problem.pattern, implementation=implementation), *batched(problem)
+        return attending(
+            problem, lambda q, k, v: splat.attention(q, k, v, problem.pattern, implementation=implementation)
         )
-        return Ready(call, Layout.ROWS, heads_first)
 
     def sddmm(problem: Problem) -> Ready:
         query, key, *_ = problem.inputs
@@ -77,19 +76,46 @@ def contender(implementation: str) -> Contender:
         f"splat-{implementation}",
         f"SPLAT, {implementation}",
         Kind.OURS,
-        {"attention": attention, "sddmm": sddmm, "softmax": softmax, "spmm": spmm, "composed": composed},
+        {
+            "attention": attention,
+            "training": attention,
+            "sddmm": sddmm,
+            "softmax": softmax,
+            "spmm": spmm,
+            "composed": composed,
+        },
     )
 
 
 def batched(problem: Problem) -> tuple[np.ndarray, ...]:
-    """query, key and value [1, positions, heads, head dim] in the problem's dtype."""
-    made = [np.ascontiguousarray(x.swapaxes(0, 1), problem.numpy_dtype) for x in problem.inputs[:3]]
-    return tuple(x[None] for x in made)
+    """query, key, value, and of training d_out, [1, positions, heads, head dim] in the problem's dtype."""
+    query, key, value, d_out, _ = problem.inputs
+    given = (query, key, value, d_out) if problem.op == "training" else (query, key, value)
+    return tuple(np.ascontiguousarray(x.swapaxes(0, 1), problem.numpy_dtype)[None] for x in given)
 
 
 def heads_first(result: Any) -> np.ndarray:
     """[1, positions, heads, head dim] -> float32 [heads, positions, head dim]."""
     return np.asarray(result)[0].swapaxes(0, 1).astype(np.float32)
+
+
+def with_gradients(attention: Callable[..., Any]) -> Callable[..., tuple[Any, ...]]:
+    """`attention(query, key, value, *others)` -> (query, key, value, d_out, *others) -> output and three gradients."""
+    import jax
+
+    def both(query: Any, key: Any, value: Any, d_out: Any, *others: Any) -> tuple[Any, ...]:
+        out, pull_back = jax.vjp(lambda *given: attention(*given, *others), query, key, value)
+        return out, *pull_back(d_out)
+
+    return both
+
+
+def attending(problem: Problem, attention: Callable[..., Any], *others: np.ndarray) -> Ready:
+    """Of `attention(query, key, value, *others)` in JAX's layout; of training with its gradients."""
+    if problem.op != "training":
+        return Ready(jitted(attention, *batched(problem), *others), Layout.ROWS, heads_first)
+    call = jitted(with_gradients(attention), *batched(problem), *others)
+    return Ready(call, Layout.GRADIENTS, lambda results: np.stack([heads_first(one) for one in results]))
 
 
 def served_by(name: str | None, device: str, dtype: str, head_dim: int) -> str:

@@ -27,11 +27,11 @@ def _on(problem: Problem, array: np.ndarray) -> Any:
 
 
 def _call(problem: Problem, function: Callable[[], Any]) -> Callable[[], Any]:
-    """Without gradients; returns when the result is there."""
+    """With gradients for training alone; returns when the result is there."""
     import torch
 
     def call() -> Any:
-        with torch.no_grad():
+        with torch.set_grad_enabled(problem.op == "training"):
             out = function()
         if problem.device == "cuda":
             torch.cuda.synchronize()
@@ -41,26 +41,44 @@ def _call(problem: Problem, function: Callable[[], Any]) -> Callable[[], Any]:
 
 
 def _read(result: Any) -> np.ndarray:
-    return result.float().cpu().numpy()
+    return result.detach().float().cpu().numpy()
+
+
+def _stacked(results: list[Any]) -> np.ndarray:
+    return np.stack([_read(one) for one in results])
 
 
 def _batch_of_one(problem: Problem) -> list[Any]:
-    """query, key and value [1, heads, positions, head dim] in the problem's dtype: its own layout."""
+    """query, key, value and d_out [1, heads, positions, head dim] in the problem's dtype: its own layout."""
     import torch
 
-    return [_on(problem, x[None]).to(getattr(torch, problem.dtype)) for x in problem.inputs[:3]]
+    return [_on(problem, x[None]).to(getattr(torch, problem.dtype)) for x in problem.inputs[:4]]
 
 
 # -- attention ---------------------------------------------------------------------------------------------------------
 
 
+def _attending(problem: Problem, attention: Callable[..., Any]) -> Ready:
+    """Of `attention(query, key, value)`; of training with its gradients."""
+    import torch
+
+    query, key, value, d_out = _batch_of_one(problem)
+    if problem.op != "training":
+        return Ready(_call(problem, lambda: attention(query, key, value)), Layout.ROWS, lambda out: _read(out[0]))
+    leaves = [x.requires_grad_() for x in (query, key, value)]
+
+    def both() -> list[Any]:
+        out = attention(*leaves)
+        return [out, *torch.autograd.grad(out, leaves, d_out)]
+
+    return Ready(_call(problem, both), Layout.GRADIENTS, lambda results: _stacked([one[0] for one in results]))
+
+
 def _sdpa(problem: Problem) -> Ready:
     import torch
 
-    query, key, value = _batch_of_one(problem)
     mask = _on(problem, problem.pattern.to_dense(problem.q_len))
-    run = functools.partial(torch.nn.functional.scaled_dot_product_attention, query, key, value, attn_mask=mask)
-    return Ready(_call(problem, run), Layout.ROWS, lambda out: _read(out[0]))
+    return _attending(problem, functools.partial(torch.nn.functional.scaled_dot_product_attention, attn_mask=mask))
 
 
 def _flex(problem: Problem) -> Ready:
@@ -70,9 +88,13 @@ def _flex(problem: Problem) -> Ready:
     mask = masks.block_mask(problem.text, problem.q_len, problem.device)
     torch._dynamo.reset()
     compiled = torch.compile(flex_attention, dynamic=False, fullgraph=True)
-    query, key, value = _batch_of_one(problem)
-    call = _call(problem, lambda: compiled(query, key, value, block_mask=mask))
-    return Ready(call, Layout.ROWS, lambda out: _read(out[0]))
+    return _attending(problem, functools.partial(compiled, block_mask=mask))
+
+
+def _flex_refuses(problem: Problem) -> str | None:
+    if problem.op == "training" and problem.device == "cpu":
+        return "FlexAttention has no backward on CPUs"
+    return None
 
 
 def _flex_planning(problem: Problem) -> Ready:
@@ -94,10 +116,6 @@ def _csr(problem: Problem) -> list[Any]:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta")
         return [torch.sparse_csr_tensor(*at, _on(problem, one), size=size, check_invariants=False) for one in data]
-
-
-def _stacked(results: list[Any]) -> np.ndarray:
-    return np.stack([_read(one) for one in results])
 
 
 def _csr_sddmm(problem: Problem) -> Ready:
@@ -133,7 +151,7 @@ SDPA = Contender(
     "sdpa",
     "PyTorch scaled_dot_product_attention with a mask",
     Kind.ATTENTION,
-    {"attention": _sdpa, "composed": _sdpa},
+    {"attention": _sdpa, "training": _sdpa, "composed": _sdpa},
     packages=("torch",),
     needs_bytes=lambda problem: SDPA_BYTES * problem.q_len**2,
 )
@@ -141,9 +159,10 @@ FLEX = Contender(
     "flex",
     "PyTorch FlexAttention, compiled; create_block_mask for planning",
     Kind.ATTENTION,
-    {"attention": _flex, "planning": _flex_planning},
+    {"attention": _flex, "training": _flex, "planning": _flex_planning},
     packages=("torch",),
     needs_bytes=lambda problem: BLOCK_MASK_BYTES * problem.q_len**2,
+    refuses=_flex_refuses,
     slow_to_prepare=True,
 )
 TORCH_SPARSE = Contender(
