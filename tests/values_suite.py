@@ -71,6 +71,9 @@ class ValuesSuite:
     #: Leading axes and head dim of the examples.
     leading: tuple[int, ...] = (2, 3)
     layouts: tuple[str, ...] = ("rows", "tiles")
+    #: Whether the paper's specialisations can be switched off, and rows of a matrix that shows it.
+    switches: bool = True
+    switched_rows: int = 250
 
     def sddmm(self, query: Any, key: Any, acsr: ACSR, layout: str = "rows") -> Any:
         return splat.sddmm(query, key, acsr, layout=layout, implementation=self.implementation)
@@ -166,6 +169,22 @@ class ValuesSuite:
         weights = np.asarray(self.softmax(values, acsr))
         assert np.isfinite(weights).all()
         np.testing.assert_allclose(weights.sum(axis=-1), 1, atol=1e-5)
+
+    # -- specialisations -----------------------------------------------------------------------------------------------
+
+    @pytest.mark.parametrize("off", [("spans",), ("posets",), ("alignment",), ("spans", "posets", "alignment")])
+    @pytest.mark.parametrize(
+        "text", ["window(9) | strided(7)", "causal() & window(9) | sink(3)", "dilated_window(4, 4, 3)"]
+    )
+    def test_without(self, off: tuple[str, ...], text: str, rng: np.random.Generator) -> None:
+        """The paper's specialisations change no result."""
+        acsr = splat.build(splat.parse(text), self.switched_rows)
+        with splat.ops.values.without(*off):
+            if self.switches:
+                self.check(acsr, rng, 20)
+            else:
+                with pytest.raises(UnsupportedError, match="nothing to switch off"):
+                    self.check(acsr, rng, 20)
 
     # -- layouts -------------------------------------------------------------------------------------------------------
 

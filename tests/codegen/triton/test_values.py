@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 
 import splat
 from splat.acsr import ACSR, Component
-from splat.codegen.base import How
+from splat.codegen.base import USUAL, How
 from splat.codegen.triton.launch import Launch
 from splat.errors import ArgumentError, IrregularPatternError, UnsupportedError
 from splat.planning.kernels import INTERPRETER, KernelConfig
@@ -228,17 +228,76 @@ def test_refused(array: Any, message: str) -> None:
         OPERATIONS.sddmm(matrix("window(2)", 8).acsr, array, array)
 
 
-@pytest.mark.parametrize(
-    ("how", "message"),
-    [(How("tiles"), "has values in layout 'rows' only, not 'tiles'"), (How(spans=False), "has nothing to switch off")],
-)
-def test_other_ways_are_refused(how: How, message: str) -> None:
-    acsr = matrix("window(2)", 8).acsr
+def test_other_layouts_are_refused() -> None:
+    acsr, message = matrix("window(2)", 8).acsr, "has values in layout 'rows' only, not 'tiles'"
     with pytest.raises(UnsupportedError, match=message):
-        IMPLEMENTATION.num_values(acsr, how)
+        IMPLEMENTATION.num_values(acsr, How("tiles"))
     with pytest.raises(UnsupportedError, match=message):
-        IMPLEMENTATION.softmax(acsr, jax.numpy.ones((1, 8, 5)), how)
+        IMPLEMENTATION.softmax(acsr, jax.numpy.ones((1, 8, 5)), How("tiles"))
     assert IMPLEMENTATION.num_values(acsr, How()) == 40
+
+
+# -- without specialisations -------------------------------------------------------------------------------------------
+
+OFF = [("spans",), ("posets",), ("alignment",), ("spans", "posets"), ("spans", "posets", "alignment")]
+
+
+@pytest.mark.parametrize("off", OFF, ids="-".join)
+@pytest.mark.parametrize("text", [*FEW, "window(2) & lattice_columns(9)", "global_tokens(3) | dilated_window(2, 3, 4)"])
+def test_without(text: str, off: tuple[str, ...], rng: np.random.Generator) -> None:
+    m = matrix(text, 70)
+    check(
+        m,
+        *draw(rng, m, batch=1),
+        operations=dataclasses.replace(OPERATIONS, how=How("rows", **dict.fromkeys(off, False))),
+    )
+
+
+@settings(
+    max_examples=settings().max_examples // 4,
+    phases=[Phase.explicit, Phase.reuse, Phase.generate],
+    suppress_health_check=[HealthCheck.differing_executors, HealthCheck.too_slow, HealthCheck.filter_too_much],
+)
+@given(cases(max_len=40, depth=2), st.sampled_from(OFF), st.integers(0, 2**16))
+def test_composed_patterns_without(case: Case, off: tuple[str, ...], seed: int) -> None:
+    acsr = splat.build(case.pattern, case.q_len, case.kv_len, query_offset=case.query_offset)
+    hypothesis.assume(acsr.nnz > 0)
+    m, how = Matrix(acsr, case.mask), How("rows", **dict.fromkeys(off, False))
+    given = draw(np.random.default_rng(seed), m, batch=1, head_dim=4)
+    check(m, *given, operations=dataclasses.replace(OPERATIONS, how=how))
+
+
+def visited(text: str, how: How) -> tuple[Any, ...]:
+    """Pairs that R-SDDMM, R-SpMM and the transposed one compute, of a matrix of 4,096 rows."""
+    acsr, configs = splat.build(splat.parse(text), 4096), (KernelConfig(128, 32, 8, 2),)
+    sddmm = lower_sddmm(acsr, configs, how)
+    found = [(sddmm.tables[0][:, 6] - sddmm.tables[0][:, 3]).sum() * sddmm.config.block_q]
+    for transposed in (False, True):
+        total = 0
+        for spmm in lower_spmm(acsr, configs, transposed, how):
+            spans = spmm.tables[0][:, 1:].reshape(len(spmm.tables[0]), -1, 6)
+            total += (spans[:, :, 3] - spans[:, :, 0]).sum() * spmm.config.block_q
+        found.append(total)
+    return tuple(int(n) for n in found)
+
+
+def test_what_specialisations_save() -> None:
+    every = 4096 * 4096
+    assert visited("window(512)", How(spans=False)) == (every,) * 3
+    assert visited("strided(8)", USUAL) == (every // 8,) * 3
+    # Rows of one residue keep visiting their own lattice; neighbours see all columns between the first and the last.
+    assert visited("strided(8)", How(spans=False)) == (every // 8,) * 3
+    assert min(visited("strided(8)", How(alignment=False))) >= every * 0.99
+    usual, fixed = visited("window(496)", USUAL), visited("window(496)", How(posets=False))
+    assert all(a < b for a, b in zip(usual, fixed, strict=True))
+
+
+def test_without_poset_tiling_every_tile_is_masked() -> None:
+    acsr = splat.build(splat.parse("strided(8)"), 4096)
+    for operation in ("sddmm", "spmm", "spmm_transposed"):
+        (usual,), (fixed,) = (values.launches(acsr, operation, without=off) for off in ((), ("posets",)))
+        assert (usual.constants["LEFT"], usual.constants["FULL"]) == ("absent", True)
+        assert (fixed.constants["LEFT"], fixed.constants["FULL"]) == ("lower", False)
 
 
 # -- what is launched --------------------------------------------------------------------------------------------------

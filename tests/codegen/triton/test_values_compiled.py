@@ -43,6 +43,15 @@ def test_products(arch: str, operation: str, head_dim: int, pattern: dict[str, A
     assert ("cp.async" in found.copies) == arch.startswith("sm")
 
 
+@pytest.mark.parametrize("arch", ["sm_90", "gfx942"])
+@pytest.mark.parametrize("operation", ["sddmm", "spmm", "spmm_transposed"])
+def test_without_specialisations(operation: str, arch: str) -> None:
+    off = ["spans", "posets", "alignment"]
+    found = compiled(arch, operation, head_dim=64, without=off, pattern="causal() & strided(8)", length=8100)
+    assert found.problems() == []
+    assert list(found.tensor_core) == [TENSOR_CORE[arch]]
+
+
 @pytest.mark.parametrize("operation", ["sddmm", "spmm", "spmm_transposed"])
 def test_single_precision(operation: str) -> None:
     """Full precision: no tensor cores, which would round to tf32."""

@@ -84,10 +84,6 @@ class TritonImplementation:
                 f"the triton implementation has values in layout 'rows' only, not {how.layout!r}. Leave layout out, or "
                 "use implementation='xla'."
             )
-        if not how.specialised:
-            raise UnsupportedError(
-                "the triton implementation has nothing to switch off. Compare with implementation='cpp'."
-            )
         return acsr.shape[0] * acsr.width
 
     def sddmm(self, acsr: ACSR, rows: Any, columns: Any, how: How = USUAL) -> Any:
@@ -104,7 +100,7 @@ class TritonImplementation:
 
     def _operations(self, acsr: ACSR, how: How) -> Operations:
         self.num_values(acsr, how)  # refuses
-        return Operations(find(self.target()).arch, bind_jax.launch, jnp.asarray, _allows_tf32())
+        return Operations(find(self.target()).arch, bind_jax.launch, jnp.asarray, _allows_tf32(), how=how)
 
     def emit(self, plan: Plan, options: Options, kernel: str | None = None) -> str:
         """The generated kernels' source, in the order of their launches: all, or one of `record.NAMES`."""

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from typing import Any
 
 import numpy as np
 
 from splat.acsr import ACSR, build
+from splat.codegen.base import USUAL, How
 from splat.codegen.triton.kernels import values as kernels
 from splat.codegen.triton.launch import Kernel, Launch, Launcher, Output
 from splat.codegen.triton.values_lower import Spmm, has_holes, lower_sddmm, lower_spmm
@@ -96,6 +97,7 @@ class Operations:
       table: a NumPy int32 table as an array of the framework.
       allow_tf32: whether float32 matrix products may round their inputs to tf32.
       configs: to choose from, instead of the table's.
+      how: without which specialisations; R-softmax has none of them.
     """
 
     arch: str
@@ -103,16 +105,19 @@ class Operations:
     table: Callable[[np.ndarray], Any]
     allow_tf32: bool = False
     configs: tuple[KernelConfig, ...] = ()
+    how: How = USUAL
 
     def sddmm(self, acsr: ACSR, rows: Array, columns: Array) -> Array:
         self._check(rows, columns)
         (batch, num_rows, head_dim), num_cols = rows.shape, columns.shape[1]
-        lowered = lower_sddmm(acsr, self._configs("sddmm", rows))
+        lowered = lower_sddmm(acsr, self._configs("sddmm", rows), self.how)
         constants = self._constants(acsr, lowered.config, lowered.phases, head_dim)
         return self._launch(
             "splat_sddmm", lowered.num_slots * batch, (rows, columns, *map(self.table, lowered.tables)),
             (lowered.num_slots, num_rows, num_cols, acsr.width), Output((batch, num_rows, acsr.width), "float32"),
-            constants | dict(STRIDE=lowered.stride, PADDED=lowered.padded, RAGGED=lowered.ragged), lowered.config,
+            constants | dict(
+                STRIDE=lowered.stride, HOPS=lowered.hops, PADDED=lowered.padded, RAGGED=lowered.ragged
+            ), lowered.config,
         )  # fmt: skip
 
     def softmax(self, acsr: ACSR, values: Array) -> Array:
@@ -142,8 +147,8 @@ class Operations:
     def _spmm(self, acsr: ACSR, values: Array, dense: Array, *, transposed: bool) -> Array:
         self._check(dense)
         operation = "spmm_transposed" if transposed else "spmm"
-        groups = lower_spmm(acsr, self._configs(operation, dense), transposed)
-        guard = has_holes(acsr, transposed)
+        groups = lower_spmm(acsr, self._configs(operation, dense), transposed, self.how)
+        guard = has_holes(acsr, transposed, self.how)
         result = None
         for group in groups:
             dtype = str(dense.dtype) if group is groups[-1] else "float32"
@@ -204,12 +209,13 @@ class Operations:
 
 def launches(
     acsr: ACSR, operation: str, *, arch: str = "sm_90", head_dim: int = 64, dtype: str = "bfloat16", batch: int = 1,
-    config: tuple[int, int, int, int] | None = None,
+    config: tuple[int, int, int, int] | None = None, without: Sequence[str] = (),
 ) -> list[Launch]:  # fmt: skip
     """What an operation would launch; arrays are stand-ins: `Output` values.
 
     Args:
       config: block_q, block_kv, num_warps and num_stages, instead of the table's choice.
+      without: specialisations that are switched off, by their names in `How`.
     """
     if operation not in OPERATIONS:
         raise ArgumentError(f"operation must be one of {', '.join(OPERATIONS)}, but {operation!r} was given")
@@ -225,7 +231,8 @@ def launches(
         "sddmm": (rows, columns), "softmax": (values,), "spmm": (values, columns), "spmm_transposed": (values, rows),
     }  # fmt: skip
     chosen = () if config is None else (_C(*config),)
-    operations = Operations(arch, launch, lambda table: Output(table.shape, "int32"), configs=chosen)
+    how = How("rows", **dict.fromkeys(without, False))
+    operations = Operations(arch, launch, lambda table: Output(table.shape, "int32"), configs=chosen, how=how)
     getattr(operations, operation)(acsr, *given[operation])
     return made
 

@@ -9,18 +9,21 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
 from splat.acsr import ACSR, Component
+from splat.codegen.base import USUAL, How
 from splat.codegen.triton.values_tiles import (
+    Line,
     Phases,
     Tiled,
     area,
     best_tiling,
     bounds_of,
     groupings,
+    line_of,
     longest_first,
     narrowed,
     padded_rows,
@@ -49,6 +52,7 @@ class Sddmm:
 
     Attributes:
       stride: of all components, or 0.
+      hops: whether rows are not aligned, so that their columns lie `stride` apart among all that are visited.
       padded: whether some row has less values than its component is wide.
       ragged: whether some tile has less rows than the kernel's.
       tables: TASKS, ROWS, BOUNDS.
@@ -57,6 +61,7 @@ class Sddmm:
     config: KernelConfig
     num_slots: int
     stride: int
+    hops: bool
     phases: Phases
     padded: bool
     ragged: bool
@@ -64,30 +69,28 @@ class Sddmm:
 
 
 @lru_cache(maxsize=64)
-def lower_sddmm(acsr: ACSR, configs: tuple[KernelConfig, ...]) -> Sddmm:
-    numbers = [n for n, component in enumerate(acsr.components) if component.width]
-    choices = [
-        (config, [best_tiling(acsr.components[n], acsr.shape[0], config) for n in numbers]) for config in configs
-    ]
+def lower_sddmm(acsr: ACSR, configs: tuple[KernelConfig, ...], how: How = USUAL) -> Sddmm:
+    lines = [line_of(acsr, n, how) for n, component in enumerate(acsr.components) if component.width]
+    choices = [(config, [best_tiling(line, acsr.shape, config, how=how) for line in lines]) for config in configs]
     config, tiled = min(choices, key=lambda choice: sum(one.cost for one in choice[1]))
-    tasks = [_tasks(acsr, n, one) for n, one in zip(numbers, tiled, strict=True)]
+    tasks = [_tasks(acsr, line.number, one) for line, one in zip(lines, tiled, strict=True)]
     rows = [padded_rows(one.tiles, config.block_q) for one in tiled]
     order = longest_first(np.concatenate([work_of(one) for one in tiled]))
     table, row_table = np.concatenate(tasks)[order], np.concatenate(rows)[order]
     here = np.any(row_table < acsr.shape[0], axis=1)
     table, row_table = table[here], row_table[here]
-    strides = {acsr.components[n].stride for n in numbers}
+    strides = {acsr.components[line.number].stride for line in lines}
     padded = bool((table[:, 9] < table[:, 10]).any())
-    bounds = bounds_of(acsr.components, acsr.shape[0])
+    bounds = bounds_of([line_of(acsr, n, how).component for n in range(len(acsr.components))], acsr.shape[0])
+    hops = any(line.hop > 1 for line in lines)
     stride = strides.pop() if len(strides) == 1 else 0
     ragged = bool((row_table == acsr.shape[0]).any())
-    return Sddmm(config, len(table), stride, phases_of(tiled), padded, ragged, (table, row_table, bounds))
+    return Sddmm(config, len(table), stride, hops, phases_of(tiled), padded, ragged, (table, row_table, bounds))
 
 
 def _tasks(acsr: ACSR, number: int, one: Tiled) -> np.ndarray:
     """TASKS of a component: int32 [tiles, 11]."""
-    component, tiles = one.component, one.tiles
-    spans = one.spans
+    component, tiles, spans = acsr.components[number], one.tiles, one.spans
     fixed = np.array([number, component.stride, acsr.offsets[number]], np.int32)
     least = tiles.smallest(np.asarray(component.count))
     if tiles.padding is not None:
@@ -106,7 +109,8 @@ class Spmm:
     Attributes:
       step: rows of a tile are `first + step * n`; 0: they are read from ROWS.
       tile_rows: rows of a tile, not more than config.block_q.
-      value_stride: the stride of the component whose values these are; `stride` where not transposed.
+      value_stride: the stride of the component whose values these are; `stride` where not transposed, but without
+        alignment.
       ragged: whether some tile has less rows than the kernel's.
       tables: TILES, ROWS, BOUNDS, SHIFTS, SOURCES.
     """
@@ -127,61 +131,61 @@ class Spmm:
         return self.num_walks <= UNROLLED_WALKS
 
 
-class _Line(NamedTuple):
-    """What is multiplied: a component of the output's rows, whose values those of component `number` are."""
-
-    number: int
-    component: Component
-
-
 @lru_cache(maxsize=128)
-def lower_spmm(acsr: ACSR, configs: tuple[KernelConfig, ...], transposed: bool) -> tuple[Spmm, ...]:
+def lower_spmm(acsr: ACSR, configs: tuple[KernelConfig, ...], transposed: bool, how: How = USUAL) -> tuple[Spmm, ...]:
     """The launches, in order; each has every row of the output."""
-    lines: list[_Line] = []
+    lines: list[Line] = []
     by_row: dict[int, list[int]] = {}
     for n, component in enumerate(acsr.components):
         if not component.width:
             continue
-        seen = _transposed(acsr, n, configs) if transposed else (component,)
+        seen = _transposed(acsr, n, configs, how) if transposed else [line_of(acsr, n, how)]
         if seen is None:
             by_row.setdefault(component.stride, []).append(n)
         else:
-            lines += [_Line(n, one) for one in seen]
-    num_out = acsr.shape[1 if transposed else 0]
-    groups: dict[Any, list[_Line]] = {}
+            lines += seen
+    shape = _shape(acsr, transposed)
+    groups: dict[Any, list[Line]] = {}
     for line in lines:
         value_stride = acsr.components[line.number].stride
         unit = value_stride if transposed else 1
-        best = min((best_tiling(line.component, num_out, config, unit) for config in configs), key=lambda one: one.cost)
+        best = min((best_tiling(line, shape, config, unit, how) for config in configs), key=lambda one: one.cost)
         own = best.tiles.step if best.tiles.row_map is None else ("map", line)
         groups.setdefault((own, line.component.stride, value_stride), []).append(line)
     regular = [
-        _spmm(acsr, group, own if isinstance(own, int) else None, configs, transposed)
+        _spmm(acsr, group, own if isinstance(own, int) else None, configs, transposed, how)
         for (own, _, _), group in groups.items()
     ]
-    return (*regular, *(_spmm_by_row(acsr, numbers, configs[0]) for numbers in by_row.values()))
+    return (*regular, *(_spmm_by_row(acsr, numbers, configs[0], how) for numbers in by_row.values()))
 
 
-def _transposed(acsr: ACSR, number: int, configs: Sequence[KernelConfig]) -> tuple[Component, ...] | None:
+def _shape(acsr: ACSR, transposed: bool) -> tuple[int, int]:
+    return (acsr.shape[1], acsr.shape[0]) if transposed else acsr.shape
+
+
+def _transposed(acsr: ACSR, number: int, configs: Sequence[KernelConfig], how: How) -> list[Line] | None:
     """The component seen from its columns; None where it is quicker to look at each row's bounds, or the only way."""
     component, num_cols = acsr.components[number], acsr.shape[1]
     try:
-        seen = ACSR(acsr.shape, (component,)).transpose().components
+        seen = [Line(number, one) for one in ACSR(acsr.shape, (component,)).transpose().components]
     except IrregularPatternError:
         return None
+    if not how.alignment and max(component.stride, *(line.component.stride for line in seen)) > 1:
+        return None  # neighbouring columns are not in the same rows
     if len(seen) <= UNROLLED_WALKS:
         return seen
     config, tiles = configs[0], align_by_step(num_cols, component.stride, configs[0].block_q)
     first, last = _rows_met(component, tiles, acsr.shape[0])
     met = -(-(last - first) // config.block_kv)
     limit = _MASKED * float(met.sum(dtype=np.int64)) * area(narrowed(config, tiles).block_q, config.block_kv)
-    return seen if sum(best_tiling(one, num_cols, config, component.stride).cost for one in seen) < limit else None
+    cost = sum(best_tiling(line, _shape(acsr, True), config, component.stride, how).cost for line in seen)
+    return seen if cost < limit else None
 
 
 def _spmm(
-    acsr: ACSR, lines: list[_Line], step: int | None, configs: tuple[KernelConfig, ...], transposed: bool
+    acsr: ACSR, lines: list[Line], step: int | None, configs: tuple[KernelConfig, ...], transposed: bool, how: How
 ) -> Spmm:
-    num_out = acsr.shape[1 if transposed else 0]
+    num_out, num_in = _shape(acsr, transposed)
     value_stride = acsr.components[lines[0].number].stride
 
     def tiled_by(config: KernelConfig) -> tuple[KernelConfig, list[Tiled]]:
@@ -190,7 +194,7 @@ def _spmm(
         else:
             tiles = align_by_step(num_out, step, config.block_q)
         config = narrowed(config, tiles)
-        return config, [tile(line.component, tiles, config) for line in lines]
+        return config, [tile(line, tiles, num_in, config, how) for line in lines]
 
     config, tiled = min(map(tiled_by, configs), key=lambda choice: sum(one.cost for one in choice[1]))
     tiles = tiled[0].tiles
@@ -211,26 +215,35 @@ def _spmm(
     )  # fmt: skip
 
 
-def _spmm_by_row(acsr: ACSR, numbers: list[int], config: KernelConfig) -> Spmm:
+def _spmm_by_row(acsr: ACSR, numbers: list[int], config: KernelConfig, how: How) -> Spmm:
     """Transposed, of components of one stride whose columns are not regular: all rows from the first that a tile meets
     to the last."""
     num_rows, num_cols = acsr.shape
     components = [acsr.components[n] for n in numbers]
     stride = components[0].stride
-    tiles = align_by_step(num_cols, stride, config.block_q)
+    lines = [line_of(acsr, n, how) for n in numbers]
+    tiles = align_by_step(num_cols, lines[0].component.stride, config.block_q)
     config = narrowed(config, tiles)
     spans, work = [tiles.rows[:, :1]], np.zeros(tiles.num_tiles, np.int32)
-    for component in components:
-        first, last = _rows_met(component, tiles, num_rows)
+    for line in lines:
+        first, last = _rows_met(line.component, tiles, num_rows)
+        if not how.spans:
+            first, last = np.zeros_like(first), np.where(last > first, num_rows, 0).astype(np.int32)
+        elif not how.posets:
+            first = first // config.block_kv * config.block_kv
         spans.append(np.stack([first, last, last, last, last, np.zeros_like(first)], axis=1))
         work += last - first
     order = longest_first(work)
     order = order[np.any(tiles.rows < num_cols, axis=1)[order]]
     residues = [np.broadcast_to(one.residue, (1, 1, num_rows)).astype(np.int32) for one in components]
     bounds = np.concatenate([bounds_of(components, num_rows), np.concatenate(residues)], axis=1)
+    # The kernel takes steps for multiples of the values' stride.
+    by_map = tiles.step % stride != 0
     return Spmm(
-        config, tiles.step, tiles.block_q, 1, stride, len(order), len(numbers), True, Phases("rows", False, "absent"),
-        (np.concatenate(spans, axis=1).astype(np.int32)[order], np.zeros((1, 1), np.int32), bounds,
+        config, 0 if by_map else tiles.step, tiles.block_q, 1, stride, len(order), len(numbers), True,
+        Phases("rows", False, "absent"),
+        (np.concatenate(spans, axis=1).astype(np.int32)[order],
+         padded_rows(tiles, config.block_q)[order] if by_map else np.zeros((1, 1), np.int32), bounds,
          shifts_of(acsr, numbers), np.arange(len(numbers), dtype=np.int32)),
     )  # fmt: skip
 
@@ -250,12 +263,13 @@ def _rows_met(component: Component, tiles: RowTiles, num_rows: int) -> tuple[np.
     return first, last
 
 
-def has_holes(acsr: ACSR, transposed: bool) -> bool:
-    """Whether, between the first and the last of those in some pair, a row (transposed) or column is in none."""
-    if transposed:
-        seen = np.flatnonzero(acsr.row_nnz)
-    else:
-        seen = np.flatnonzero(_used_columns(acsr))
+def has_holes(acsr: ACSR, transposed: bool, how: How = USUAL) -> bool:
+    """Whether a row (transposed) or column that is visited is in no pair: one between the first and the last that are,
+    or any, where more than spans is visited."""
+    used = acsr.row_nnz > 0 if transposed else _used_columns(acsr)
+    if not (how.spans and how.posets):
+        return not used.all()
+    seen = np.flatnonzero(used)
     return bool(seen.size) and int(seen[-1] - seen[0]) + 1 > seen.size
 
 

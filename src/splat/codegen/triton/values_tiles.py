@@ -1,7 +1,8 @@
 """Row tiles of the operations on values: which rows are grouped, what each tile spans, and what that costs.
 
 Each component gets the row tiles that cost it least: neighbours, rows of one residue in steps (transformation
-alignment), or the same through a row map. Its span is covered from its first column on, in three phases.
+alignment), or the same through a row map. Its span is covered from its first column on, in three phases. `How` switches
+each of these off.
 """
 
 from __future__ import annotations
@@ -14,14 +15,26 @@ from typing import NamedTuple
 
 import numpy as np
 
-from splat.acsr import ACSR, Component
-from splat.geometry import RowTiles, align_by_step, align_rows_of, analyze, is_aligned
+from splat.acsr import ACSR, NOWHERE, Component
+from splat.codegen.base import USUAL, How
+from splat.geometry import RowTiles, Spans, align_by_step, align_rows_of, analyze, is_aligned
 from splat.planning.kernels import KernelConfig
 from splat.tiling import Test, Walk, cover
 
 #: The cost of a tile is its pairs and as many for each row and column that is loaded; of a program, beside its tiles',
 #: as much as so many pairs. They rank tilings of one pattern. (By reasoning, not by measurement.)
 _LINE, _PROGRAM = 16, 4096
+
+
+class Line(NamedTuple):
+    """What is run along: a component of the output's rows, whose values those of component `number` are.
+
+    A row has every `hop`-th of its lattice columns: all of them, but without transformation alignment.
+    """
+
+    number: int
+    component: Component
+    hop: int = 1
 
 
 class Phases(NamedTuple):
@@ -88,14 +101,43 @@ def _test(tests: Sequence[Test]) -> str:
     return "both" if tests[0].lower and tests[0].upper else "lower" if tests[0].lower else "upper"
 
 
-def tile(component: Component, tiles: RowTiles, config: KernelConfig) -> Tiled:
-    span = analyze(component, tiles)
-    (walk,) = cover([0], [component.stride], [span], config.block_kv)
-    return Tiled(component, tiles, walk, np.maximum(tiles.largest(component.bounds[1]), 0), config.block_q)
+def line_of(acsr: ACSR, number: int, how: How = USUAL) -> Line:
+    """A component seen from its rows; without alignment, on all columns from a row's first to its last."""
+    component = acsr.components[number]
+    if how.alignment or component.stride == 1:
+        return Line(number, component)
+    reach = np.where(component.count > 0, component.stride * (component.count - 1) + 1, 0)
+    return Line(number, Component(1, component.start, reach.astype(np.int32)), component.stride)
 
 
-def groupings(component: Component, num_rows: int, block_q: int, unit: int = 1) -> list[RowTiles]:
+def tile(line: Line, tiles: RowTiles, num_cols: int, config: KernelConfig, how: How = USUAL) -> Tiled:
+    component, span = line.component, analyze(line.component, tiles)
+    length = -((span.residue - num_cols) // component.stride)
+    stop = np.maximum(tiles.largest(component.bounds[1]), 0) if how.spans and how.posets else length
+    visited = _visited(span, length, line.hop, config.block_kv, how)
+    (walk,) = cover([0], [component.stride], [visited], config.block_kv)
+    return Tiled(component, tiles, walk, stop, config.block_q)
+
+
+def _visited(span: Spans, length: np.ndarray, hop: int, block_kv: int, how: How) -> Spans:
+    """The span, or what is visited instead of it; `length`: how many lattice columns there are."""
+    x0, x1, x3 = span.x0, span.x1, span.x3
+    here = x3 > x0
+    if not how.posets:
+        x0 = np.where(here, x0 // block_kv * block_kv, x0)
+    if not how.posets or hop > 1:
+        x1 = np.full_like(x1, NOWHERE)  # no column is taken for one that all rows have
+    if not how.spans:
+        x0, x3 = np.where(here, x0 % block_kv, x0), np.where(here, length, x3)
+    return Spans(x0, x1, span.x2, x3, span.residue)
+
+
+def groupings(
+    component: Component, num_rows: int, block_q: int, unit: int = 1, *, alignment: bool = True
+) -> list[RowTiles]:
     """The row tiles to choose from; all have every row. In steps, these are multiples of `unit`. A row map is last."""
+    if not alignment:
+        return [align_by_step(num_rows, 1, block_q)]
     steps = {math.lcm(component.line_step or 1, unit)} | ({unit} if component.stride == 1 else set())
     found = [align_by_step(num_rows, step, block_q) for step in sorted(steps)]
     if component.stride > 1 or component.has_empty_rows:
@@ -107,9 +149,10 @@ def groupings(component: Component, num_rows: int, block_q: int, unit: int = 1) 
     return [one for one in found if is_aligned(component, one)]
 
 
-def best_tiling(component: Component, num_rows: int, config: KernelConfig, unit: int = 1) -> Tiled:
-    """The cheapest; row maps are avoided where they gain little."""
-    options = [tile(component, one, config) for one in groupings(component, num_rows, config.block_q, unit)]
+def best_tiling(line: Line, shape: tuple[int, int], config: KernelConfig, unit: int = 1, how: How = USUAL) -> Tiled:
+    """The cheapest; row maps are avoided where they gain little. `shape`: of the matrix whose rows the line's are."""
+    found = groupings(line.component, shape[0], config.block_q, unit, alignment=how.alignment)
+    options = [tile(line, one, shape[1], config, how) for one in found]
     return min(options, key=lambda one: one.cost * (1.1 if one.tiles.row_map is not None else 1.0))
 
 

@@ -9,6 +9,9 @@ component's offset less the row's lower bound: one sum per row, whatever the pat
     SOURCES  [walks]           the component (row of SHIFTS) that a walk's values belong to
     COUNTS   [components, rows], OFFSETS [components]   R-softmax
 
+Rows of a tile that are not aligned visit all columns between, and have every `hop`-th of them: HOPS. Their bounds are
+columns, their values lie where those of the lattice do, `column // hop`.
+
 A phase's TEST says what a masked tile compares: "lower", "upper" or "both"; "none": every row has every column. A phase
 that no tile has is "absent". R-SpMM has "rows" where a component is not regular seen from its columns.
 """
@@ -44,6 +47,12 @@ def kept(x, lower, upper, TEST: tl.constexpr):
 
 
 @triton.jit
+def hopped(keep, x, lower, hop):
+    """`keep`, where columns x are among the row's: those of its first one's residue."""
+    return keep & ((x % hop)[None, :] == (lower % hop)[:, None])
+
+
+@triton.jit
 def first_of(rows, width, shift, FAR: tl.constexpr):
     """Where `rows` would have their lattice column 0, in elements past a batch entry's first value.
 
@@ -59,18 +68,24 @@ def first_of(rows, width, shift, FAR: tl.constexpr):
 
 
 @triton.jit
-def products(q, K, VALUES, at, inside, begin, end, stop, lower, upper, stride, TEST: tl.constexpr,
-             RAGGED: tl.constexpr, BLOCK_KV: tl.constexpr, HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr,
-             WIDE: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+def products(q, K, VALUES, at, inside, begin, end, stop, lower, upper, stride, hop, HOPS: tl.constexpr,
+             TEST: tl.constexpr, RAGGED: tl.constexpr, BLOCK_KV: tl.constexpr, HEAD_DIM: tl.constexpr,
+             WIDTH: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
     """Writes the products of the rows `q` and lattice columns [begin, end); that of row i and x is value at[i] + x."""
     EDGE: tl.constexpr = TEST != "none"
     for x in tl.range(begin, end, BLOCK_KV):
         k = load_lattice(K, x, stop, HEAD_DIM, stride, BLOCK_KV, HEAD_DIM, WIDTH, EDGE, WIDE, False)
         s = tl.dot(q, tl.trans(k), input_precision=PRECISION)  # [BLOCK_Q, BLOCK_KV]
         n = x + tl.arange(0, BLOCK_KV)
-        target = VALUES + (at[:, None] + n[None, :])
+        if HOPS:
+            target = VALUES + (at[:, None] + (n // hop)[None, :])
+        else:
+            target = VALUES + (at[:, None] + n[None, :])
         if EDGE:
-            tl.store(target, s, mask=kept(n, lower, upper, TEST))
+            keep = kept(n, lower, upper, TEST)
+            if HOPS:
+                keep = hopped(keep, n, lower, hop)
+            tl.store(target, s, mask=keep)
         elif RAGGED:
             tl.store(target, s, mask=inside[:, None])
         else:
@@ -79,7 +94,7 @@ def products(q, K, VALUES, at, inside, begin, end, stop, lower, upper, stride, T
 
 @triton.jit
 def splat_sddmm(Q, K, TASKS, ROWS, BOUNDS, num_slots, num_rows, num_cols, width, VALUES,
-                STRIDE: tl.constexpr, LEFT: tl.constexpr, FULL: tl.constexpr, RIGHT: tl.constexpr,
+                STRIDE: tl.constexpr, HOPS: tl.constexpr, LEFT: tl.constexpr, FULL: tl.constexpr, RIGHT: tl.constexpr,
                 PADDED: tl.constexpr, RAGGED: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_KV: tl.constexpr,
                 HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr, WIDE: tl.constexpr, FAR: tl.constexpr,
                 PRECISION: tl.constexpr):  # fmt: skip
@@ -92,9 +107,13 @@ def splat_sddmm(Q, K, TASKS, ROWS, BOUNDS, num_slots, num_rows, num_cols, width,
     task = TASKS + slot * FIELDS_OF_TASK
     component = tl.load(task)
     if STRIDE:
-        stride = STRIDE
+        hop = STRIDE
     else:
-        stride = tl.load(task + 1)
+        hop = tl.load(task + 1)
+    if HOPS:
+        stride = 1
+    else:
+        stride = hop
     rows = rows_by_map(ROWS, slot, BLOCK_Q)
     inside = rows < num_rows
     lower = bound(BOUNDS, 2 * component, rows, num_rows)
@@ -102,25 +121,32 @@ def splat_sddmm(Q, K, TASKS, ROWS, BOUNDS, num_slots, num_rows, num_cols, width,
     entry = batch.to(tl.int64)
     values = VALUES + entry * num_rows * width
     first = first_of(rows, width, tl.load(task + 2), FAR)  # of the component's values
-    at = first - lower
+    if HOPS:
+        at = first - lower // hop
+    else:
+        at = first - lower
     stop = tl.load(task + 7)
     k_of = K + entry * num_cols * HEAD_DIM + tl.load(task + 8).to(tl.int64) * HEAD_DIM
     q = load_rows(Q + entry * num_rows * HEAD_DIM, rows, num_rows, HEAD_DIM, HEAD_DIM, WIDTH)
     x0, x1, x2, x3 = tl.load(task + 3), tl.load(task + 4), tl.load(task + 5), tl.load(task + 6)
     if LEFT != "absent":
-        products(q, k_of, values, at, inside, x0, x1, stop, lower, upper, stride, LEFT, RAGGED, BLOCK_KV, HEAD_DIM,
-                 WIDTH, WIDE, PRECISION)  # fmt: skip
+        products(q, k_of, values, at, inside, x0, x1, stop, lower, upper, stride, hop, HOPS, LEFT, RAGGED,
+                 BLOCK_KV, HEAD_DIM, WIDTH, WIDE, PRECISION)  # fmt: skip
     if FULL:
-        products(q, k_of, values, at, inside, x1, x2, stop, lower, upper, stride, "none", RAGGED, BLOCK_KV, HEAD_DIM,
-                 WIDTH, WIDE, PRECISION)  # fmt: skip
+        products(q, k_of, values, at, inside, x1, x2, stop, lower, upper, stride, hop, HOPS, "none", RAGGED,
+                 BLOCK_KV, HEAD_DIM, WIDTH, WIDE, PRECISION)  # fmt: skip
     if RIGHT != "absent":
-        products(q, k_of, values, at, inside, x2, x3, stop, lower, upper, stride, RIGHT, RAGGED, BLOCK_KV, HEAD_DIM,
-                 WIDTH, WIDE, PRECISION)  # fmt: skip
+        products(q, k_of, values, at, inside, x2, x3, stop, lower, upper, stride, hop, HOPS, RIGHT, RAGGED,
+                 BLOCK_KV, HEAD_DIM, WIDTH, WIDE, PRECISION)  # fmt: skip
     if PADDED:
         end = tl.load(task + 10)
         for t in tl.range(tl.load(task + 9), end, BLOCK_KV):
             n = t + tl.arange(0, BLOCK_KV)
-            padding = inside[:, None] & (n[None, :] >= (upper - lower)[:, None]) & (n < end)[None, :]
+            if HOPS:
+                count = (upper - lower + hop - 1) // hop
+            else:
+                count = upper - lower
+            padding = inside[:, None] & (n[None, :] >= count[:, None]) & (n < end)[None, :]
             tl.store(values + (first[:, None] + n[None, :]), tl.zeros([BLOCK_Q, BLOCK_KV], tl.float32), mask=padding)
 
 
@@ -197,9 +223,9 @@ def unknown_zeros(length, ROWS: tl.constexpr, WIDTH: tl.constexpr):
 
 @triton.jit
 def add_products(acc, VALUES, SHIFT, X, at, columns, inside, begin, end, stop, residue, lower, upper, width,
-                 TEST: tl.constexpr, STRIDE: tl.constexpr, TRANSPOSED: tl.constexpr, GUARD: tl.constexpr,
-                 RAGGED: tl.constexpr, BLOCK_KV: tl.constexpr, HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr,
-                 WIDE: tl.constexpr, FAR: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+                 TEST: tl.constexpr, STRIDE: tl.constexpr, HOP: tl.constexpr, TRANSPOSED: tl.constexpr,
+                 GUARD: tl.constexpr, RAGGED: tl.constexpr, BLOCK_KV: tl.constexpr, HEAD_DIM: tl.constexpr,
+                 WIDTH: tl.constexpr, WIDE: tl.constexpr, FAR: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
     """Adds values times lattice rows [begin, end) of X.
 
     That of row i at x is value `at[i] + x`. TRANSPOSED: the lattice is one of matrix rows, and so are the values; that
@@ -212,10 +238,14 @@ def add_products(acc, VALUES, SHIFT, X, at, columns, inside, begin, end, stop, r
             row = residue + STRIDE * n
             shift = tl.load(SHIFT + row, mask=n < stop, other=0)
             source = VALUES + (first_of(row, width, shift, FAR)[None, :] + columns[:, None])
+        elif HOP > 1:
+            source = VALUES + (at[:, None] + (n // HOP)[None, :])
         else:
             source = VALUES + (at[:, None] + n[None, :])
         if EDGE:
             keep = kept(n, lower, upper, TEST)
+            if HOP > 1:
+                keep = hopped(keep, n, lower, HOP)
             p = tl.load(source, mask=keep, other=0.0)  # [BLOCK_Q, BLOCK_KV]
         elif RAGGED:
             p = tl.load(source, mask=inside[:, None], other=0.0)
@@ -259,9 +289,9 @@ def add_products_by_row(acc, VALUES, SHIFT, BOUNDS, X, walk, columns, residues, 
 @triton.jit
 def add_walk(acc, VALUES, X, TILES, BOUNDS, SHIFTS, SOURCES, walk, slot, rows, columns, num_out, num_values, width,
              WALKS: tl.constexpr, LEFT: tl.constexpr, FULL: tl.constexpr, RIGHT: tl.constexpr, STRIDE: tl.constexpr,
-             TRANSPOSED: tl.constexpr, GUARD: tl.constexpr, RAGGED: tl.constexpr, BLOCK_KV: tl.constexpr,
-             HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr, WIDE: tl.constexpr, FAR: tl.constexpr,
-             PRECISION: tl.constexpr):  # fmt: skip
+             HOP: tl.constexpr, TRANSPOSED: tl.constexpr, GUARD: tl.constexpr, RAGGED: tl.constexpr,
+             BLOCK_KV: tl.constexpr, HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr, WIDE: tl.constexpr,
+             FAR: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
     """Adds what lies along one walk."""
     x0, x1, x2, x3, stop, residue = span(TILES, slot, walk, WALKS)
     lower = bound(BOUNDS, 2 * walk, rows, num_out)
@@ -275,16 +305,16 @@ def add_walk(acc, VALUES, X, TILES, BOUNDS, SHIFTS, SOURCES, walk, slot, rows, c
     lattice = X + residue.to(tl.int64) * HEAD_DIM
     if LEFT != "absent":
         acc = add_products(acc, VALUES, shifts, lattice, at, columns, inside, x0, x1, stop, residue, lower, upper,
-                           width, LEFT, STRIDE, TRANSPOSED, GUARD, RAGGED, BLOCK_KV, HEAD_DIM, WIDTH, WIDE, FAR,
-                           PRECISION)  # fmt: skip
+                           width, LEFT, STRIDE, HOP, TRANSPOSED, GUARD, RAGGED, BLOCK_KV, HEAD_DIM, WIDTH, WIDE,
+                           FAR, PRECISION)  # fmt: skip
     if FULL:
         acc = add_products(acc, VALUES, shifts, lattice, at, columns, inside, x1, x2, stop, residue, lower, upper,
-                           width, "none", STRIDE, TRANSPOSED, GUARD, RAGGED, BLOCK_KV, HEAD_DIM, WIDTH, WIDE, FAR,
-                           PRECISION)  # fmt: skip
+                           width, "none", STRIDE, HOP, TRANSPOSED, GUARD, RAGGED, BLOCK_KV, HEAD_DIM, WIDTH, WIDE,
+                           FAR, PRECISION)  # fmt: skip
     if RIGHT != "absent":
         acc = add_products(acc, VALUES, shifts, lattice, at, columns, inside, x2, x3, stop, residue, lower, upper,
-                           width, RIGHT, STRIDE, TRANSPOSED, GUARD, RAGGED, BLOCK_KV, HEAD_DIM, WIDTH, WIDE, FAR,
-                           PRECISION)  # fmt: skip
+                           width, RIGHT, STRIDE, HOP, TRANSPOSED, GUARD, RAGGED, BLOCK_KV, HEAD_DIM, WIDTH, WIDE,
+                           FAR, PRECISION)  # fmt: skip
     return acc
 
 
@@ -298,8 +328,9 @@ def splat_spmm(VALUES, X, EARLIER, TILES, ROWS, BOUNDS, SHIFTS, SOURCES, num_slo
     """OUT = P X, or P^T X, where P has these values; RESUME: added to EARLIER, of other components.
 
     A program has a tile of OUT's rows, which are columns of the matrix where TRANSPOSED; those lie VALUE_STRIDE apart
-    in the lattice of the values.
+    in the lattice of the values. Not TRANSPOSED, a larger VALUE_STRIDE than STRIDE says that rows are not aligned.
     """
+    HOP: tl.constexpr = 1 if TRANSPOSED else VALUE_STRIDE // STRIDE
     slot, batch, _ = locate(num_slots, 1)
     entry = batch.to(tl.int64)
     if STEP:
@@ -329,11 +360,11 @@ def splat_spmm(VALUES, X, EARLIER, TILES, ROWS, BOUNDS, SHIFTS, SOURCES, num_slo
     elif UNROLL:
         for walk in tl.static_range(WALKS):
             acc = add_walk(acc, values, x, TILES, BOUNDS, SHIFTS, SOURCES, walk, slot, rows, columns, num_out,
-                           num_values, width, WALKS, LEFT, FULL, RIGHT, STRIDE, TRANSPOSED, GUARD, RAGGED, BLOCK_KV,
-                           HEAD_DIM, WIDTH, WIDE, FAR, PRECISION)  # fmt: skip
+                           num_values, width, WALKS, LEFT, FULL, RIGHT, STRIDE, HOP, TRANSPOSED, GUARD, RAGGED,
+                           BLOCK_KV, HEAD_DIM, WIDTH, WIDE, FAR, PRECISION)  # fmt: skip
     else:
         for walk in tl.range(WALKS):
             acc = add_walk(acc, values, x, TILES, BOUNDS, SHIFTS, SOURCES, walk, slot, rows, columns, num_out,
-                           num_values, width, WALKS, LEFT, FULL, RIGHT, STRIDE, TRANSPOSED, GUARD, RAGGED, BLOCK_KV,
-                           HEAD_DIM, WIDTH, WIDE, FAR, PRECISION)  # fmt: skip
+                           num_values, width, WALKS, LEFT, FULL, RIGHT, STRIDE, HOP, TRANSPOSED, GUARD, RAGGED,
+                           BLOCK_KV, HEAD_DIM, WIDTH, WIDE, FAR, PRECISION)  # fmt: skip
     store_rows(OUT + entry * num_out * HEAD_DIM, acc, rows, num_out, HEAD_DIM, HEAD_DIM, WIDTH)
