@@ -18,6 +18,7 @@ from jax.test_util import check_grads
 import splat
 from splat.acsr import ACSR
 from splat.errors import UnsupportedError
+from splat.ops.values import without
 from tests.strategies import Case, cases
 
 Array = np.ndarray[Any, Any]
@@ -179,7 +180,7 @@ class ValuesSuite:
     def test_without(self, off: tuple[str, ...], text: str, rng: np.random.Generator) -> None:
         """The paper's specialisations change no result."""
         acsr = splat.build(splat.parse(text), self.switched_rows)
-        with splat.ops.values.without(*off):
+        with without(*off):
             if self.switches:
                 self.check(acsr, rng, 20)
             else:
