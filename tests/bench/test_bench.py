@@ -95,15 +95,24 @@ def test_csr_holds_the_values(op: str) -> None:
     import scipy.sparse
 
     given = problem(op)
-    indptr, indices, data = given.csr
+    pairs, data = given.pairs, given.data
     for n in range(2):
-        matrix = scipy.sparse.csr_array((data[n], indices, indptr), shape=(64, 64))
+        matrix = scipy.sparse.csr_array((data[n], pairs.column, pairs.indptr), shape=(64, 64))
         assert matrix.has_sorted_indices
         dense = np.zeros((64, 64), np.float32)
         columns, row = given.acsr.columns(), np.arange(64)[:, None]
         keep = given.acsr.has_value()
         dense[np.broadcast_to(row, keep.shape)[keep], columns[keep]] = given.inputs.values[n][keep]
         np.testing.assert_array_equal(matrix.toarray(), dense)
+
+
+def test_what_is_large_goes_and_is_made_again() -> None:
+    given = problem("spmm")
+    before = given.data
+    given.release()
+    assert not {"inputs", "pairs", "data"} & set(vars(given))
+    assert "pairs" not in vars(given.acsr)
+    np.testing.assert_array_equal(given.data, before)
 
 
 def test_block_areas_are_of_blocks_with_a_non_zero() -> None:

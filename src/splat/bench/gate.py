@@ -84,6 +84,6 @@ def _rows_of(problem: Problem, layout: Layout, array: np.ndarray, part: Part) ->
             case Layout.DENSE:
                 yield array[:, row, problem.row(row)[0]]
             case Layout.CSR:
-                yield array[:, problem.csr.indptr[row] : problem.csr.indptr[row + 1]]
+                yield array[:, problem.pairs.indptr[row] : problem.pairs.indptr[row + 1]]
             case _:
                 yield array[:, row]

@@ -11,6 +11,7 @@ import numpy as np
 
 import splat
 from splat.acsr import ACSR
+from splat.acsr.convert import Pairs, make_pairs
 from splat.bench.cases import Case
 from splat.pattern import Pattern
 
@@ -64,14 +65,6 @@ class Inputs(NamedTuple):
     value: np.ndarray
     d_out: np.ndarray
     values: np.ndarray
-
-
-class CSR(NamedTuple):
-    """The non-zeros as SciPy has them, columns ascending; `data` [heads, nnz] are those of `Inputs.values`."""
-
-    indptr: np.ndarray
-    indices: np.ndarray
-    data: np.ndarray
 
 
 @dataclasses.dataclass(frozen=True)
@@ -138,17 +131,22 @@ class Problem:
         return Inputs(query, key, value, d_out, np.where(self.acsr.has_value(), values, np.float32(0)))
 
     @cached_property
-    def csr(self) -> CSR:
-        """O(non-zeros): for peers."""
-        columns, order = _ascending(self.acsr.columns())
-        keep = columns < self.q_len
-        indptr = np.concatenate([[0], np.cumsum(self.acsr.row_nnz, dtype=np.int64)]).astype(np.int32)
+    def pairs(self) -> Pairs:
+        """The non-zeros in the order of CSR, O(non-zeros): for peers. Not the ACSR's own, which outlive the problem."""
+        return make_pairs(self.acsr)
+
+    @cached_property
+    def data(self) -> np.ndarray:
+        """`inputs.values` as CSR has them, float32 [heads, non-zeros]; ones where there are none."""
         values = self.inputs.values
         if not values.size:
-            return CSR(indptr, columns[keep].astype(np.int32), np.ones((self.heads, self.nnz), np.float32))
-        if order is not None:
-            values = np.take_along_axis(values, order[None], axis=2)
-        return CSR(indptr, columns[keep].astype(np.int32), np.ascontiguousarray(values[:, keep]))
+            return np.ones((self.heads, self.nnz), np.float32)
+        return np.ascontiguousarray(values[:, self.pairs.row, self.pairs.slot])
+
+    def release(self) -> None:
+        """Drops what is large. It is made again where it is needed."""
+        for name in ("inputs", "pairs", "data"):
+            self.__dict__.pop(name, None)
 
     def row(self, row: int) -> tuple[np.ndarray, np.ndarray]:
         """(columns, ascending; where the row's values have theirs), of one row."""
@@ -177,12 +175,3 @@ class Problem:
 def task(op: str, dtype: str) -> str:
     """What one table is of: an operation, and the dtype where it is not the usual one."""
     return op if dtype == "float32" else f"{op}, {dtype}"
-
-
-def _ascending(columns: np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
-    """(columns sorted in each row, padding last; their order, None where they were in it)."""
-    columns = np.where(columns < 0, np.int32(2**31 - 1), columns)
-    if bool((columns[:, 1:] >= columns[:, :-1]).all()):
-        return columns, None
-    order = np.argsort(columns, axis=1, kind="stable")
-    return np.take_along_axis(columns, order, axis=1), order

@@ -140,7 +140,6 @@ def run(request: Request, *, tell: Tell, listen: Listener, how: Thoroughness | N
         except Exception as error:
             made = made.with_failure(f"{problem}: {brief(error)}")
         # Arrays and compiled functions of a problem go with it.
-        problem.__dict__.pop("inputs", None)
-        problem.__dict__.pop("csr", None)
+        problem.release()
         listen(made, len(todo))
     return made

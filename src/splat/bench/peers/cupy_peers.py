@@ -12,7 +12,7 @@ def _spmm(problem: Problem) -> Ready:
     import cupy
     import cupyx.scipy.sparse
 
-    indptr, indices, data = (cupy.asarray(x) for x in problem.csr)
+    indptr, indices, data = (cupy.asarray(x) for x in (problem.pairs.indptr, problem.pairs.column, problem.data))
     shape = (problem.q_len, problem.q_len)
     matrices = [cupyx.scipy.sparse.csr_matrix((one, indices, indptr), shape=shape) for one in data]
     value = cupy.asarray(problem.inputs.value)

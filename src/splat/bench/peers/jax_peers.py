@@ -14,9 +14,8 @@ from splat.bench.problem import Problem
 
 def _scattered(problem: Problem) -> np.ndarray:
     """The values as a dense matrix [heads, positions, positions], zeros elsewhere."""
-    indptr, indices, data = problem.csr
     out = np.zeros((problem.heads, problem.q_len, problem.q_len), np.float32)
-    out[:, np.repeat(np.arange(problem.q_len), np.diff(indptr)), indices] = data
+    out[:, problem.pairs.row, problem.pairs.column] = problem.data
     return out
 
 
@@ -56,9 +55,7 @@ def _dense_bytes(problem: Problem) -> float:
 
 
 def _coordinates(problem: Problem) -> np.ndarray:
-    indptr, indices, _ = problem.csr
-    rows = np.repeat(np.arange(problem.q_len, dtype=np.int32), np.diff(indptr))
-    return np.stack([rows, indices], axis=1)
+    return np.stack([problem.pairs.row, problem.pairs.column], axis=1)
 
 
 def _bcoo_sddmm(problem: Problem) -> Ready:
@@ -88,7 +85,7 @@ def _bcoo_spmm(problem: Problem) -> Ready:
 
         return jnp.stack([one(data[n], at, v[n]) for n in range(problem.heads)])
 
-    arrays = (problem.csr.data, _coordinates(problem), problem.inputs.value)
+    arrays = (problem.data, _coordinates(problem), problem.inputs.value)
     return Ready(jitted(all_heads, *arrays), Layout.ROWS, as_numpy)
 
 

@@ -17,15 +17,14 @@ GATHERED, SCORES = 1 << 18, 1 << 20
 def _spmm(problem: Problem) -> Ready:
     import scipy.sparse
 
-    indptr, indices, data = problem.csr
-    shape = (problem.q_len, problem.q_len)
-    matrices = [scipy.sparse.csr_array((one, indices, indptr), shape=shape) for one in data]
+    pairs, shape = problem.pairs, (problem.q_len, problem.q_len)
+    matrices = [scipy.sparse.csr_array((one, pairs.column, pairs.indptr), shape=shape) for one in problem.data]
     value = problem.inputs.value
     return Ready(lambda: np.stack([a @ v for a, v in zip(matrices, value, strict=True)]), Layout.ROWS, as_numpy)
 
 
 def _softmax(problem: Problem) -> Ready:
-    indptr, _, data = problem.csr
+    indptr, data = problem.pairs.indptr, problem.data
     counts = np.diff(indptr)
     if not counts.all():
         raise ValueError("reduceat needs a non-zero in every row")
@@ -51,9 +50,8 @@ def _sddmm(problem: Problem) -> Ready:
 
 
 def _gathered(problem: Problem) -> Any:
-    indptr, indices, _ = problem.csr
+    rows, columns = problem.pairs.row, problem.pairs.column
     query, key, *_ = problem.inputs
-    rows = np.repeat(np.arange(problem.q_len), np.diff(indptr))
     step = max(GATHERED // problem.head_dim, 1)
 
     def call() -> np.ndarray:
@@ -61,25 +59,24 @@ def _gathered(problem: Problem) -> Any:
         for n in range(problem.heads):
             for at in range(0, problem.nnz, step):
                 part = slice(at, at + step)
-                np.einsum("ch,ch->c", query[n, rows[part]], key[n, indices[part]], out=out[n, part])
+                np.einsum("ch,ch->c", query[n, rows[part]], key[n, columns[part]], out=out[n, part])
         return out
 
     return call
 
 
 def _dense_blocks(problem: Problem) -> Any:
-    indptr, indices, _ = problem.csr
-    query, key, *_ = problem.inputs
+    pairs, (query, key, *_) = problem.pairs, problem.inputs
     block = max(SCORES // problem.q_len, 1)
     starts = range(0, problem.q_len, block)
-    local = np.repeat(np.arange(problem.q_len) % block, np.diff(indptr)) * problem.q_len + indices
+    local = pairs.row.astype(np.int64) % block * problem.q_len + pairs.column
 
     def call() -> np.ndarray:
         out = np.empty((problem.heads, problem.nnz), np.float32)
         for n in range(problem.heads):
             transposed = key[n].T
             for at in starts:
-                part = slice(indptr[at], indptr[min(at + block, problem.q_len)])
+                part = slice(pairs.indptr[at], pairs.indptr[min(at + block, problem.q_len)])
                 np.take((query[n, at : at + block] @ transposed).ravel(), local[part], out=out[n, part], mode="clip")
         return out
 

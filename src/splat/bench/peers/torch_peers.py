@@ -110,12 +110,13 @@ def _csr(problem: Problem) -> list[Any]:
     """One CSR matrix a head."""
     import torch
 
-    indptr, indices, data = problem.csr
-    at = _on(problem, indptr.astype(np.int64)), _on(problem, indices.astype(np.int64))
+    at = [_on(problem, x.astype(np.int64)) for x in (problem.pairs.indptr, problem.pairs.column)]
     size = (problem.q_len, problem.q_len)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta")
-        return [torch.sparse_csr_tensor(*at, _on(problem, one), size=size, check_invariants=False) for one in data]
+        return [
+            torch.sparse_csr_tensor(*at, _on(problem, one), size=size, check_invariants=False) for one in problem.data
+        ]
 
 
 def _csr_sddmm(problem: Problem) -> Ready:
