@@ -159,8 +159,8 @@ template <class Facts> struct Backward {
     const bool past_caches = is_past_caches<Scalar, D>(call.d_key, call.batch, call.kv_len, call.num_kv_heads);
     T *const d_key = at<T>(call.d_key, batch, kv_head), *const d_value = at<T>(call.d_value, batch, kv_head);
     for (int n = 0; n < one.count; ++n) {
-      put_row<D>(one.d_key + n * Dp, d_key + (one.from + step * n) * call.d_key.position, past_caches);
-      put_row<D>(one.d_value + n * Dp, d_value + (one.from + step * n) * call.d_value.position, past_caches);
+      put_row<Scalar, D>(one.d_key + n * Dp, d_key + (one.from + step * n) * call.d_key.position, past_caches);
+      put_row<Scalar, D>(one.d_value + n * Dp, d_value + (one.from + step * n) * call.d_value.position, past_caches);
     }
     one.count = 0;
   }

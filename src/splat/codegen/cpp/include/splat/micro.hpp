@@ -23,18 +23,31 @@ constexpr int kBlockColumns = 192;
 constexpr int kMaxVectors = kRegisters == 32 ? 4 : 2;
 template <int NV> constexpr int kRows = kRegisters == 32 ? (NV == 4 ? 6 : NV == 3 ? 8 : NV == 2 ? 12 : 16) : NV == 2 ? 6 : 10;
 
-template <class T, int D, int R, int NV, bool kMax>
-SPLAT_INLINE void scores_micro(const T* walked, const T* lanes, T* out, Vec<T> (&most)[NV]) {
+/// The first operand of a product, [r][k]: at one distance from row to row, and from number to number.
+template <class T> struct Strided {
+  const T* data;
+  int64_t row, step;
+  SPLAT_INLINE T operator()(int r, int k) const { return data[r * row + k * step]; }
+};
+
+/// C[r][lane] (+)= sum_k a(r, k) * b[k][lane], in R rows and NV vectors; see(v, sum) is told of each.
+template <class T, int R, int NV, bool kAdd, class A, class See>
+SPLAT_INLINE void product(const A& a, const T* b, int64_t b_row, int n, T* c, int64_t c_row, See&& see) {
   constexpr int W = kWidth<T>;
-  Vec<T> sum[R][NV] = {};
+  Vec<T> sum[R][NV];
+  SPLAT_UNROLL
+  for (int r = 0; r < R; ++r) {
+    SPLAT_UNROLL
+    for (int v = 0; v < NV; ++v) sum[r][v] = kAdd ? load(c + r * c_row + v * W) : Vec<T>{};
+  }
   SPLAT_UNROLL2
-  for (int d = 0; d < D; ++d) {
+  for (int k = 0; k < n; ++k) {
     Vec<T> lane[NV];
     SPLAT_UNROLL
-    for (int v = 0; v < NV; ++v) lane[v] = load(lanes + d * kLanes + v * W);
+    for (int v = 0; v < NV; ++v) lane[v] = load(b + k * b_row + v * W);
     SPLAT_UNROLL
     for (int r = 0; r < R; ++r) {
-      const T x = walked[r * D + d];
+      const T x = a(r, k);
       SPLAT_UNROLL
       for (int v = 0; v < NV; ++v) sum[r][v] += x * lane[v];
     }
@@ -43,100 +56,56 @@ SPLAT_INLINE void scores_micro(const T* walked, const T* lanes, T* out, Vec<T> (
   for (int r = 0; r < R; ++r) {
     SPLAT_UNROLL
     for (int v = 0; v < NV; ++v) {
-      store(out + r * kLanes + v * W, sum[r][v]);
-      if constexpr (kMax) most[v] = larger<T>(most[v], sum[r][v]);
+      store(c + r * c_row + v * W, sum[r][v]);
+      see(v, sum[r][v]);
     }
   }
+}
+template <class T, int R, int NV, bool kAdd, class A>
+SPLAT_INLINE void product(const A& a, const T* b, int64_t b_row, int n, T* c, int64_t c_row) {
+  product<T, R, NV, kAdd>(a, b, b_row, n, c, c_row, [](int, Vec<T>) SPLAT_INLINED {});
+}
+
+/// Calls body(constant<rows>, first) for `n` rows: as many at a time as fill the registers, then four, then one.
+template <int R, class Body> SPLAT_INLINE void in_rows(int n, Body&& body) {
+  int r = 0;
+  for (; r + R <= n; r += R) body(Constant<R>{}, r);
+  if constexpr (R > 4)
+    for (; r + 4 <= n; r += 4) body(Constant<4>{}, r);
+  for (; r < n; ++r) body(Constant<1>{}, r);
 }
 
 /// `most` becomes the largest score of each lane where `kMax`.
 template <class T, int D, int NV, bool kMax>
 SPLAT_INLINE void scores(const T* walked, const T* lanes, int n, T* out, Vec<T> (&most)[NV]) {
-  constexpr int R = kRows<NV>;
-  int r = 0;
-  for (; r + R <= n; r += R) scores_micro<T, D, R, NV, kMax>(walked + r * D, lanes, out + r * kLanes, most);
-  if constexpr (R > 4)
-    for (; r + 4 <= n; r += 4) scores_micro<T, D, 4, NV, kMax>(walked + r * D, lanes, out + r * kLanes, most);
-  for (; r < n; ++r) scores_micro<T, D, 1, NV, kMax>(walked + r * D, lanes, out + r * kLanes, most);
-}
-
-template <class T, int D, int R, int NV>
-SPLAT_INLINE void accumulate_micro(const T* walked, const T* p, int n, T* out) {
-  constexpr int W = kWidth<T>;
-  Vec<T> sum[R][NV];
-  SPLAT_UNROLL
-  for (int r = 0; r < R; ++r) {
-    SPLAT_UNROLL
-    for (int v = 0; v < NV; ++v) sum[r][v] = load(out + r * kLanes + v * W);
-  }
-  SPLAT_UNROLL2
-  for (int k = 0; k < n; ++k) {
-    Vec<T> lane[NV];
-    SPLAT_UNROLL
-    for (int v = 0; v < NV; ++v) lane[v] = load(p + k * kLanes + v * W);
-    SPLAT_UNROLL
-    for (int r = 0; r < R; ++r) {
-      const T x = walked[k * D + r];
-      SPLAT_UNROLL
-      for (int v = 0; v < NV; ++v) sum[r][v] += x * lane[v];
-    }
-  }
-  SPLAT_UNROLL
-  for (int r = 0; r < R; ++r) {
-    SPLAT_UNROLL
-    for (int v = 0; v < NV; ++v) store(out + r * kLanes + v * W, sum[r][v]);
-  }
+  in_rows<kRows<NV>>(n, [&](auto rows, int r) SPLAT_INLINED {
+    product<T, rows, NV, false>(Strided<T>{walked + r * D, D, 1}, lanes, kLanes, D, out + r * kLanes, kLanes,
+                                [&](int v, Vec<T> sum) SPLAT_INLINED {
+                                  if constexpr (kMax) most[v] = larger<T>(most[v], sum);
+                                });
+  });
 }
 
 template <class T, int D, int NV> SPLAT_INLINE void accumulate(const T* walked, const T* p, int n, T* out) {
   constexpr int R = kRows<NV>, rest = D % R;
   int d = 0;
-  for (; d + R <= D; d += R) accumulate_micro<T, D, R, NV>(walked + d, p, n, out + d * kLanes);
-  if constexpr (rest > 0) accumulate_micro<T, D, rest, NV>(walked + d, p, n, out + d * kLanes);
-}
-
-template <class T, int R, int NV>
-SPLAT_INLINE void spread_micro(const T* p, int lanes, const T* rows, int64_t row, T* out, int64_t out_row) {
-  constexpr int W = kWidth<T>;
-  Vec<T> sum[R][NV];
-  SPLAT_UNROLL
-  for (int r = 0; r < R; ++r) {
-    SPLAT_UNROLL
-    for (int v = 0; v < NV; ++v) sum[r][v] = load(out + r * out_row + v * W);
-  }
-  for (int i = 0; i < lanes; ++i) {
-    Vec<T> part[NV];
-    SPLAT_UNROLL
-    for (int v = 0; v < NV; ++v) part[v] = load(rows + i * row + v * W);
-    SPLAT_UNROLL
-    for (int r = 0; r < R; ++r) {
-      const T x = p[r * kLanes + i];
-      SPLAT_UNROLL
-      for (int v = 0; v < NV; ++v) sum[r][v] += x * part[v];
-    }
-  }
-  SPLAT_UNROLL
-  for (int r = 0; r < R; ++r) {
-    SPLAT_UNROLL
-    for (int v = 0; v < NV; ++v) store(out + r * out_row + v * W, sum[r][v]);
-  }
-}
-
-template <class T, int D, int NV>
-SPLAT_INLINE void spread_columns(const T* p, int n, int lanes, const T* rows, T* out, int64_t out_row) {
-  constexpr int R = kRows<NV>;
-  int k = 0;
-  for (; k + R <= n; k += R) spread_micro<T, R, NV>(p + k * kLanes, lanes, rows, D, out + k * out_row, out_row);
-  if constexpr (R > 4)
-    for (; k + 4 <= n; k += 4) spread_micro<T, 4, NV>(p + k * kLanes, lanes, rows, D, out + k * out_row, out_row);
-  for (; k < n; ++k) spread_micro<T, 1, NV>(p + k * kLanes, lanes, rows, D, out + k * out_row, out_row);
+  for (; d + R <= D; d += R)
+    product<T, R, NV, true>(Strided<T>{walked + d, 1, D}, p, kLanes, n, out + d * kLanes, kLanes);
+  if constexpr (rest > 0)
+    product<T, rest, NV, true>(Strided<T>{walked + d, 1, D}, p, kLanes, n, out + d * kLanes, kLanes);
 }
 
 /// D is a multiple of the vectors' width.
 template <class T, int D> SPLAT_INLINE void spread(const T* p, int n, int lanes, const T* rows, T* out, int64_t out_row) {
   constexpr int W = kWidth<T>, NV = kMaxVectors, whole = D / (NV * W) * (NV * W), rest = (D - whole) / W;
-  for (int d = 0; d < whole; d += NV * W) spread_columns<T, D, NV>(p, n, lanes, rows + d, out + d, out_row);
-  if constexpr (rest > 0) spread_columns<T, D, rest>(p, n, lanes, rows + whole, out + whole, out_row);
+  auto columns = [&](auto vectors, int d) SPLAT_INLINED {
+    in_rows<kRows<vectors>>(n, [&](auto some, int k) SPLAT_INLINED {
+      product<T, some, vectors, true>(Strided<T>{p + k * kLanes, kLanes, 1}, rows + d, D, lanes, out + k * out_row + d,
+                                      out_row);
+    });
+  };
+  for (int d = 0; d < whole; d += NV * W) columns(Constant<NV>{}, d);
+  if constexpr (rest > 0) columns(Constant<rest>{}, whole);
 }
 
 }  // namespace splat

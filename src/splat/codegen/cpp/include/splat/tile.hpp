@@ -65,15 +65,21 @@ SPLAT_INLINE bool is_past_caches(const Array& array, int64_t batch, int64_t posi
 #endif
 }
 
-/// A row of a result, from the compute type, where that is its own.
-template <int D, class T> SPLAT_INLINE void put_row(const T* from, T* to, bool past_caches) {
+/// A vector of a result; `past_caches` as `is_past_caches` says.
+template <class Scalar> SPLAT_INLINE void store_result(Scalar* to, Vec<Compute<Scalar>> v, bool past_caches) {
 #ifdef SPLAT_AVX512
-  if (past_caches) {
-    for (int d = 0; d < D; d += kWidth<T>) store_past_caches(to + d, load(from + d));
-    return;
-  }
+  if constexpr (sizeof(Scalar) == sizeof(Compute<Scalar>))
+    if (past_caches) return store_past_caches(to, v);
 #endif
-  memcpy(to, from, D * sizeof(T));
+  store_as<Scalar>(to, v);
+}
+
+/// A row of a result.
+template <class Scalar, int D>
+SPLAT_INLINE void put_row(const Compute<Scalar>* from, Scalar* to, bool past_caches) {
+  constexpr int W = kWidth<Compute<Scalar>>, whole = D / W * W;
+  for (int d = 0; d < whole; d += W) store_result<Scalar>(to + d, load(from + d), past_caches);
+  for (int d = whole; d < D; ++d) to[d] = from_compute<Scalar>(from[d]);
 }
 
 /// array[row of the lane][d] = lanes[d][lane] * factor[lane]; lanes without a row are left out.
@@ -82,13 +88,6 @@ SPLAT_INLINE void lanes_to_rows(const Compute<Scalar>* lanes, const Compute<Scal
                                 Scalar* to, int64_t position, bool past_caches) {
   using T = Compute<Scalar>;
   constexpr int W = kWidth<T>, whole = D / W * W;
-  auto put = [&](Scalar* at, Vec<T> v) {
-#ifdef SPLAT_AVX512
-    if constexpr (sizeof(Scalar) == sizeof(T))
-      if (past_caches) return store_past_caches(at, v);
-#endif
-    store_as<Scalar>(at, v);
-  };
   for (int lane = 0; lane < kLanes; lane += W) {
     const Vec<T> times = load(factor + lane);
     for (int d = 0; d < whole; d += W) {
@@ -98,7 +97,7 @@ SPLAT_INLINE void lanes_to_rows(const Compute<Scalar>* lanes, const Compute<Scal
       transpose<T>(square);
       SPLAT_UNROLL
       for (int n = 0; n < W; ++n)
-        if (rows.at[lane + n] >= 0) put(to + rows.at[lane + n] * position + d, square[n]);
+        if (rows.at[lane + n] >= 0) store_result<Scalar>(to + rows.at[lane + n] * position + d, square[n], past_caches);
     }
     for (int d = whole; d < D; ++d)
       for (int n = 0; n < W; ++n)

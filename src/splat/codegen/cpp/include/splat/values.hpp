@@ -50,45 +50,11 @@ struct ValuesCall {
   Savings savings;
 };
 
-/// The first operand of a product, [r][k]: at one distance from row to row, or each row where it is.
-template <class T> struct Strided {
-  const T* data;
-  int64_t row, step;
-  SPLAT_INLINE T operator()(int r, int k) const { return data[r * row + k * step]; }
-};
+/// The first operand of a product, [r][k], each row where it is.
 template <class T, int R> struct InPlace {
   const T* row[R];
   SPLAT_INLINE T operator()(int r, int k) const { return row[r][k]; }
 };
-
-/// C[r][lane] (+)= sum_k a(r, k) * b[k][lane], in R rows and NV vectors.
-template <class T, int R, int NV, bool kAdd, class A>
-SPLAT_INLINE void product(const A& a, const T* b, int64_t b_row, int n, T* c, int64_t c_row) {
-  constexpr int W = kWidth<T>;
-  Vec<T> sum[R][NV];
-  SPLAT_UNROLL
-  for (int r = 0; r < R; ++r) {
-    SPLAT_UNROLL
-    for (int v = 0; v < NV; ++v) sum[r][v] = kAdd ? load(c + r * c_row + v * W) : Vec<T>{};
-  }
-  SPLAT_UNROLL2
-  for (int k = 0; k < n; ++k, b += b_row) {
-    Vec<T> lane[NV];
-    SPLAT_UNROLL
-    for (int v = 0; v < NV; ++v) lane[v] = load(b + v * W);
-    SPLAT_UNROLL
-    for (int r = 0; r < R; ++r) {
-      const T x = a(r, k);
-      SPLAT_UNROLL
-      for (int v = 0; v < NV; ++v) sum[r][v] += x * lane[v];
-    }
-  }
-  SPLAT_UNROLL
-  for (int r = 0; r < R; ++r) {
-    SPLAT_UNROLL
-    for (int v = 0; v < NV; ++v) store(c + r * c_row + v * W, sum[r][v]);
-  }
-}
 
 template <class Facts> struct Values {
   using Scalar = typename Facts::Scalar;
@@ -313,13 +279,7 @@ template <class Facts> struct Values {
         if (x2 < end) edge(x2, end);
       }
     });
-    for (int n = 0; n < rows.num_rows; ++n) put(memory.c + n * Dp, out + rows.row[n] * (int64_t)D);
-  }
-
-  SPLAT_INLINE static void put(const T* from, Scalar* to) {
-    constexpr int whole = D / W * W;
-    for (int d = 0; d < whole; d += W) store_as<Scalar>(to + d, load(from + d));
-    for (int d = whole; d < D; ++d) to[d] = from_compute<Scalar>(from[d]);
+    for (int n = 0; n < rows.num_rows; ++n) put_row<Scalar, D>(memory.c + n * Dp, out + rows.row[n] * (int64_t)D, false);
   }
 
   // -- its transpose -------------------------------------------------------------------------------------------------
@@ -354,7 +314,7 @@ template <class Facts> struct Values {
                        memory.c + (x - from) * Dp);
       }
     }
-    for (int n = 0; n < to - from; ++n) put(memory.c + n * Dp, out + column(n) * D);
+    for (int n = 0; n < to - from; ++n) put_row<Scalar, D>(memory.c + n * Dp, out + column(n) * D, false);
   }
 
   /// For every block of columns of every group, the rows of `order` from the first to the last that have some of them.

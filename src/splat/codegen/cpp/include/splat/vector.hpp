@@ -7,7 +7,8 @@
 #if !defined(__clang__)
 #pragma GCC diagnostic ignored "-Wpsabi"
 #endif
-#define SPLAT_INLINE inline __attribute__((always_inline))
+#define SPLAT_INLINED __attribute__((always_inline))  // of a lambda
+#define SPLAT_INLINE inline SPLAT_INLINED
 #define SPLAT_UNROLL _Pragma("GCC unroll 32")
 #define SPLAT_UNROLL2 _Pragma("GCC unroll 2")
 
@@ -23,6 +24,11 @@ constexpr int kVectorBytes = 16, kRegisters = 32;
 #else
 constexpr int kVectorBytes = 16, kRegisters = 16;
 #endif
+
+/// A number that functions are specialised for.
+template <int N> struct Constant {
+  constexpr operator int() const { return N; }
+};
 
 struct bfloat16 { uint16_t bits; };
 struct float16 { uint16_t bits; };
