@@ -84,6 +84,13 @@ def test_emit(run, tmp_path: Path) -> None:
     assert out.read_text(encoding="utf-8").strip() == text.strip()
 
 
+def test_emit_of_an_operation_on_values(run) -> None:
+    text = run("emit", "window(8)", "--q-len", "64", "--target", "cpp", "--kernel", "sddmm", "--head-dim", "16")
+    assert "SPLAT_VALUES_KERNEL(sddmm, Facts)" in text
+    assert "head_dim = 16;" in text
+    assert "spmm_transposed" in run("emit", "--help")
+
+
 @pytest.mark.parametrize(
     ("args", "message"),
     [
@@ -93,6 +100,7 @@ def test_emit(run, tmp_path: Path) -> None:
         (["plan", "causal()", "--implementation", "fast"], "implementation must be None or one of"),
         (["plan", "causal()", "--dtype", "int8"], "not int8"),
         (["emit", "causal()", "--target", "fortran"], "target must be one of"),
+        (["emit", "causal()", "--kernel", "sddmm", "--scale", "2"], "which has no scale"),
         (["show", "causal()", "--q-len", "-3"], "q_len must be in"),
         (["show", "causal()", "--out", "/no/such/folder/p.png"], "--out must lie in a folder that exists"),
         (["demo", "--out", "/"], "--out must name a file"),

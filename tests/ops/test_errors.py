@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.util
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -297,13 +299,54 @@ def test_emit_is_text_of_the_program() -> None:
         (dict(target="triton", head_dim=512), UnsupportedError, "serves head dims up to 256, not 512"),
         (dict(target="ptx", arch="sm_75"), ArgumentError, "arch must be one of 'gfx942', 'sm_100', 'sm_80', 'sm_90',"),
         (dict(target="ptx", arch="sm_90", device="a100"), ArgumentError, "device and arch name the same thing"),
-        (dict(target="xla", kernel="dq"), ArgumentError, "kernel must be 'forward' for target 'xla'"),
+        (dict(target="xla", kernel="dq"), ArgumentError, "kernel must be 'forward' for target 'xla', or one of sddmm,"),
+        (dict(target="triton", kernel="bwd"), ArgumentError, "sddmm, softmax, spmm, spmm_transposed, but 'bwd' was"),
+        (dict(kernel="sddmm", scale=0.5, block_q=64), ArgumentError, "an operation on values, which has no scale, blo"),
+        (dict(kernel="spmm", head_dim=0), ArgumentError, "head_dim must be in"),
+        (dict(target="cpp", kernel="sddmm", device="h100"), UnsupportedError, "the cpp implementation is for CPUs"),
+        (dict(target="triton", kernel="spmm", dtype="float64"), UnsupportedError, "serves float32, bfloat16, float16,"),
+        (dict(kernel="spmm", query_offset=jnp.int32(3)), UnsupportedError, "whose matrix is static, but this pattern"),
+        (dict(kernel="spmm", query_offset=-99), ArgumentError, "no pair, so that there is no kernel 'spmm'"),
     ],
 )
 def test_emit_refuses(arguments: dict[str, Any], error: type[SplatError], message: str) -> None:
     with pytest.raises(error) as caught:
         splat.emit("causal()", 32, **arguments)
     assert message in str(caught.value)
+
+
+@pytest.mark.parametrize("kernel", ["sddmm", "softmax", "spmm", "spmm_transposed"])
+def test_emit_of_operations_on_values(kernel: str) -> None:
+    def text(target: str, **arguments: Any) -> str:
+        return splat.emit("window(8)", 64, 80, target=target, kernel=kernel, num_q_heads=4, head_dim=16, **arguments)
+
+    shlo = text("xla", batch=2)
+    of_values, rows, columns = "tensor<8x64x17xf32>", "tensor<8x64x16xf32>", "tensor<8x80x16xf32>"
+    signature = {
+        "sddmm": (rows, columns, of_values), "softmax": (of_values, of_values), "spmm": (of_values, columns, rows),
+        "spmm_transposed": (of_values, rows, columns),
+    }  # fmt: skip
+    main = next(line for line in shlo.splitlines() if "@main" in line)
+    assert tuple(re.findall(r"tensor<[^>]*>", main)) == signature[kernel]
+
+    cpp = text("cpp", dtype="bfloat16")
+    assert f"SPLAT_VALUES_KERNEL({kernel}, Facts)" in cpp
+    assert f"using Scalar = {'float' if kernel == 'softmax' else 'bfloat16'};" in cpp
+
+    if importlib.util.find_spec("triton"):
+        triton = text("triton", arch="sm_80", dtype="bf16", batch=2)
+        assert triton.startswith(f"# splat {splat.__version__}: Triton kernels of {kernel}\n# ACSR 64 x 80")
+        assert f"def splat_{kernel.removesuffix('_transposed')}(" in triton
+
+
+def test_emit_compiles_operations_on_values() -> None:
+    """Every launch of one: here of two components."""
+    pytest.importorskip("triton", reason="triton is not installed: nothing to compile with")
+    text = splat.emit(
+        "causal() & (window(99) | strided(200))", 1024, 1000, target="ptx", kernel="spmm", dtype="bfloat16"
+    )
+    assert text.count("splat_spmm for sm_90: ") == 2
+    assert "wgmma" in text.splitlines()[1]
 
 
 @pytest.mark.parametrize(("arch", "instruction"), [("sm_90", "wgmma"), ("gfx942", "mfma")])

@@ -31,7 +31,10 @@ def command(
     ] = None,
     kernel: Annotated[
         str | None,
-        typer.Option(help="One kernel: fwd, dq, dkdv, delta, merge or sum; all where not given, for ptx fwd."),
+        typer.Option(
+            help="One kernel: fwd, dq, dkdv, delta, merge or sum; all where not given, for ptx fwd. Or an operation "
+            "on values: sddmm, softmax, spmm or spmm_transposed."
+        ),
     ] = None,
     block_q: options.BlockQ = None,
     block_kv: options.BlockKV = None,

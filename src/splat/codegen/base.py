@@ -70,6 +70,9 @@ class How:
         return self.spans and self.posets and self.alignment
 
 
+#: The operations on values, by their methods' names.
+OPERATIONS = ("sddmm", "softmax", "spmm", "spmm_transposed")
+
 #: What operations do where nothing is said.
 USUAL = How()
 

@@ -6,7 +6,9 @@ import dataclasses
 from typing import Any
 
 from splat.codegen import NAMES, Options, Request, choose, load, refusals
+from splat.codegen.base import OPERATIONS
 from splat.errors import ArgumentError
+from splat.ops.emit_values import emit_values
 from splat.pattern import Pattern, parse
 from splat.planning import TARGETS, Candidate, Plan, Problem, cost_model, find, make_plan, predict_ms, schedule
 
@@ -81,13 +83,22 @@ def emit(
       device: what it is planned for (`plan`'s `target`); "cpu" for xla and "h100" for GPU kernels where not given.
       arch: the same by architecture: "sm_80", "sm_90", "sm_100" or "gfx942".
       kernel: one kernel of it: "forward", "d_query", "d_key_value", "delta", "merge" or "sum"; all where not given, for
-        "ptx" the forward.
+        "ptx" the forward. Or an operation on values of the pattern's matrix, of all heads of the batch: "sddmm",
+        "softmax", "spmm" or "spmm_transposed".
 
     Other arguments are those of `plan`.
+
+    Raises:
+      ArgumentError, PatternError: a bad argument; UnsupportedError: the target cannot serve it.
     """
     if target not in (*NAMES, PTX):
         raise ArgumentError(f"target must be one of {', '.join(map(repr, (*NAMES, PTX)))}, but {target!r} was given")
     name = "triton" if target == PTX else target
+    if kernel in OPERATIONS:
+        problem, offset = _values_problem(
+            pattern, q_len, kv_len, kernel=kernel, scale=scale, logits_soft_cap=logits_soft_cap, **kwargs
+        )
+        return emit_values(target, kernel, problem, offset, _device(name, device, arch))
     implementation = load(name)
     made = plan(pattern, q_len, kv_len, implementation=name, target=_device(name, device, arch), **kwargs)
     default = made.problem.head_dim**-0.5
@@ -95,6 +106,18 @@ def emit(
     return (
         implementation.assembly(made, options, kernel) if target == PTX else implementation.emit(made, options, kernel)
     )
+
+
+def _values_problem(
+    pattern: Pattern | str, q_len: int, kv_len: int | None, *, kernel: str, head_dim: int = 64, num_q_heads: int = 1,
+    batch: int = 1, dtype: Any = "float32", query_offset: Any = 0, **others: Any,
+) -> tuple[Problem, Any]:  # fmt: skip
+    """What an operation on values is emitted for, and its query offset."""
+    if given := [name for name, value in others.items() if value is not None]:
+        raise ArgumentError(f"kernel {kernel!r} is an operation on values, which has no {', '.join(given)}.")
+    pattern = parse(pattern) if isinstance(pattern, str) else pattern
+    kv_len = q_len if kv_len is None else kv_len
+    return Problem(pattern, q_len, kv_len, head_dim, num_q_heads, num_q_heads, batch, _dtype_name(dtype)), query_offset
 
 
 #: The target that is no generator's name.

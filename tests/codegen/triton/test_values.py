@@ -339,7 +339,7 @@ def test_tiles_fit_strided_patterns() -> None:
 def test_source() -> None:
     acsr = splat.build(splat.parse(SEVERAL), 64)
     text = values.source(acsr, "spmm", arch="sm_90")
-    assert text.startswith("# spmm\n# ACSR 64 x 64, 3 components")
+    assert text.startswith(f"# splat {splat.__version__}: Triton kernels of spmm\n# ACSR 64 x 64, 3 components")
     assert [text.count(f" STRIDE={stride},") for stride in (1, 4)] == [1, 1]
     assert "def splat_spmm(" in text
     assert "def add_products(" in text

@@ -15,7 +15,7 @@ from splat.codegen.base import USUAL, How, Options, Request
 from splat.codegen.devices import compute_capability, device_target, nearest_target
 from splat.codegen.triton import bind_jax, interpret, record
 from splat.codegen.triton.lower import PassSpec, Tables, lower
-from splat.codegen.triton.offline import Failure, Job, compile_all
+from splat.codegen.triton.offline import Job
 from splat.codegen.triton.offline_model import ARCHITECTURES
 from splat.codegen.triton.program import UNKNOWN, Binding, Passes, Program, Sizes, guards_of, passes_of
 from splat.codegen.triton.values import Operations
@@ -114,10 +114,7 @@ class TritonImplementation:
         return "\n\n".join(["\n".join(lines), *(facts + source for source, facts in texts.items())])
 
     def assembly(self, plan: Plan, options: Options, kernel: str | None = None) -> str:
-        """PTX (AMDGCN for AMD targets) of one kernel, the forward where none is named, with what it needs to run.
-
-        Compiled in a process of its own, without a GPU. Raises UnsupportedError with the compiler's message.
-        """
+        """See `record.assembly`: of one kernel, the forward where none is named."""
         arch = find(plan.target).arch
         if arch not in ARCHITECTURES:
             raise ArgumentError(
@@ -128,18 +125,7 @@ class TritonImplementation:
             "logits_soft_cap": options.logits_soft_cap, "descriptors": True,
         }  # fmt: skip
         record.planned(**arguments)  # a wrong name is said here
-        (made,) = compile_all([Job("splat.codegen.triton.record:planned", arguments, arch)])
-        if isinstance(made, Failure):
-            raise UnsupportedError(f"{made.name} does not compile for {arch}: {made.message}")
-        counts = [f"{count} {name}" for name, count in (made.tensor_core | made.copies).items() if count]
-        facts = [
-            f"{made.name} for {arch}: {made.registers} registers, {made.spilled_bytes} bytes spilled, "
-            f"{made.shared_bytes:,} bytes of shared memory, {made.num_warps} warps, {', '.join(counts)}",
-            *made.problems(),
-        ]
-        mark = ";" if arch.startswith("gfx") else "//"
-        lines = [f"{mark} splat {__version__}", *(f"{mark} {line}" for line in [*facts, *str(plan).splitlines()])]
-        return "\n".join([*lines, "", made.assembly])
+        return record.assembly(Job("splat.codegen.triton.record:planned", arguments, arch), str(plan))
 
 
 IMPLEMENTATION = TritonImplementation()

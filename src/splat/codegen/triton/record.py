@@ -7,10 +7,12 @@ from typing import Any
 
 import numpy as np
 
-from splat.codegen.base import Options
+from splat import __version__
+from splat.codegen.base import OPERATIONS, Options
 from splat.codegen.triton.launch import Launch, Output
+from splat.codegen.triton.offline import Failure, Job, compile_all
 from splat.codegen.triton.program import Binding, Program, Sizes, guards_of, passes_of
-from splat.errors import ArgumentError
+from splat.errors import ArgumentError, UnsupportedError
 from splat.pattern import parse
 from splat.planning import TARGETS, Plan, Problem, find, make_plan
 
@@ -34,7 +36,9 @@ def select(made: list[Launch], kernel: str | None) -> list[Launch]:
         return made
     name = SHORT.get(kernel, kernel)
     if name not in NAMES:
-        raise ArgumentError(f"kernel must be one of {', '.join([*NAMES, *SHORT])}, but {kernel!r} was given")
+        raise ArgumentError(
+            f"kernel must be one of {', '.join([*NAMES, *SHORT, *OPERATIONS])}, but {kernel!r} was given"
+        )
     found = [launch for launch in made if launch.kernel.name == NAMES[name]]
     if not found:
         raise ArgumentError(f"this plan launches no kernel {kernel!r}. Leave kernel out to see what it launches.")
@@ -84,6 +88,25 @@ def planned(*, plan: str, kernel: str, scale: float, logits_soft_cap: float | No
     """The first launch of a kernel by a plan written as JSON: for compiling it in another process."""
     options = Options(scale, logits_soft_cap)
     return select(launches(Plan.from_json(plan), options, descriptors=descriptors), kernel)[0]
+
+
+def assembly(job: Job, about: str, *, needs_tensor_core: bool = True) -> str:
+    """PTX (AMDGCN for AMD) of a kernel, headed by what it needs to run, its problems, and `about`.
+
+    Compiled in a process of its own, without a GPU. Raises UnsupportedError with the compiler's message.
+    """
+    (made,) = compile_all([job])
+    if isinstance(made, Failure):
+        raise UnsupportedError(f"{made.name} does not compile for {made.arch}: {made.message}")
+    counts = [f"{count} {name}" for name, count in (made.tensor_core | made.copies).items() if count]
+    facts = [
+        f"{made.name} for {made.arch}: {made.registers} registers, {made.spilled_bytes} bytes spilled, "
+        + ", ".join([f"{made.shared_bytes:,} bytes of shared memory", f"{made.num_warps} warps", *counts]),
+        *made.problems(needs_tensor_core=needs_tensor_core),
+    ]
+    mark = ";" if made.arch.startswith("gfx") else "//"
+    lines = [f"{mark} splat {__version__}", *(f"{mark} {line}" for line in [*facts, *about.splitlines()])]
+    return "\n".join([*lines, "", made.assembly])
 
 
 def strides(array: Any) -> tuple[int, int, int]:

@@ -14,10 +14,14 @@ from typing import Any
 
 import numpy as np
 
+from splat import __version__
 from splat.acsr import ACSR, build
-from splat.codegen.base import USUAL, How
+from splat.codegen.base import OPERATIONS, USUAL, How
+from splat.codegen.triton import record
 from splat.codegen.triton.kernels import values as kernels
 from splat.codegen.triton.launch import Kernel, Launch, Launcher, Output
+from splat.codegen.triton.offline import Job
+from splat.codegen.triton.offline_model import ARCHITECTURES
 from splat.codegen.triton.values_lower import Spmm, has_holes, lower_sddmm, lower_spmm
 from splat.codegen.triton.values_tiles import Phases
 from splat.errors import ArgumentError, UnsupportedError
@@ -26,8 +30,6 @@ from splat.pattern.core import ceil_div
 from splat.planning.kernels import DTYPES, INTERPRETER, MAX_HEAD_DIM, KernelConfig
 
 Array = Any
-
-OPERATIONS = ("sddmm", "softmax", "spmm", "spmm_transposed")
 
 _C = KernelConfig
 
@@ -237,9 +239,12 @@ def launches(
     return made
 
 
-def sample(operation: str, pattern: str, length: int = 8192, **sizes: Any) -> Launch:
-    """An operation's last launch, for compiling it in another process; arguments as `launches`."""
-    return launches(build(parse(pattern), length, length), operation, **sizes)[-1]
+def sample(
+    operation: str, pattern: str, length: int = 8192, kv_length: int | None = None, query_offset: int = 0,
+    number: int = -1, **sizes: Any,
+) -> Launch:  # fmt: skip
+    """An operation's launch of a number, for compiling it in another process; arguments as `launches`."""
+    return launches(build(parse(pattern), length, kv_length, query_offset), operation, **sizes)[number]
 
 
 def source(acsr: ACSR, operation: str, **sizes: Any) -> str:
@@ -249,9 +254,27 @@ def source(acsr: ACSR, operation: str, **sizes: Any) -> str:
         used = ", ".join(f"{name}={value}" for name, value in one.constants.items())
         facts = f"# {one.programs} programs, {one.num_warps} warps, {one.num_stages} stages: {used}\n"
         texts[one.kernel.source] = texts.get(one.kernel.source, "") + facts
-    about = "".join(f"# {line}\n" for line in [operation, *str(acsr).splitlines()])
+    lines = [f"splat {__version__}: Triton kernels of {operation}", *str(acsr).splitlines()]
+    about = "".join(f"# {line}\n" for line in lines)
     library = inspect.getsource(kernels)
     return about + "".join(texts.values()) + "\n" + library
 
 
-__all__ = ["OPERATIONS", "Operations", "configs_of", "launches", "sample", "source"]
+def assembly(
+    operation: str, pattern: str, q_len: int, kv_len: int, query_offset: int, *, arch: str, dtype: str, **sizes: Any
+) -> str:
+    """What a device's own compiler makes of an operation's launches, one after the other; arguments as `launches`."""
+    if arch not in ARCHITECTURES:
+        raise ArgumentError(f"PTX is made for GPUs ({', '.join(ARCHITECTURES)}), but {arch!r} was given.")
+    acsr = build(parse(pattern), q_len, kv_len, query_offset)
+    sizes |= dict(arch=arch, dtype=dtype)
+    named = dict(operation=operation, pattern=pattern, length=q_len, kv_length=kv_len, query_offset=query_offset)
+    jobs = [
+        Job("splat.codegen.triton.values:sample", dict(named, number=n, **sizes), arch)
+        for n in range(len(launches(acsr, operation, **sizes)))
+    ]
+    needs = operation != "softmax" and (dtype != "float32" or arch.startswith("gfx"))
+    return "\n\n".join(record.assembly(job, f"{operation}\n{acsr}", needs_tensor_core=needs) for job in jobs)
+
+
+__all__ = ["OPERATIONS", "Operations", "assembly", "configs_of", "launches", "sample", "source"]

@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from splat.codegen.base import Options, Request
+from splat.codegen.base import OPERATIONS, Options, Request
 from splat.codegen.devices import device_target
 from splat.codegen.xla import kernels, values
 from splat.codegen.xla.tables import PassSpec, Tables, lower
@@ -78,7 +78,10 @@ class XlaImplementation:
     def emit(self, plan: Plan, options: Options, kernel: str | None = None) -> str:
         """StableHLO of the forward, as text."""
         if kernel not in (None, "forward"):
-            raise ArgumentError(f"kernel must be 'forward' for target 'xla', but {kernel!r} was given")
+            wanted = ", ".join(OPERATIONS)
+            raise ArgumentError(
+                f"kernel must be 'forward' for target 'xla', or one of {wanted} (on values), but {kernel!r} was given"
+            )
         p = plan.problem
         q = jax.ShapeDtypeStruct((p.batch, p.q_len, p.num_q_heads, p.head_dim), p.dtype)
         k = jax.ShapeDtypeStruct((p.batch, p.kv_len, p.num_kv_heads, p.head_dim), p.dtype)
