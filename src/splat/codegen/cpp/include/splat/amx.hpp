@@ -1,7 +1,7 @@
 // Intel's matrix tiles for bfloat16: registers of 16 rows of 64 bytes, C[16][16] += A[16][32] B[32][16].
 //
-// B's rows are pairs: element [i][lane] holds two numbers, of k = 2 i and 2 i + 1. Pairs may be any two as long as A has
-// them in the same order; walked rows are paired as (r, 16 + r).
+// B's rows are pairs: element [i][lane] holds two numbers, of k = 2 i and 2 i + 1. Pairs may be any two as long as A
+// has them in the same order; walked rows are paired as (r, 16 + r).
 //
 // Written with assembly, because gcc 12's intrinsics do not say which memory they read and write.
 #pragma once

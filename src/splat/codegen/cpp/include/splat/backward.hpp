@@ -18,9 +18,9 @@ template <class Facts> struct Backward {
   static constexpr int kTiles = within(1, (640 << 10) / ((3 * D + 2 * Dp) * kLanes * (int)sizeof(T)), 16);
   static constexpr int kSlots = 14;
 
-  /// Row tiles of a unit: as many as leave room in the second-level cache for all columns that they have, of `width` each,
-  /// so that every row of K and V is read once, and of dK and dV written once. Where they are too many for that, each
-  /// unit reads and writes them all, and has as many tiles as there may be.
+  /// Row tiles of a unit: as many as leave room in the second-level cache for all columns that they have, of `width`
+  /// each, so that every row of K and V is read once, and of dK and dV written once. Where they are too many for that,
+  /// each unit reads and writes them all, and has as many tiles as there may be.
   static int64_t tiles_for(int64_t width) {
     for (int64_t n = kTiles; n > 1; --n) {
       const int64_t slots = ceil_div(n * kLanes + width, kChunk) + 1;
@@ -65,7 +65,9 @@ template <class Facts> struct Backward {
     clear(call.kv_len);
   }
 
-  void start(int64_t batch_, int64_t kv_head_, int64_t q_head_) { batch = batch_, kv_head = kv_head_, q_head = q_head_; }
+  void start(int64_t batch_, int64_t kv_head_, int64_t q_head_) {
+    batch = batch_, kv_head = kv_head_, q_head = q_head_;
+  }
   int walked_heads() const { return 1; }
   template <int kStride> int chunk() const { return kChunk; }
 

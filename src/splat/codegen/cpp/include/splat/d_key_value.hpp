@@ -18,7 +18,8 @@ template <class Facts> struct DKeyValue {
   };
   struct Scratch {
     State tiles[kTiles];
-    alignas(64) T query[kChunk * D], d_out[kChunk * D], base[kChunk], delta[kChunk], p[kBlockColumns * kLanes], ds[kBlockColumns * kLanes];
+    alignas(64) T query[kChunk * D], d_out[kChunk * D], base[kChunk], delta[kChunk];
+    alignas(64) T p[kBlockColumns * kLanes], ds[kBlockColumns * kLanes];
   };
 
   const Call& call;

@@ -28,7 +28,9 @@ template <class Facts> struct DQuery {
   int64_t batch, kv_head, q_head;
   const T *key, *value;
 
-  void start(int64_t batch_, int64_t kv_head_, int64_t q_head_) { batch = batch_, kv_head = kv_head_, q_head = q_head_; }
+  void start(int64_t batch_, int64_t kv_head_, int64_t q_head_) {
+    batch = batch_, kv_head = kv_head_, q_head = q_head_;
+  }
   int walked_heads() const { return 1; }
   template <int kStride> int chunk() const {
     return kStride == 1 && is_packed<Scalar, D>(call.key) && is_packed<Scalar, D>(call.value) ? kAllRows : kChunk;

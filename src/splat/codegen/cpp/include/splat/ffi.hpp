@@ -6,8 +6,8 @@
 //   d_key_value   the same                                                                  d_key, d_value
 //   backward      those of d_query                                                          d_query, d_key, d_value
 //
-// Arrays are [batch, position, head, head_dim] of the kernel's type, row-major; lse and d_lse [batch, position, head] of
-// its compute type; kv_lengths int32 [batch]; tables as call.hpp says. Attributes: scale and soft_cap, float64.
+// Arrays are [batch, position, head, head_dim] of the kernel's type, row-major; lse and d_lse [batch, position, head]
+// of its compute type; kv_lengths int32 [batch]; tables as call.hpp says. Attributes: scale and soft_cap, float64.
 #pragma once
 #include <string.h>
 #if defined(__linux__)

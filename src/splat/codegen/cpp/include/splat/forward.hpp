@@ -31,7 +31,9 @@ template <class Facts> struct Forward {
   int64_t batch, kv_head, q_head;
   const T *key, *value;  // [walked rows][D]
 
-  void start(int64_t batch_, int64_t kv_head_, int64_t q_head_) { batch = batch_, kv_head = kv_head_, q_head = q_head_; }
+  void start(int64_t batch_, int64_t kv_head_, int64_t q_head_) {
+    batch = batch_, kv_head = kv_head_, q_head = q_head_;
+  }
   int walked_heads() const { return 1; }
   template <int kStride> int chunk() const {
     return kStride == 1 && is_packed<Scalar, D>(call.key) && is_packed<Scalar, D>(call.value) ? kAllRows : kChunk;

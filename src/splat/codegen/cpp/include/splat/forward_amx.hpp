@@ -11,8 +11,8 @@
 //     output                         O[:, :32] O[:, 32:] O[:, :32] O[:, 32:] O[:, :32] O[:, 32:] ...      64 columns
 //                                    +=  P0 V0 + P1 V1   +=  P2 V2 + P3 V3   +=  P4 V4 + P5 V5
 //
-// Weights are taken against a base that is set once, 2^40 above the largest score of a chunk, and hardly ever changes: a
-// weight of 2 or more is seen in its bits, and the chunk's weights are made again with a larger base.
+// Weights are taken against a base that is set once, 2^40 above the largest score of a chunk, and hardly ever changes:
+// a weight of 2 or more is seen in its bits, and the chunk's weights are made again with a larger base.
 #pragma once
 #include "splat/amx.hpp"
 #include "splat/run.hpp"
@@ -193,13 +193,15 @@ template <class Facts> struct ForwardAmx {
     float *const sum = s.sum + lane * Dp + batch.part * 32, *const second = sum + 16 * Dp;
     const int slot = (batch.chunk + n / 4) % (2 * kBatch);
     const char* const p = memory.p[slot];
-    const char* const values = finite ? memory.value + (batch.chunk + n / 4) * kSlices * kTileBytes : memory.clean[slot];
+    const char* const values =
+        finite ? memory.value + (batch.chunk + n / 4) * kSlices * kTileBytes : memory.clean[slot];
     const char* const v = values + batch.part * 2 * kTileBytes;
     if (n == 0) {
       if (batch.is_first) {
         tile_zero<0>(), tile_zero<1>(), tile_zero<2>(), tile_zero<3>();
       } else {
-        tile_load<0>(sum, kRow), tile_load<1>(sum + 16, kRow), tile_load<2>(second, kRow), tile_load<3>(second + 16, kRow);
+        tile_load<0>(sum, kRow), tile_load<1>(sum + 16, kRow);
+        tile_load<2>(second, kRow), tile_load<3>(second + 16, kRow);
       }
     }
     if (n % 4 == 0) tile_load<4>(p, 64), tile_load<6>(v, 64), tile_dot<0, 4, 6>();
@@ -207,7 +209,8 @@ template <class Facts> struct ForwardAmx {
     if (n % 4 == 2) tile_load<5>(p + kTileBytes, 64), tile_dot<2, 5, 6>();
     if (n % 4 == 3) tile_dot<3, 5, 7>();
     if (n % 4 < 3 || n / 4 + 1 < batch.count) return;
-    tile_store<0>(sum, kRow), tile_store<1>(sum + 16, kRow), tile_store<2>(second, kRow), tile_store<3>(second + 16, kRow);
+    tile_store<0>(sum, kRow), tile_store<1>(sum + 16, kRow);
+    tile_store<2>(second, kRow), tile_store<3>(second + 16, kRow);
   }
   /// What is left of a batch.
   void finish(State& s, int lane, Batch& batch) {

@@ -21,7 +21,8 @@ constexpr int kBlockColumns = 192;
 
 /// Vectors of a lane block: with R rows they fill the registers.
 constexpr int kMaxVectors = kRegisters == 32 ? 4 : 2;
-template <int NV> constexpr int kRows = kRegisters == 32 ? (NV == 4 ? 6 : NV == 3 ? 8 : NV == 2 ? 12 : 16) : NV == 2 ? 6 : 10;
+template <int NV>
+constexpr int kRows = kRegisters == 32 ? (NV == 4 ? 6 : NV == 3 ? 8 : NV == 2 ? 12 : 16) : NV == 2 ? 6 : 10;
 
 /// The first operand of a product, [r][k]: at one distance from row to row, and from number to number.
 template <class T> struct Strided {
@@ -96,7 +97,8 @@ template <class T, int D, int NV> SPLAT_INLINE void accumulate(const T* walked, 
 }
 
 /// D is a multiple of the vectors' width.
-template <class T, int D> SPLAT_INLINE void spread(const T* p, int n, int lanes, const T* rows, T* out, int64_t out_row) {
+template <class T, int D>
+SPLAT_INLINE void spread(const T* p, int n, int lanes, const T* rows, T* out, int64_t out_row) {
   constexpr int W = kWidth<T>, NV = kMaxVectors, whole = D / (NV * W) * (NV * W), rest = (D - whole) / W;
   auto columns = [&](auto vectors, int d) SPLAT_INLINED {
     in_rows<kRows<vectors>>(n, [&](auto some, int k) SPLAT_INLINED {

@@ -204,7 +204,8 @@ template <class Kernel, class PassType> struct Runner {
       if (NV == vectors && (NV % kOfGroup == 0 || NV == Kernel::kVectors)) {
         const int length = end - x, parts = (length + kBlock<NV> - 1) / kBlock<NV>;
         const int even = (length + parts - 1) / parts, size = (even + kRows<NV> - 1) / kRows<NV> * kRows<NV>;
-        for (; x < end; x += size) kernel.template block<NV>(index, lane, x - from, x + size < end ? size : end - x, x, mask);
+        for (; x < end; x += size)
+          kernel.template block<NV>(index, lane, x - from, x + size < end ? size : end - x, x, mask);
       } else {
         with_vectors<NV - 1>(vectors, index, lane, from, x, end, mask);
       }

@@ -55,7 +55,8 @@ template <class Facts> void softmax(const ValuesCall& call, Pool& pool) {
   const int64_t units = ceil_div(call.rows, Kernel::kUnit);
   parallel_for(pool, units * call.batch, [&](int64_t index) {
     const int64_t from = index % units * Kernel::kUnit;
-    for (int64_t row = from; row < from + Kernel::kUnit && row < call.rows; ++row) Kernel::row(call, index / units, row);
+    for (int64_t row = from; row < from + Kernel::kUnit && row < call.rows; ++row)
+      Kernel::row(call, index / units, row);
   });
 }
 

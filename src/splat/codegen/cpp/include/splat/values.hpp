@@ -1,7 +1,7 @@
 // Operations on values of a sparse matrix: R-SDDMM, R-softmax, R-SpMM and its transpose, component after component.
 //
-// A component's rows come in groups that share a lattice of columns; a unit of work is some rows of a group. It goes over
-// its span of the lattice in blocks, and each six rows take of a block what they have:
+// A component's rows come in groups that share a lattice of columns; a unit of work is some rows of a group. It goes
+// over its span of the lattice in blocks, and each six rows take of a block what they have:
 //
 //     lattice x        | block ............ | block ............ |
 //     rows 0 ... 5     |      [============ | =====]              |     6 x 4 vectors of registers
@@ -18,7 +18,7 @@
 
 namespace splat {
 
-/// One component: the value number t of a row is at column start + stride * hop * t, which is x = start / stride + hop * t.
+/// One component: value number t of a row is at column start + stride * hop * t, where x = start / stride + hop * t.
 struct Component {
   const int32_t *start, *count;    // [rows]
   const int32_t *order, *offsets;  // rows of group g: order[offsets[g] ... offsets[g + 1])
@@ -279,7 +279,8 @@ template <class Facts> struct Values {
         if (x2 < end) edge(x2, end);
       }
     });
-    for (int n = 0; n < rows.num_rows; ++n) put_row<Scalar, D>(memory.c + n * Dp, out + rows.row[n] * (int64_t)D, false);
+    for (int n = 0; n < rows.num_rows; ++n)
+      put_row<Scalar, D>(memory.c + n * Dp, out + rows.row[n] * (int64_t)D, false);
   }
 
   // -- its transpose -------------------------------------------------------------------------------------------------
@@ -356,7 +357,8 @@ template <class Facts> struct Values {
       const Extents extents(call, c);
       const int64_t units = c.groups * extents.blocks;
       parallel_for(pool, units * call.batch, [&](int64_t index) {
-        const int64_t unit = index % units, block = unit % extents.blocks, residue = extents.residues[unit / extents.blocks];
+        const int64_t unit = index % units, block = unit % extents.blocks;
+        const int64_t residue = extents.residues[unit / extents.blocks];
         const int32_t(&rows)[2] = extents.rows[unit];
         const bool none = rows[0] >= rows[1], first = n == 0 && !clear;
         if ((none && !first) || block * kColumns >= ceil_div(call.columns - residue, c.stride)) return;

@@ -6,9 +6,9 @@
 //   spmm              values, right, META, tables            [batch, rows, head_dim]
 //   spmm_transposed   values, left, META, tables             [batch, columns, head_dim]
 //
-// Values are [batch, size]. META is int32 [components, 2]: stride, hop. Tables are int32, seven for each component: START,
-// COUNT, ORDER, PLACE, BEFORE and AFTER [rows], OFFSETS [groups + 1]. Attribute: savings, a float64 whose bits 0 and 1 are
-// those of `Savings`.
+// Values are [batch, size]. META is int32 [components, 2]: stride, hop. Tables are int32, seven for each component:
+// START, COUNT, ORDER, PLACE, BEFORE and AFTER [rows], OFFSETS [groups + 1]. Attribute: savings, a float64 whose bits 0
+// and 1 are those of `Savings`.
 #pragma once
 #include "splat/ffi.hpp"
 #include "splat/softmax.hpp"
