@@ -25,12 +25,15 @@ import splat
 from benchmarks import timing
 from benchmarks.report import Report, write_json
 from benchmarks.timing import Samples
-from benchmarks.xla import TURN_MS, with_backward
+from splat.bench.peers.ours import with_gradients
 from splat.codegen import Options, load
 from splat.codegen.xla import emit
 from splat.planning import Plan, Problem, find, make_plan
 
 HEADS = 8
+
+#: How long a turn of one function lasts at least: several calls, so that they are measured at work, not waking up.
+TURN_MS = 200.0
 
 #: Patterns that the model must tell apart: a band, lattices, whole blocks, two passes, everything.
 PATTERNS = ("window(256)", "strided(64)", "blocked(128, 1)", "window(128) | strided(128)", "causal()")
@@ -63,7 +66,8 @@ def attention_call(
     """The compiled attention of a plan as a call; `step_bytes` replaces the implementation's own limit for it."""
     p = plan.problem
     usual = emit.STEP_BYTES
-    arguments = device_arrays or arrays(p.q_len, p.head_dim)
+    given = device_arrays or arrays(p.q_len, p.head_dim)
+    arguments = given if backward else given[:3]
 
     def forward(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
         return load("xla").attention(plan, Options(p.head_dim**-0.5), q, k, v, None)[0]
@@ -71,7 +75,7 @@ def attention_call(
     try:
         emit.STEP_BYTES = step_bytes or usual
         emit._function.cache_clear()
-        compiled = jax.jit(with_backward(forward) if backward else forward).lower(*arguments).compile()
+        compiled = jax.jit(with_gradients(forward) if backward else forward).lower(*arguments).compile()
     finally:
         emit.STEP_BYTES = usual
         emit._function.cache_clear()
@@ -79,7 +83,8 @@ def attention_call(
 
 
 def arrays(q_len: int, head_dim: int) -> tuple[jax.Array, ...]:
-    return tuple(jax.random.normal(jax.random.key(n), (1, q_len, HEADS, head_dim)) for n in range(3))
+    """query, key, value and a cotangent of the output."""
+    return tuple(jax.random.normal(jax.random.key(n), (1, q_len, HEADS, head_dim)) for n in range(4))
 
 
 def plan_with(text: str, q_len: int, head_dim: int, blocks: tuple[int | None, int | None]) -> Plan:

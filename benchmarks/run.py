@@ -1,4 +1,4 @@
-"""Measure: `python -m benchmarks.run [--suite planning waste xla cpu] [--quick] [--out DIR]`.
+"""Measure: `python -m benchmarks.run [--suite planning waste cpu] [--quick] [--out DIR]`.
 
 Prints a table per suite, with the bars that apply and whether they are met; `--out` keeps the raw samples as JSON.
 `cpu` (generated C++ against its peers) takes about 40 minutes, and is measured when it is named.
@@ -41,14 +41,6 @@ def waste(given: argparse.Namespace) -> Iterator[Report]:
     yield suite.run(1024 if given.quick else 16384, flex_len if given.flex else None)
 
 
-def xla(given: argparse.Namespace) -> Iterator[Report]:
-    """Speed and memory on this CPU, against dense masked attention."""
-    from benchmarks import xla as suite
-
-    yield suite.run(512 if given.quick else 4096, 3 if given.quick else 7)
-    yield suite.run_long(2048 if given.quick else 65536, 2 if given.quick else 5)
-
-
 def cpu(given: argparse.Namespace) -> Iterator[Report]:
     """Generated C++ on this CPU, against its peers."""
     from benchmarks.cpu import main as suite
@@ -59,12 +51,11 @@ def cpu(given: argparse.Namespace) -> Iterator[Report]:
 SUITES: dict[str, Callable[[argparse.Namespace], Iterator[Report]]] = {
     "planning": planning,
     "waste": waste,
-    "xla": xla,
     "cpu": cpu,
 }
 
 #: Without --suite.
-SHORT_SUITES = ("planning", "waste", "xla")
+SHORT_SUITES = ("planning", "waste")
 
 #: With --device; "planning" is short for "gpu-planning".
 DEVICE_SUITES = ("sas", "gpu-planning", "models", "paper", "tune")
@@ -73,7 +64,7 @@ DEVICE_SUITES = ("sas", "gpu-planning", "models", "paper", "tune")
 def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.run", description=(__doc__ or "").splitlines()[0])
     add = parser.add_argument
-    add("--suite", nargs="+", choices=(*SUITES, *DEVICE_SUITES), help="default: planning waste xla, or sas on a device")
+    add("--suite", nargs="+", choices=(*SUITES, *DEVICE_SUITES), help="default: planning waste, or sas on a device")
     add("--quick", action="store_true", help="small sizes, to see that it works; few bars apply")
     add("--out", type=Path, metavar="DIR", help="write the raw samples there, as JSON")
     add("--no-flex", dest="flex", action="store_false", help="leave FlexAttention out")

@@ -13,7 +13,7 @@ import pytest
 
 import splat
 from splat import reference
-from splat.bench import baseline, gate, measure, memory, peers, plots, record, report, suites, summary, tables
+from splat.bench import bars, baseline, gate, measure, memory, peers, plots, record, report, suites, summary, tables
 from splat.bench.cases import Case
 from splat.bench.clock import take_turns
 from splat.bench.peers.base import Contender, Kind, Layout, Ready
@@ -318,6 +318,24 @@ def test_dtypes_have_tables_and_pictures_of_their_own() -> None:
     page = report.report(made)
     assert page.count("<figure") == 3
     assert page.index('id="speedup-attention-1024"') < page.index("<h2>attention, bfloat16</h2>")
+
+
+def test_missed_bars_are_named() -> None:
+    def attention(case: str, ms: float, dtype: str = "float32") -> Record:
+        made = one(case, 4096, "attention", dtype, ours=measured(1.0), dense=measured(ms))
+        return dataclasses.replace(made, suite="figures")
+
+    made = run_of(
+        attention("window 256", 7.0), attention("strided 64", 29.0), attention("dense causal", 0.5),
+        attention("strided 64", 29.0, "bfloat16"),
+        one("window", 16384, "planning", ours=measured(5.1)), one("window", 1 << 20, "planning", ours=measured(99.0)),
+    )  # fmt: skip
+    assert bars.missed(made) == [
+        "attention, strided 64, 4,096: 29 times faster than dense, 30 are wanted",
+        "planning, window, 16,384: 5.1 ms, 5 are allowed",
+    ]
+    assert f"BAR MISSED: {bars.missed(made)[0]}" in tables.notes(made)
+    assert not bars.missed(dataclasses.replace(made, settings={**made.settings, "quick": True}))
 
 
 # -- baselines ---------------------------------------------------------------------------------------------------------

@@ -7,7 +7,7 @@ import statistics
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from splat.bench import summary
+from splat.bench import bars, summary
 from splat.bench.baseline import Comparison
 from splat.bench.record import Measured, Record, Run
 
@@ -151,7 +151,7 @@ def notes(run: Run) -> list[str]:
         foreign = statistics.median(record.foreign for record in run.records)
         out.append(f"others took {foreign:.0%} of the processors (median); best matrix product "
                    f"{run.peak_flops_per_s / 1e9:.0f} GFLOP/s float32")  # fmt: skip
-    return out + [f"FAILED: {what}" for what in run.failed]
+    return [*out, *(f"BAR MISSED: {what}" for what in bars.missed(run)), *(f"FAILED: {what}" for what in run.failed)]
 
 
 def _some(where: Sequence[str]) -> str:

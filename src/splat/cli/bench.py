@@ -145,7 +145,9 @@ def _print(console: Console, made: Run, comparison: Comparison | None) -> None:
         for change in comparison.regressions:
             console.print(str(change), style="red", markup=False, highlight=False)
     for note in tables.notes(made):
-        console.print(note, style="red" if note.startswith("FAILED") else "dim", markup=False, highlight=False)
+        console.print(
+            note, style="red" if note.startswith(("BAR MISSED", "FAILED")) else "dim", markup=False, highlight=False
+        )
 
 
 def _write_report(console: Console, out: Path, made: Run, comparison: Comparison | None) -> None:
