@@ -52,8 +52,8 @@ lint: $(FOR_DEV)  ## ruff: rules and formatting
 types: $(FOR_DEV)  ## pyright
 	@$(BIN)/pyright --pythonpath $(BIN)/python
 
-bench: $(FOR_RUN)  ## measure (ARGS: to `python -m benchmarks.run`)
-	@$(BIN)/python -m benchmarks.run $(ARGS)
+bench: $(FOR_RUN)  ## measure (ARGS: to `splat bench`; without them, its suite `figures`)
+	@$(BIN)/splat bench $(or $(ARGS),figures)
 
 clean:  ## remove the virtual environment, caches, build outputs and the demo's pictures
 	@if [ -e $(VENV)/pyvenv.cfg ] || [ -e $(UNFINISHED) ]; then rm -rf $(VENV); fi

@@ -1,4 +1,4 @@
-"""Measure: `python -m benchmarks.run [--suite planning waste cpu] [--quick] [--out DIR]`.
+"""Measure: `python -m benchmarks.run [--suite waste cpu] [--quick] [--out DIR]`.
 
 Prints a table per suite, with the bars that apply and whether they are met; `--out` keeps the raw samples as JSON.
 `cpu` (generated C++ against its peers) takes about 40 minutes, and is measured when it is named.
@@ -23,16 +23,6 @@ from benchmarks.cpu import NAMES as CPU_BARS
 from benchmarks.report import Report, machine, write_json
 
 
-def planning(given: argparse.Namespace) -> Iterator[Report]:
-    """Text to printed plan, and create_block_mask beside it."""
-    from benchmarks import planning as suite
-
-    yield suite.run((1024,) if given.quick else (16384, 1 << 20), 3 if given.quick else 7)
-    if given.flex:
-        lengths = (1024,) if given.quick else (4096, 16384, *([32768] if given.flex_32768 else []))
-        yield suite.run_flex(lengths, 1 if given.quick else 3)
-
-
 def waste(given: argparse.Namespace) -> Iterator[Report]:
     """Tile area over non-zeros, beside FlexAttention's."""
     from benchmarks import waste as suite
@@ -49,26 +39,21 @@ def cpu(given: argparse.Namespace) -> Iterator[Report]:
 
 
 SUITES: dict[str, Callable[[argparse.Namespace], Iterator[Report]]] = {
-    "planning": planning,
     "waste": waste,
     "cpu": cpu,
 }
 
-#: Without --suite.
-SHORT_SUITES = ("planning", "waste")
-
 #: With --device; "planning" is short for "gpu-planning".
-DEVICE_SUITES = ("sas", "gpu-planning", "models", "paper", "tune")
+DEVICE_SUITES = ("sas", "planning", "gpu-planning", "models", "paper", "tune")
 
 
 def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.run", description=(__doc__ or "").splitlines()[0])
     add = parser.add_argument
-    add("--suite", nargs="+", choices=(*SUITES, *DEVICE_SUITES), help="default: planning waste, or sas on a device")
+    add("--suite", nargs="+", choices=(*SUITES, *DEVICE_SUITES), help="default: waste, or sas on a device")
     add("--quick", action="store_true", help="small sizes, to see that it works; few bars apply")
     add("--out", type=Path, metavar="DIR", help="write the raw samples there, as JSON")
     add("--no-flex", dest="flex", action="store_false", help="leave FlexAttention out")
-    add("--flex-32768", action="store_true", help="create_block_mask at 32,768 too: it needs 20 GB")
     add("--strict", action="store_true", help="exit with 1 where a bar is missed")
     add("--only", nargs="+", choices=CPU_BARS, metavar="NAME", help=f"of the suite cpu: {', '.join(CPU_BARS)}")
     device = parser.add_argument_group("GPU suites (--cases and --lengths: cpu, too)")
@@ -93,11 +78,13 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
 
 def _check(parser: argparse.ArgumentParser, given: argparse.Namespace) -> None:
     if given.suite is None:
-        given.suite = list(SHORT_SUITES) if given.device is None else ["sas"]
+        given.suite = ["waste"] if given.device is None else ["sas"]
     if given.device is None:
         foreign = [name for name in given.suite if name not in SUITES]
         if foreign:
-            parser.error(f"{', '.join(foreign)}: add --device cuda, or --device model for predictions")
+            parser.error(
+                f"{', '.join(foreign)}: add --device cuda, or --device model for predictions; splat bench measures here"
+            )
         if given.only and "cpu" not in given.suite:
             parser.error("--only names bars of the suite cpu: add --suite cpu")
         return

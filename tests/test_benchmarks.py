@@ -98,12 +98,17 @@ def test_json_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
 
 
 def test_run_prints_and_keeps_samples(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    arguments = ["--quick", "--no-flex", "--suite", "waste", "planning", "--out", str(tmp_path)]
+    arguments = ["--quick", "--no-flex", "--suite", "waste", "--out", str(tmp_path)]
     assert run.main(arguments) == 0
     printed = capsys.readouterr().out
     assert "Waste at 1,024 positions" in printed
-    assert "expression to printed plan" in printed
-    for name in ("waste", "planning"):
-        kept = json.loads((tmp_path / f"{name}.json").read_text(encoding="utf-8"))
-        assert kept["samples"]
-        assert kept["machine"]["packages"]["numpy"] == np.__version__
+    kept = json.loads((tmp_path / "waste.json").read_text(encoding="utf-8"))
+    assert kept["samples"]
+    assert kept["machine"]["packages"]["numpy"] == np.__version__
+
+
+def test_planning_is_measured_on_a_device(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        run.main(["--suite", "planning"])
+    assert "planning: add --device cuda" in capsys.readouterr().err
+    assert run.parse_arguments(["--suite", "planning", "--device", "cuda"]).suite == ["gpu-planning"]

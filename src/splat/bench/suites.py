@@ -17,7 +17,8 @@ class Suite:
 
     Attributes:
       name, title: for people.
-      source: the suite of the registry that its cases are of.
+      sources: the suites of the registry that its cases are of.
+      without: names of cases of these that it leaves out.
       ops: what is measured unless the command line says otherwise.
       lengths, quick_lengths: positions.
       gpu_heads: on a GPU; None: the operation's, as on a CPU.
@@ -27,17 +28,18 @@ class Suite:
 
     name: str
     title: str
-    source: str
+    sources: tuple[str, ...]
     ops: tuple[str, ...]
     lengths: tuple[int, ...]
     quick_lengths: tuple[int, ...]
     gpu_heads: int | None = None
     head_dim: int = 64
     ablation: bool = False
+    without: tuple[str, ...] = ()
 
     @property
     def cases(self) -> tuple[Case, ...]:
-        return cases.of(self.source)
+        return tuple(case for case in cases.of(*self.sources) if case.name not in self.without)
 
 
 OF_PAPER = ("sddmm", "spmm", "attention")
@@ -46,27 +48,31 @@ SUITES: dict[str, Suite] = {
     one.name: one
     for one in (
         Suite(
-            "paper", "The paper's patterns, 10 to 50 % non-zeros", "paper", OF_PAPER, (4096,), (256,), gpu_heads=16
+            "paper", "The paper's patterns, 10 to 50 % non-zeros", ("paper",), OF_PAPER, (4096,), (256,), gpu_heads=16
         ),
         Suite(
-            "sas", "The six patterns of SAS", "sas", ("attention",), (2048, 8192, 16384), (1024,), gpu_heads=64,
+            "sas", "The six patterns of SAS", ("sas",), ("attention",), (2048, 8192, 16384), (1024,), gpu_heads=64,
             head_dim=128,
         ),
-        Suite("models", "Patterns of published models", "models", ("attention",), (4096,), (1024,)),
+        Suite("models", "Patterns of published models", ("models",), ("attention",), (4096,), (1024,)),
         Suite(
-            "figures", "What the project promises numbers for", "figures", ("attention", "training"), (4096,), (512,)
+            "figures", "What the project promises numbers for", ("figures",), ("attention", "training"), (4096,), (512,)
         ),
         Suite(
-            "planning", "Planning, against create_block_mask", "planning", ("planning",),
+            "planning", "Planning, against create_block_mask", ("planning",), ("planning",),
             (4096, 16384, 65536, 262144, 1048576), (1024, 4096),
         ),
         Suite(
-            "scaling", "Time and memory by length, for a window", "scaling", ("attention",),
+            "vocabulary", "Planning every constructor, and SAS", ("vocabulary", "sas"), ("planning",),
+            (16384, 1048576), (1024,), without=("per_head",),  # several patterns, each of which is planned on its own
+        ),
+        Suite(
+            "scaling", "Time and memory by length, for a window", ("scaling",), ("attention",),
             tuple(1 << n for n in range(10, 19)), (512, 1024, 2048),
         ),
         Suite(
-            "ablation", "Each optimisation off, one at a time", "paper", ("sddmm", "spmm", "composed"), (4096,), (256,),
-            ablation=True,
+            "ablation", "Each optimisation off, one at a time", ("paper",), ("sddmm", "spmm", "composed"), (4096,),
+            (256,), ablation=True,
         ),
     )
 }  # fmt: skip

@@ -24,7 +24,8 @@ NAME = "bench"
 
 def command(
     suite: Annotated[
-        str, typer.Argument(help="paper, sas, models, figures, planning, scaling or ablation.", metavar="SUITE")
+        str,
+        typer.Argument(help="paper, sas, models, figures, planning, vocabulary, scaling or ablation.", metavar="SUITE"),
     ],
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     against: Annotated[
