@@ -34,7 +34,6 @@ class TestTriton(ValuesSuite):
     implementation = "triton"
     dtypes = ("float32", "bfloat16", "float16")
     leading = (2,)
-    layouts = ("rows",)
     switched_rows = 100
 
 

@@ -9,6 +9,7 @@ import numpy as np
 
 import splat
 from splat.acsr import ACSR
+from splat.codegen.base import How
 from splat.codegen.triton import interpret
 from splat.codegen.triton.launch import Launch
 from splat.codegen.triton.values import Operations
@@ -30,6 +31,38 @@ def carry_out(launch: Launch) -> list[Array]:
 
 
 OPERATIONS = Operations(INTERPRETER, carry_out, np.asarray)
+
+
+def by(how: How) -> Any:
+    """The operations as `how` has them, on row-compressed values whatever the layout."""
+    operations = dataclasses.replace(OPERATIONS, how=how)
+    return operations if how.layout == "rows" else Packed(operations)
+
+
+@dataclasses.dataclass(frozen=True)
+class Packed:
+    """Layout "tiles", which is packed, behind row-compressed values."""
+
+    operations: Operations
+
+    def sddmm(self, acsr: ACSR, rows: Array, columns: Array) -> Array:
+        return self._rows(acsr, self.operations.sddmm(acsr, rows, columns))
+
+    def softmax(self, acsr: ACSR, values: Array) -> Array:
+        return self._rows(acsr, self.operations.softmax(acsr, values[:, acsr.has_value()]))
+
+    def spmm(self, acsr: ACSR, values: Array, dense: Array) -> Array:
+        return self.operations.spmm(acsr, values[:, acsr.has_value()], dense)
+
+    def spmm_transposed(self, acsr: ACSR, values: Array, dense: Array) -> Array:
+        return self.operations.spmm_transposed(acsr, values[:, acsr.has_value()], dense)
+
+    @staticmethod
+    def _rows(acsr: ACSR, packed: Any) -> Array:
+        assert packed.shape[1:] == (acsr.nnz,)
+        out = np.zeros((len(packed), acsr.shape[0], acsr.width), np.float32)
+        out[:, acsr.has_value()] = packed
+        return out
 
 
 @dataclasses.dataclass(frozen=True)

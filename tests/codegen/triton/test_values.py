@@ -32,6 +32,7 @@ from splat.codegen.triton import values
 from splat.codegen.triton.emit import IMPLEMENTATION
 from splat.codegen.triton.values import Operations
 from splat.codegen.triton.values_lower import lower_sddmm, lower_spmm
+from tests.codegen.triton import numpy_values
 from tests.codegen.triton.numpy_values import OPERATIONS, TOLERANCE, Matrix, carry_out, check, draw, matrix, truth
 
 #: Edges on one side and on both, full tiles, two components, strides, rows without columns.
@@ -130,7 +131,7 @@ def test_wide_addresses(text: str, rng: np.random.Generator) -> None:
     """Offsets of 64 bits, as long arrays have them."""
 
     def launch(one: Launch) -> list[Any]:
-        wide = {name: True for name in ("WIDE", "FAR") if name in one.constants}
+        wide = {name: wide for name, wide in (("WIDE", True), ("PLACES", "far rows")) if name in one.constants}
         return carry_out(dataclasses.replace(one, constants=one.constants | wide))
 
     m = matrix(text, 70)
@@ -228,13 +229,43 @@ def test_refused(array: Any, message: str) -> None:
         OPERATIONS.sddmm(matrix("window(2)", 8).acsr, array, array)
 
 
-def test_other_layouts_are_refused() -> None:
-    acsr, message = matrix("window(2)", 8).acsr, "has values in layout 'rows' only, not 'tiles'"
-    with pytest.raises(UnsupportedError, match=message):
-        IMPLEMENTATION.num_values(acsr, How("tiles"))
-    with pytest.raises(UnsupportedError, match=message):
-        IMPLEMENTATION.softmax(acsr, jax.numpy.ones((1, 8, 5)), How("tiles"))
-    assert IMPLEMENTATION.num_values(acsr, How()) == 40
+# -- layout "tiles" ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("text", [*VOCABULARY, *FEW], ids=lambda text: text[:32])
+def test_tiles(text: str, rng: np.random.Generator) -> None:
+    """Which are packed: no padding."""
+    m = matrix(text, 40)
+    check(m, *draw(rng, m), operations=numpy_values.by(How("tiles")))
+
+
+def test_tiles_of_long_rows(rng: np.random.Generator) -> None:
+    m = matrix("causal() & (strided(2) | window(8))", 150)
+    assert m.acsr.row_nnz.max() > 64
+    check(m, *draw(rng, m), operations=numpy_values.by(How("tiles")))
+
+
+def test_number_of_values() -> None:
+    acsr = matrix("causal()", 8).acsr
+    assert IMPLEMENTATION.num_values(acsr, How()) == 64
+    assert IMPLEMENTATION.num_values(acsr, How("tiles")) == 36
+    # More than 2^31 in either layout; rows are counted from where each begins.
+    long = ACSR((1 << 16, 1 << 16), splat.build(splat.full(), 1 << 16).components)
+    assert IMPLEMENTATION.num_values(long, How()) == 1 << 32
+    with pytest.raises(UnsupportedError, match=r"up to 2\*\*31 - 1 values .* has 4,294,967,296. Use layout 'rows'."):
+        IMPLEMENTATION.num_values(long, How("tiles"))
+
+
+def test_places_of_long_matrices() -> None:
+    """What holds a value's place: 32 bits while they suffice."""
+    acsr = splat.build(splat.window(4096, 0), 1 << 18)
+    for layout, places in (("rows", "far rows"), ("tiles", "packed")):
+        for operation in ("sddmm", "spmm", "spmm_transposed"):
+            (one,) = values.launches(acsr, operation, how=dict(layout=layout))
+            assert one.constants["PLACES"] == places
+    (one,) = values.launches(acsr, "sddmm", how=dict(layout="tiles"))
+    assert one.outputs[0].shape == (1, acsr.nnz)
+    assert not one.constants["PADDED"]
 
 
 # -- without specialisations -------------------------------------------------------------------------------------------
@@ -246,11 +277,7 @@ OFF = [("spans",), ("posets",), ("alignment",), ("spans", "posets"), ("spans", "
 @pytest.mark.parametrize("text", [*FEW, "window(2) & lattice_columns(9)", "global_tokens(3) | dilated_window(2, 3, 4)"])
 def test_without(text: str, off: tuple[str, ...], rng: np.random.Generator) -> None:
     m = matrix(text, 70)
-    check(
-        m,
-        *draw(rng, m, batch=1),
-        operations=dataclasses.replace(OPERATIONS, how=How("rows", **dict.fromkeys(off, False))),
-    )
+    check(m, *draw(rng, m, batch=1), operations=numpy_values.by(How("rows", **dict.fromkeys(off, False))))
 
 
 @settings(
@@ -258,13 +285,14 @@ def test_without(text: str, off: tuple[str, ...], rng: np.random.Generator) -> N
     phases=[Phase.explicit, Phase.reuse, Phase.generate],
     suppress_health_check=[HealthCheck.differing_executors, HealthCheck.too_slow, HealthCheck.filter_too_much],
 )
-@given(cases(max_len=40, depth=2), st.sampled_from(OFF), st.integers(0, 2**16))
-def test_composed_patterns_without(case: Case, off: tuple[str, ...], seed: int) -> None:
+@given(
+    cases(max_len=40, depth=2), st.sampled_from([(), *OFF]), st.sampled_from(["rows", "tiles"]), st.integers(0, 2**16)
+)
+def test_composed_patterns_other_ways(case: Case, off: tuple[str, ...], layout: str, seed: int) -> None:
     acsr = splat.build(case.pattern, case.q_len, case.kv_len, query_offset=case.query_offset)
     hypothesis.assume(acsr.nnz > 0)
-    m, how = Matrix(acsr, case.mask), How("rows", **dict.fromkeys(off, False))
-    given = draw(np.random.default_rng(seed), m, batch=1, head_dim=4)
-    check(m, *given, operations=dataclasses.replace(OPERATIONS, how=how))
+    m, how = Matrix(acsr, case.mask), How(layout, **dict.fromkeys(off, False))
+    check(m, *draw(np.random.default_rng(seed), m, batch=1, head_dim=4), operations=numpy_values.by(how))
 
 
 def visited(text: str, how: How) -> tuple[Any, ...]:
@@ -295,7 +323,7 @@ def test_what_specialisations_save() -> None:
 def test_without_poset_tiling_every_tile_is_masked() -> None:
     acsr = splat.build(splat.parse("strided(8)"), 4096)
     for operation in ("sddmm", "spmm", "spmm_transposed"):
-        (usual,), (fixed,) = (values.launches(acsr, operation, without=off) for off in ((), ("posets",)))
+        (usual,), (fixed,) = (values.launches(acsr, operation, how=how) for how in ({}, {"posets": False}))
         assert (usual.constants["LEFT"], usual.constants["FULL"]) == ("absent", True)
         assert (fixed.constants["LEFT"], fixed.constants["FULL"]) == ("lower", False)
 

@@ -46,10 +46,19 @@ def test_products(arch: str, operation: str, head_dim: int, pattern: dict[str, A
 @pytest.mark.parametrize("arch", ["sm_90", "gfx942"])
 @pytest.mark.parametrize("operation", ["sddmm", "spmm", "spmm_transposed"])
 def test_without_specialisations(operation: str, arch: str) -> None:
-    off = ["spans", "posets", "alignment"]
-    found = compiled(arch, operation, head_dim=64, without=off, pattern="causal() & strided(8)", length=8100)
+    how = dict(spans=False, posets=False, alignment=False)
+    found = compiled(arch, operation, head_dim=64, how=how, pattern="causal() & strided(8)", length=8100)
     assert found.problems() == []
     assert list(found.tensor_core) == [TENSOR_CORE[arch]]
+
+
+@pytest.mark.parametrize("arch", ["sm_90", "gfx942"])
+@pytest.mark.parametrize("operation", ["sddmm", "softmax", "spmm", "spmm_transposed"])
+def test_packed_values(operation: str, arch: str) -> None:
+    found = compiled(arch, operation, head_dim=128, how=dict(layout="tiles"), **SINK)
+    needs = operation != "softmax"
+    assert found.problems(needs_tensor_core=needs) == []
+    assert list(found.tensor_core) == [TENSOR_CORE[arch]] * needs
 
 
 @pytest.mark.parametrize("operation", ["sddmm", "spmm", "spmm_transposed"])

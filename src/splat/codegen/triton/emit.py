@@ -13,12 +13,11 @@ from splat import __version__
 from splat.acsr import ACSR
 from splat.codegen.base import USUAL, How, Options, Request
 from splat.codegen.devices import compute_capability, device_target, nearest_target
-from splat.codegen.triton import bind_jax, interpret, record
+from splat.codegen.triton import bind_jax, interpret, record, values
 from splat.codegen.triton.lower import PassSpec, Tables, lower
 from splat.codegen.triton.offline import Job
 from splat.codegen.triton.offline_model import ARCHITECTURES
 from splat.codegen.triton.program import UNKNOWN, Binding, Passes, Program, Sizes, guards_of, passes_of
-from splat.codegen.triton.values import Operations
 from splat.errors import ArgumentError, SplatError, UnsupportedError
 from splat.planning import Plan, find
 from splat.planning.kernels import DTYPES, INTERPRETER, MAX_HEAD_DIM, OLDEST_CAPABILITY
@@ -79,28 +78,22 @@ class TritonImplementation:
         return _function(call)(query, key, value, tables, kv_lengths)
 
     def num_values(self, acsr: ACSR, how: How) -> int:
-        if how.layout != "rows":
-            raise UnsupportedError(
-                f"the triton implementation has values in layout 'rows' only, not {how.layout!r}. Leave layout out, or "
-                "use implementation='xla'."
-            )
-        return acsr.shape[0] * acsr.width
+        return values.num_values(acsr, how)
 
     def sddmm(self, acsr: ACSR, rows: Any, columns: Any, how: How = USUAL) -> Any:
-        return self._operations(acsr, how).sddmm(acsr, rows, columns)
+        return self._operations(how).sddmm(acsr, rows, columns)
 
     def softmax(self, acsr: ACSR, values: Any, how: How = USUAL) -> Any:
-        return self._operations(acsr, how).softmax(acsr, values)
+        return self._operations(how).softmax(acsr, values)
 
     def spmm(self, acsr: ACSR, values: Any, dense: Any, how: How = USUAL) -> Any:
-        return self._operations(acsr, how).spmm(acsr, values, dense)
+        return self._operations(how).spmm(acsr, values, dense)
 
     def spmm_transposed(self, acsr: ACSR, values: Any, dense: Any, how: How = USUAL) -> Any:
-        return self._operations(acsr, how).spmm_transposed(acsr, values, dense)
+        return self._operations(how).spmm_transposed(acsr, values, dense)
 
-    def _operations(self, acsr: ACSR, how: How) -> Operations:
-        self.num_values(acsr, how)  # refuses
-        return Operations(find(self.target()).arch, bind_jax.launch, jnp.asarray, _allows_tf32(), how=how)
+    def _operations(self, how: How) -> values.Operations:
+        return values.Operations(find(self.target()).arch, bind_jax.launch, jnp.asarray, _allows_tf32(), how=how)
 
     def emit(self, plan: Plan, options: Options, kernel: str | None = None) -> str:
         """The generated kernels' source, in the order of their launches: all, or one of `record.NAMES`."""

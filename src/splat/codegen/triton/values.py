@@ -1,14 +1,16 @@
 """R-SDDMM, R-softmax and R-SpMM: launches of `kernels.values`, for any binding, and for JAX.
 
-Values are float32 [B, rows, acsr.width]. Products are made in the dtype of the dense arrays, with float32 sums: R-SpMM
-rounds values to bfloat16 or float16 first, as attention kernels do (with float16 they must lie within 65504).
+Values are float32: [B, rows, acsr.width], or in layout "tiles" [B, acsr.nnz]. A tile is then one row, so that nothing
+is padded: a row's components lie one after the other, and so do rows. Products are made in the dtype of the dense
+arrays, with float32 sums: R-SpMM rounds values to bfloat16 or float16 first, as attention kernels do (with float16 they
+must lie within 65504).
 """
 
 from __future__ import annotations
 
 import dataclasses
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
 from functools import lru_cache
 from typing import Any
 
@@ -23,7 +25,7 @@ from splat.codegen.triton.launch import Kernel, Launch, Launcher, Output
 from splat.codegen.triton.offline import Job
 from splat.codegen.triton.offline_model import ARCHITECTURES
 from splat.codegen.triton.values_lower import Spmm, has_holes, lower_sddmm, lower_spmm
-from splat.codegen.triton.values_tiles import Phases
+from splat.codegen.triton.values_tiles import Phases, row_begins
 from splat.errors import ArgumentError, UnsupportedError
 from splat.pattern import parse
 from splat.pattern.core import ceil_div
@@ -83,6 +85,18 @@ def configs_of(arch: str, operation: str, head_dim: int, dtype: str) -> tuple[Ke
     return next(known[width] for width in sorted(known) if head_dim <= width)
 
 
+def num_values(acsr: ACSR, how: How) -> int:
+    """See `splat.codegen.base.Implementation.num_values`."""
+    if how.layout == "rows":
+        return acsr.shape[0] * acsr.width
+    if acsr.nnz >= 1 << 31:
+        raise UnsupportedError(
+            "the triton implementation serves up to 2**31 - 1 values of a batch entry in layout 'tiles', but this "
+            f"ACSR has {acsr.nnz:,}. Use layout 'rows'."
+        )
+    return acsr.nnz
+
+
 @lru_cache
 def _kernel(name: str) -> Kernel:
     function = getattr(kernels, name)
@@ -99,7 +113,7 @@ class Operations:
       table: a NumPy int32 table as an array of the framework.
       allow_tf32: whether float32 matrix products may round their inputs to tf32.
       configs: to choose from, instead of the table's.
-      how: without which specialisations; R-softmax has none of them.
+      how: the layout, and without which specialisations; R-softmax has none of them.
     """
 
     arch: str
@@ -109,6 +123,15 @@ class Operations:
     configs: tuple[KernelConfig, ...] = ()
     how: How = USUAL
 
+    @property
+    def is_packed(self) -> bool:
+        return self.how.layout == "tiles"
+
+    def values_of(self, acsr: ACSR, batch: int) -> Output:
+        """What values are like."""
+        shape = (num_values(acsr, self.how),) if self.is_packed else (acsr.shape[0], acsr.width)
+        return Output((batch, *shape), "float32")
+
     def sddmm(self, acsr: ACSR, rows: Array, columns: Array) -> Array:
         self._check(rows, columns)
         (batch, num_rows, head_dim), num_cols = rows.shape, columns.shape[1]
@@ -116,7 +139,7 @@ class Operations:
         constants = self._constants(acsr, lowered.config, lowered.phases, head_dim)
         return self._launch(
             "splat_sddmm", lowered.num_slots * batch, (rows, columns, *map(self.table, lowered.tables)),
-            (lowered.num_slots, num_rows, num_cols, acsr.width), Output((batch, num_rows, acsr.width), "float32"),
+            (lowered.num_slots, num_rows, num_cols, self._width(acsr)), self.values_of(acsr, batch),
             constants | dict(
                 STRIDE=lowered.stride, HOPS=lowered.hops, PADDED=lowered.padded, RAGGED=lowered.ragged
             ), lowered.config,
@@ -124,7 +147,8 @@ class Operations:
 
     def softmax(self, acsr: ACSR, values: Array) -> Array:
         self._check(values)
-        batch, num_rows, width = values.shape
+        batch, num_rows = values.shape[0], acsr.shape[0]
+        width = int(acsr.row_nnz.max(initial=0)) if self.is_packed else acsr.width
         whole = width <= _SOFTMAX_WHOLE
         block = max(16, 1 << (width - 1).bit_length()) if whole else _SOFTMAX_ELEMENTS
         if self.arch == INTERPRETER:  # so that small problems show both forms
@@ -132,12 +156,14 @@ class Operations:
             block = 64
         rows = max(1, _SOFTMAX_ELEMENTS // block)
         blocks = ceil_div(num_rows, rows)
-        counts = np.stack([np.broadcast_to(c.count, (num_rows,)) for c in acsr.components]).astype(np.int32)
+        counts = np.stack([np.broadcast_to(c.count, (num_rows,)) for c in acsr.components])
+        tables = (acsr.row_nnz[None], row_begins(acsr)) if self.is_packed else (counts, np.array(acsr.offsets))
         return self._launch(
             "splat_softmax", blocks * batch,
-            (values, self.table(counts), self.table(np.array(acsr.offsets, np.int32))), (blocks, num_rows, width),
-            Output(values.shape, "float32"),
-            dict(COMPONENTS=len(acsr.components), ROWS=rows, BLOCK=block, WHOLE=whole), _C(0, 0, 4, 1),
+            (values, *(self.table(one.astype(np.int32)) for one in tables)),
+            (blocks, num_rows, width, num_values(acsr, self.how)), self.values_of(acsr, batch),
+            dict(COMPONENTS=len(tables[0]), ROWS=rows, BLOCK=block, WHOLE=whole, PLACES=self._places(acsr)),
+            _C(0, 0, 4, 1),
         )  # fmt: skip
 
     def spmm(self, acsr: ACSR, values: Array, dense: Array) -> Array:
@@ -170,7 +196,7 @@ class Operations:
         )  # fmt: skip
         read = (values, dense, values if earlier is None else earlier, *map(self.table, group.tables))
         return self._launch(
-            "splat_spmm", group.num_slots * batch, read, (group.num_slots, num_out, num_in, acsr.width),
+            "splat_spmm", group.num_slots * batch, read, (group.num_slots, num_out, num_in, self._width(acsr)),
             Output((batch, num_out, head_dim), dtype), constants, group.config,
         )  # fmt: skip
 
@@ -183,9 +209,17 @@ class Operations:
         return dict(
             LEFT=phases.left, FULL=phases.full, RIGHT=phases.right, BLOCK_Q=config.block_q, BLOCK_KV=config.block_kv,
             HEAD_DIM=head_dim, WIDTH=max(16, 1 << (head_dim - 1).bit_length()),
-            WIDE=head_dim * max(acsr.shape) >= 1 << 31, FAR=acsr.shape[0] * acsr.width >= 1 << 30,
+            WIDE=head_dim * max(acsr.shape) >= 1 << 31, PLACES=self._places(acsr),
             PRECISION="tf32" if self.allow_tf32 else "ieee",
         )  # fmt: skip
+
+    def _places(self, acsr: ACSR) -> str:
+        if self.is_packed:
+            return "packed"
+        return "far rows" if num_values(acsr, self.how) >= 1 << 30 else "rows"
+
+    def _width(self, acsr: ACSR) -> int:
+        return num_values(acsr, self.how) if self.is_packed else acsr.width
 
     def _launch(
         self, name: str, programs: int, arrays: Any, scalars: Any, output: Output, constants: Any, config: KernelConfig
@@ -211,13 +245,13 @@ class Operations:
 
 def launches(
     acsr: ACSR, operation: str, *, arch: str = "sm_90", head_dim: int = 64, dtype: str = "bfloat16", batch: int = 1,
-    config: tuple[int, int, int, int] | None = None, without: Sequence[str] = (),
+    config: tuple[int, int, int, int] | None = None, how: Mapping[str, Any] | None = None,
 ) -> list[Launch]:  # fmt: skip
     """What an operation would launch; arrays are stand-ins: `Output` values.
 
     Args:
       config: block_q, block_kv, num_warps and num_stages, instead of the table's choice.
-      without: specialisations that are switched off, by their names in `How`.
+      how: fields of `How` that are not the usual.
     """
     if operation not in OPERATIONS:
         raise ArgumentError(f"operation must be one of {', '.join(OPERATIONS)}, but {operation!r} was given")
@@ -227,14 +261,15 @@ def launches(
         made.append(one)
         return one.outputs
 
+    operations = Operations(
+        arch, launch, lambda table: Output(table.shape, "int32"), configs=() if config is None else (_C(*config),),
+        how=How(**(how or {})),
+    )  # fmt: skip
     rows, columns = (Output((batch, length, head_dim), dtype) for length in acsr.shape)
-    values = Output((batch, acsr.shape[0], acsr.width), "float32")
+    values = operations.values_of(acsr, batch)
     given = {
         "sddmm": (rows, columns), "softmax": (values,), "spmm": (values, columns), "spmm_transposed": (values, rows),
     }  # fmt: skip
-    chosen = () if config is None else (_C(*config),)
-    how = How("rows", **dict.fromkeys(without, False))
-    operations = Operations(arch, launch, lambda table: Output(table.shape, "int32"), configs=chosen, how=how)
     getattr(operations, operation)(acsr, *given[operation])
     return made
 

@@ -73,25 +73,30 @@ def lower_sddmm(acsr: ACSR, configs: tuple[KernelConfig, ...], how: How = USUAL)
     lines = [line_of(acsr, n, how) for n, component in enumerate(acsr.components) if component.width]
     choices = [(config, [best_tiling(line, acsr.shape, config, how=how) for line in lines]) for config in configs]
     config, tiled = min(choices, key=lambda choice: sum(one.cost for one in choice[1]))
-    tasks = [_tasks(acsr, line.number, one) for line, one in zip(lines, tiled, strict=True)]
+    tasks = [_tasks(acsr, line.number, one, how) for line, one in zip(lines, tiled, strict=True)]
     rows = [padded_rows(one.tiles, config.block_q) for one in tiled]
     order = longest_first(np.concatenate([work_of(one) for one in tiled]))
     table, row_table = np.concatenate(tasks)[order], np.concatenate(rows)[order]
     here = np.any(row_table < acsr.shape[0], axis=1)
     table, row_table = table[here], row_table[here]
     strides = {acsr.components[line.number].stride for line in lines}
-    padded = bool((table[:, 9] < table[:, 10]).any())
-    bounds = bounds_of([line_of(acsr, n, how).component for n in range(len(acsr.components))], acsr.shape[0])
+    packed = how.layout == "tiles"
+    padded = not packed and bool((table[:, 9] < table[:, 10]).any())
+    numbers = range(len(acsr.components))
+    bounds = bounds_of([line_of(acsr, n, how).component for n in numbers], acsr.shape[0])
+    if packed:
+        bounds = np.concatenate([bounds.reshape(-1, acsr.shape[0]), shifts_of(acsr, numbers, how)])
     hops = any(line.hop > 1 for line in lines)
     stride = strides.pop() if len(strides) == 1 else 0
     ragged = bool((row_table == acsr.shape[0]).any())
     return Sddmm(config, len(table), stride, hops, phases_of(tiled), padded, ragged, (table, row_table, bounds))
 
 
-def _tasks(acsr: ACSR, number: int, one: Tiled) -> np.ndarray:
+def _tasks(acsr: ACSR, number: int, one: Tiled, how: How) -> np.ndarray:
     """TASKS of a component: int32 [tiles, 11]."""
     component, tiles, spans = acsr.components[number], one.tiles, one.spans
-    fixed = np.array([number, component.stride, acsr.offsets[number]], np.int32)
+    place = 2 * len(acsr.components) + number if how.layout == "tiles" else acsr.offsets[number]
+    fixed = np.array([number, component.stride, place], np.int32)
     least = tiles.smallest(np.asarray(component.count))
     if tiles.padding is not None:
         least = np.where(tiles.padding, component.width, least)
@@ -207,7 +212,7 @@ def _spmm(
     sources = np.array([numbers.index(line.number) for line in lines], np.int32)
     tables = (
         table, rows[order] if tiles.row_map is not None else np.zeros((1, 1), np.int32),
-        bounds_of([line.component for line in lines], num_out), shifts_of(acsr, numbers), sources,
+        bounds_of([line.component for line in lines], num_out), shifts_of(acsr, numbers, how), sources,
     )  # fmt: skip
     return Spmm(
         config, tiles.step if tiles.row_map is None else 0, tiles.block_q, tiled[0].component.stride, value_stride,
@@ -244,7 +249,7 @@ def _spmm_by_row(acsr: ACSR, numbers: list[int], config: KernelConfig, how: How)
         Phases("rows", False, "absent"),
         (np.concatenate(spans, axis=1).astype(np.int32)[order],
          padded_rows(tiles, config.block_q)[order] if by_map else np.zeros((1, 1), np.int32), bounds,
-         shifts_of(acsr, numbers), np.arange(len(numbers), dtype=np.int32)),
+         shifts_of(acsr, numbers, how), np.arange(len(numbers), dtype=np.int32)),
     )  # fmt: skip
 
 

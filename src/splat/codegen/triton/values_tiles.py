@@ -170,10 +170,19 @@ def bounds_of(components: Sequence[Component], num_rows: int) -> np.ndarray:
     return np.stack([np.stack(pair) for pair in pairs]).astype(np.int32)
 
 
-def shifts_of(acsr: ACSR, numbers: Sequence[int]) -> np.ndarray:
+def shifts_of(acsr: ACSR, numbers: Sequence[int], how: How = USUAL) -> np.ndarray:
     """SHIFTS: int32 [components, rows]; rows without values: whatever."""
-    rows = [np.broadcast_to(acsr.offsets[n] - acsr.components[n].bounds[0], acsr.shape[:1]) for n in numbers]
+    first: Sequence[int] | np.ndarray = acsr.offsets
+    if how.layout == "tiles":
+        counts = np.stack([np.broadcast_to(one.count, acsr.shape[:1]) for one in acsr.components])
+        first = row_begins(acsr) + counts.cumsum(axis=0, dtype=np.int64) - counts
+    rows = [np.broadcast_to(first[n] - acsr.components[n].bounds[0], acsr.shape[:1]) for n in numbers]
     return np.stack(rows).astype(np.int32)
+
+
+def row_begins(acsr: ACSR) -> np.ndarray:
+    """Where each row's values begin in layout "tiles", whose tiles are single rows: int64 [rows]."""
+    return np.cumsum(acsr.row_nnz, dtype=np.int64) - acsr.row_nnz
 
 
 def phases_of(tiled: Sequence[Tiled]) -> Phases:

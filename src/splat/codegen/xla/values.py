@@ -129,7 +129,9 @@ def _dot(spec: str, left: Array, right: Array) -> Array:
 def num_values(acsr: ACSR, how: How) -> int:
     """See `Implementation.num_values`."""
     if not how.specialised:
-        raise UnsupportedError("the xla implementation has nothing to switch off. Compare with implementation='cpp'.")
+        raise UnsupportedError(
+            "the xla implementation has nothing to switch off. Compare with implementation='cpp' or 'triton'."
+        )
     if how.layout == "rows":
         return acsr.shape[0] * acsr.width
     return sum(_tiles(acsr, n).rows.size * _tiles(acsr, n).span for n in _components(acsr))

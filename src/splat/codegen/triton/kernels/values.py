@@ -1,13 +1,17 @@
-"""R-SDDMM, R-softmax and R-SpMM on row-compressed values [batch, rows, width].
+"""R-SDDMM, R-softmax and R-SpMM on values: row-compressed [batch, rows, width], or packed [batch, non-zeros].
 
 The value of row i at lattice column x of a component lies at `values[b, i, shift[i] + x]`, where `shift` is the
-component's offset less the row's lower bound: one sum per row, whatever the pattern. Tables, int32, beside those of
-`kernels.tiles`:
+component's offset less the row's lower bound: one sum per row, whatever the pattern. Packed values, one row's after the
+other's and without padding, lie at `values[b, shift[i] + x]`: only `shift` differs. PLACES says which, and what holds a
+place: 32 bits ("rows", "packed") or 64 ("far rows", where a batch entry may have 2^30 values and more). `width` is how
+many values a row has; packed, a batch entry.
+
+Tables, int32, beside those of `kernels.tiles`:
 
     TASKS    [slots, 11]       R-SDDMM: a row tile of one component each; `FIELDS_OF_TASK` says what
     SHIFTS   [components, rows]
     SOURCES  [walks]           the component (row of SHIFTS) that a walk's values belong to
-    COUNTS   [components, rows], OFFSETS [components]   R-softmax
+    COUNTS   [components, rows], OFFSETS [components]   R-softmax; packed, [1, rows] and where rows begin, [rows]
 
 Rows of a tile that are not aligned visit all columns between, and have every `hop`-th of them: HOPS. Their bounds are
 columns, their values lie where those of the lattice do, `column // hop`.
@@ -31,7 +35,8 @@ from splat.codegen.triton.kernels.tiles import (
     store_rows,
 )
 
-#: component, stride, offset, x0, x1, x2, x3, stop, residue, and the values [least, width) that some row pads.
+#: component, stride, offset (packed: the row of BOUNDS that holds `shift`), x0, x1, x2, x3, stop, residue, and the
+#: values [least, width) that some row pads.
 FIELDS_OF_TASK: tl.constexpr = tl.constexpr(11)
 
 
@@ -53,12 +58,20 @@ def hopped(keep, x, lower, hop):
 
 
 @triton.jit
-def first_of(rows, width, shift, FAR: tl.constexpr):
-    """Where `rows` would have their lattice column 0, in elements past a batch entry's first value.
+def entry_of(VALUES, entry, num_rows, width, PLACES: tl.constexpr):
+    """The first value of a batch entry."""
+    if PLACES == "packed":
+        return VALUES + entry * width
+    else:
+        return VALUES + entry * num_rows * width
 
-    FAR: a batch entry may have 2^30 values and more, so that 32 bits do not hold it.
-    """
-    if FAR:
+
+@triton.jit
+def first_of(rows, width, shift, PLACES: tl.constexpr):
+    """Where `rows` would have their lattice column 0, in elements past a batch entry's first value."""
+    if PLACES == "packed":
+        return shift
+    elif PLACES == "far rows":
         return rows.to(tl.int64) * width + shift
     else:
         return rows * width + shift
@@ -96,7 +109,7 @@ def products(q, K, VALUES, at, inside, begin, end, stop, lower, upper, stride, h
 def splat_sddmm(Q, K, TASKS, ROWS, BOUNDS, num_slots, num_rows, num_cols, width, VALUES,
                 STRIDE: tl.constexpr, HOPS: tl.constexpr, LEFT: tl.constexpr, FULL: tl.constexpr, RIGHT: tl.constexpr,
                 PADDED: tl.constexpr, RAGGED: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_KV: tl.constexpr,
-                HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr, WIDE: tl.constexpr, FAR: tl.constexpr,
+                HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr, WIDE: tl.constexpr, PLACES: tl.constexpr,
                 PRECISION: tl.constexpr):  # fmt: skip
     """VALUES = Q K^T for the pairs of the pattern, 0 in padding. A program has a row tile of one component.
 
@@ -119,12 +132,15 @@ def splat_sddmm(Q, K, TASKS, ROWS, BOUNDS, num_slots, num_rows, num_cols, width,
     lower = bound(BOUNDS, 2 * component, rows, num_rows)
     upper = bound(BOUNDS, 2 * component + 1, rows, num_rows)
     entry = batch.to(tl.int64)
-    values = VALUES + entry * num_rows * width
-    first = first_of(rows, width, tl.load(task + 2), FAR)  # of the component's values
-    if HOPS:
-        at = first - lower // hop
+    values = entry_of(VALUES, entry, num_rows, width, PLACES)
+    if PLACES == "packed":
+        at = tl.load(BOUNDS + tl.load(task + 2) * num_rows + rows, mask=inside, other=0)
     else:
-        at = first - lower
+        first = first_of(rows, width, tl.load(task + 2), PLACES)  # of the component's values
+        if HOPS:
+            at = first - lower // hop
+        else:
+            at = first - lower
     stop = tl.load(task + 7)
     k_of = K + entry * num_cols * HEAD_DIM + tl.load(task + 8).to(tl.int64) * HEAD_DIM
     q = load_rows(Q + entry * num_rows * HEAD_DIM, rows, num_rows, HEAD_DIM, HEAD_DIM, WIDTH)
@@ -169,18 +185,23 @@ def has_value(COUNTS, OFFSETS, n, rows, num_rows, COMPONENTS: tl.constexpr):
 
 
 @triton.jit
-def splat_softmax(VALUES, COUNTS, OFFSETS, num_blocks, num_rows, width, OUT,
-                  COMPONENTS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, WHOLE: tl.constexpr):  # fmt: skip
+def splat_softmax(VALUES, COUNTS, OFFSETS, num_blocks, num_rows, width, size, OUT,
+                  COMPONENTS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, WHOLE: tl.constexpr,
+                  PLACES: tl.constexpr):  # fmt: skip
     """OUT = each row's exponentials over their sum, 0 in padding and in rows without a value.
 
     WHOLE: a row fits into a block and is read once. Otherwise it is read twice, a block at a time: for its largest
-    value and the sum relative to that, which grow together, and for the results.
+    value and the sum relative to that, which grow together, and for the results. `width`: of the longest row; `size`:
+    of a batch entry.
     """
     block, batch, _ = locate(num_blocks, 1)
     rows = block * ROWS + tl.arange(0, ROWS)
     lane = tl.arange(0, BLOCK)
-    at = batch.to(tl.int64) * num_rows * width + rows.to(tl.int64) * width
     inside = (rows < num_rows)[:, None]
+    if PLACES == "packed":
+        at = batch.to(tl.int64) * size + tl.load(OFFSETS + rows, mask=rows < num_rows, other=0)
+    else:
+        at = batch.to(tl.int64) * num_rows * width + rows.to(tl.int64) * width
     if WHOLE:
         keep = has_value(COUNTS, OFFSETS, lane, rows, num_rows, COMPONENTS)
         x = tl.load(VALUES + at[:, None] + lane[None, :], mask=keep, other=-float("inf"))
@@ -189,7 +210,10 @@ def splat_softmax(VALUES, COUNTS, OFFSETS, num_blocks, num_rows, width, OUT,
         e = tl.exp2((x - top[:, None]) * LOG2E)
         total = tl.sum(e, 1)
         e = e / tl.where(total == 0.0, 1.0, total)[:, None]
-        tl.store(OUT + at[:, None] + lane[None, :], e, mask=inside & (lane < width)[None, :])
+        if PLACES == "packed":
+            tl.store(OUT + at[:, None] + lane[None, :], e, mask=keep)
+        else:
+            tl.store(OUT + at[:, None] + lane[None, :], e, mask=inside & (lane < width)[None, :])
     else:
         top = tl.full([ROWS], -float("inf"), tl.float32)
         total = tl.zeros([ROWS], tl.float32)
@@ -208,7 +232,10 @@ def splat_softmax(VALUES, COUNTS, OFFSETS, num_blocks, num_rows, width, OUT,
             keep = has_value(COUNTS, OFFSETS, n, rows, num_rows, COMPONENTS)
             x = tl.load(VALUES + at[:, None] + n[None, :], mask=keep, other=-float("inf"))
             e = tl.exp2((x - top[:, None]) * LOG2E) / total[:, None]
-            tl.store(OUT + at[:, None] + n[None, :], e, mask=inside & (n < width)[None, :])
+            if PLACES == "packed":
+                tl.store(OUT + at[:, None] + n[None, :], e, mask=keep)
+            else:
+                tl.store(OUT + at[:, None] + n[None, :], e, mask=inside & (n < width)[None, :])
 
 
 # -- R-SpMM ------------------------------------------------------------------------------------------------------------
@@ -225,7 +252,7 @@ def unknown_zeros(length, ROWS: tl.constexpr, WIDTH: tl.constexpr):
 def add_products(acc, VALUES, SHIFT, X, at, columns, inside, begin, end, stop, residue, lower, upper, width,
                  TEST: tl.constexpr, STRIDE: tl.constexpr, HOP: tl.constexpr, TRANSPOSED: tl.constexpr,
                  GUARD: tl.constexpr, RAGGED: tl.constexpr, BLOCK_KV: tl.constexpr, HEAD_DIM: tl.constexpr,
-                 WIDTH: tl.constexpr, WIDE: tl.constexpr, FAR: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+                 WIDTH: tl.constexpr, WIDE: tl.constexpr, PLACES: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
     """Adds values times lattice rows [begin, end) of X.
 
     That of row i at x is value `at[i] + x`. TRANSPOSED: the lattice is one of matrix rows, and so are the values; that
@@ -237,7 +264,7 @@ def add_products(acc, VALUES, SHIFT, X, at, columns, inside, begin, end, stop, r
         if TRANSPOSED:
             row = residue + STRIDE * n
             shift = tl.load(SHIFT + row, mask=n < stop, other=0)
-            source = VALUES + (first_of(row, width, shift, FAR)[None, :] + columns[:, None])
+            source = VALUES + (first_of(row, width, shift, PLACES)[None, :] + columns[:, None])
         elif HOP > 1:
             source = VALUES + (at[:, None] + (n // HOP)[None, :])
         else:
@@ -267,7 +294,7 @@ def load_bound(TABLE, which, rows, num_rows):
 @triton.jit
 def add_products_by_row(acc, VALUES, SHIFT, BOUNDS, X, walk, columns, residues, inside, begin, end, num_rows, width,
                         VALUE_STRIDE: tl.constexpr, BLOCK_KV: tl.constexpr, HEAD_DIM: tl.constexpr,
-                        WIDTH: tl.constexpr, WIDE: tl.constexpr, FAR: tl.constexpr,
+                        WIDTH: tl.constexpr, WIDE: tl.constexpr, PLACES: tl.constexpr,
                         PRECISION: tl.constexpr):  # fmt: skip
     """Transposed `add_products` of rows [begin, end), where columns are not regular: it looks at each row's bounds."""
     for x in tl.range(begin, end, BLOCK_KV):
@@ -278,7 +305,7 @@ def add_products_by_row(acc, VALUES, SHIFT, BOUNDS, X, walk, columns, residues, 
         if VALUE_STRIDE > 1:
             keep = keep & (residues[:, None] == load_bound(BOUNDS, 3 * walk + 2, row, num_rows)[None, :])
         shift = load_bound(SHIFT, walk, row, num_rows)
-        source = VALUES + (first_of(row, width, shift, FAR)[None, :] + columns[:, None])
+        source = VALUES + (first_of(row, width, shift, PLACES)[None, :] + columns[:, None])
         p = tl.load(source, mask=keep, other=0.0)  # [BLOCK_Q, BLOCK_KV]
         v = load_lattice(X, x, end, HEAD_DIM, 1, BLOCK_KV, HEAD_DIM, WIDTH, True, WIDE, False)
         v = tl.where((tl.max(keep.to(tl.int32), 0) > 0)[:, None], v, 0.0).to(v.dtype)
@@ -291,7 +318,7 @@ def add_walk(acc, VALUES, X, TILES, BOUNDS, SHIFTS, SOURCES, walk, slot, rows, c
              WALKS: tl.constexpr, LEFT: tl.constexpr, FULL: tl.constexpr, RIGHT: tl.constexpr, STRIDE: tl.constexpr,
              HOP: tl.constexpr, TRANSPOSED: tl.constexpr, GUARD: tl.constexpr, RAGGED: tl.constexpr,
              BLOCK_KV: tl.constexpr, HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr, WIDE: tl.constexpr,
-             FAR: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+             PLACES: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
     """Adds what lies along one walk."""
     x0, x1, x2, x3, stop, residue = span(TILES, slot, walk, WALKS)
     lower = bound(BOUNDS, 2 * walk, rows, num_out)
@@ -301,20 +328,20 @@ def add_walk(acc, VALUES, X, TILES, BOUNDS, SHIFTS, SOURCES, walk, slot, rows, c
     if TRANSPOSED:
         at = rows
     else:
-        at = first_of(rows, width, tl.load(shifts + rows, mask=inside, other=0), FAR)
+        at = first_of(rows, width, tl.load(shifts + rows, mask=inside, other=0), PLACES)
     lattice = X + residue.to(tl.int64) * HEAD_DIM
     if LEFT != "absent":
         acc = add_products(acc, VALUES, shifts, lattice, at, columns, inside, x0, x1, stop, residue, lower, upper,
                            width, LEFT, STRIDE, HOP, TRANSPOSED, GUARD, RAGGED, BLOCK_KV, HEAD_DIM, WIDTH, WIDE,
-                           FAR, PRECISION)  # fmt: skip
+                           PLACES, PRECISION)  # fmt: skip
     if FULL:
         acc = add_products(acc, VALUES, shifts, lattice, at, columns, inside, x1, x2, stop, residue, lower, upper,
                            width, "none", STRIDE, HOP, TRANSPOSED, GUARD, RAGGED, BLOCK_KV, HEAD_DIM, WIDTH, WIDE,
-                           FAR, PRECISION)  # fmt: skip
+                           PLACES, PRECISION)  # fmt: skip
     if RIGHT != "absent":
         acc = add_products(acc, VALUES, shifts, lattice, at, columns, inside, x2, x3, stop, residue, lower, upper,
                            width, RIGHT, STRIDE, HOP, TRANSPOSED, GUARD, RAGGED, BLOCK_KV, HEAD_DIM, WIDTH, WIDE,
-                           FAR, PRECISION)  # fmt: skip
+                           PLACES, PRECISION)  # fmt: skip
     return acc
 
 
@@ -324,7 +351,7 @@ def splat_spmm(VALUES, X, EARLIER, TILES, ROWS, BOUNDS, SHIFTS, SOURCES, num_slo
                WALKS: tl.constexpr, UNROLL: tl.constexpr, LEFT: tl.constexpr, FULL: tl.constexpr, RIGHT: tl.constexpr,
                RESUME: tl.constexpr, GUARD: tl.constexpr, RAGGED: tl.constexpr, TILE_ROWS: tl.constexpr,
                BLOCK_Q: tl.constexpr, BLOCK_KV: tl.constexpr, HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr,
-               WIDE: tl.constexpr, FAR: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+               WIDE: tl.constexpr, PLACES: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
     """OUT = P X, or P^T X, where P has these values; RESUME: added to EARLIER, of other components.
 
     A program has a tile of OUT's rows, which are columns of the matrix where TRANSPOSED; those lie VALUE_STRIDE apart
@@ -345,7 +372,7 @@ def splat_spmm(VALUES, X, EARLIER, TILES, ROWS, BOUNDS, SHIFTS, SOURCES, num_slo
         num_values = num_in
     else:
         num_values = num_out
-    values = VALUES + entry * num_values * width
+    values = entry_of(VALUES, entry, num_values, width, PLACES)
     x = X + entry * num_in * HEAD_DIM
     if RESUME:
         acc = load_rows(EARLIER + entry * num_out * HEAD_DIM, rows, num_out, HEAD_DIM, HEAD_DIM, WIDTH)
@@ -356,15 +383,15 @@ def splat_spmm(VALUES, X, EARLIER, TILES, ROWS, BOUNDS, SHIFTS, SOURCES, num_slo
             x0, x1, _, _, _, _ = span(TILES, slot, walk, WALKS)
             acc = add_products_by_row(acc, values, SHIFTS, BOUNDS, x, walk, columns, rows % VALUE_STRIDE,
                                       rows < num_out, x0, x1, num_in, width, VALUE_STRIDE, BLOCK_KV, HEAD_DIM, WIDTH,
-                                      WIDE, FAR, PRECISION)  # fmt: skip
+                                      WIDE, PLACES, PRECISION)  # fmt: skip
     elif UNROLL:
         for walk in tl.static_range(WALKS):
             acc = add_walk(acc, values, x, TILES, BOUNDS, SHIFTS, SOURCES, walk, slot, rows, columns, num_out,
                            num_values, width, WALKS, LEFT, FULL, RIGHT, STRIDE, HOP, TRANSPOSED, GUARD, RAGGED,
-                           BLOCK_KV, HEAD_DIM, WIDTH, WIDE, FAR, PRECISION)  # fmt: skip
+                           BLOCK_KV, HEAD_DIM, WIDTH, WIDE, PLACES, PRECISION)  # fmt: skip
     else:
         for walk in tl.range(WALKS):
             acc = add_walk(acc, values, x, TILES, BOUNDS, SHIFTS, SOURCES, walk, slot, rows, columns, num_out,
                            num_values, width, WALKS, LEFT, FULL, RIGHT, STRIDE, HOP, TRANSPOSED, GUARD, RAGGED,
-                           BLOCK_KV, HEAD_DIM, WIDTH, WIDE, FAR, PRECISION)  # fmt: skip
+                           BLOCK_KV, HEAD_DIM, WIDTH, WIDE, PLACES, PRECISION)  # fmt: skip
     store_rows(OUT + entry * num_out * HEAD_DIM, acc, rows, num_out, HEAD_DIM, HEAD_DIM, WIDTH)
