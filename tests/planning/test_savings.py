@@ -12,10 +12,12 @@ PATTERNS = ["window(9)", "strided(4)", "dilated_window(3, 2, 4)", "blocked(8, 1)
 
 
 def counted(mask: np.ndarray, block_q: int, block_kv: int, begin: str) -> int:
-    """Scores of the tiles of a mask's row tiles, without empty rows; tiles begin at the span, on a grid, or are all."""
-    mask, total = mask[mask.any(axis=1)], 0
+    """Scores of the tiles of a mask's row tiles that hold any; tiles begin at the span, on a grid, or are all."""
+    total = 0
     for at in range(0, len(mask), block_q):
         columns = np.flatnonzero(mask[at : at + block_q].any(axis=0))
+        if not columns.size:
+            continue
         if begin == "span":
             total += -(-(columns[-1] + 1 - columns[0]) // block_kv)
         elif begin == "grid":
@@ -28,8 +30,9 @@ def counted(mask: np.ndarray, block_q: int, block_kv: int, begin: str) -> int:
 def lattices(component: splat.acsr.Component, columns: int) -> list[np.ndarray]:
     """For every residue, the mask of its rows on the columns of its lattice."""
     whole = splat.ACSR((len(component.count), columns), (component,)).to_dense()
-    residues = np.where(component.count > 0, component.start % component.stride, -1)
-    return [whole[residues == r][:, r :: component.stride] for r in range(component.stride)]
+    step = component.line_step or 1
+    groups = [np.arange(r, len(whole), step) for r in range(step)]
+    return [whole[rows][:, component.residue[rows].max() :: component.stride] for rows in groups]
 
 
 @pytest.mark.parametrize("text", PATTERNS)

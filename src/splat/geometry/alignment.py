@@ -81,7 +81,10 @@ class RowTiles:
             tail = values[self.num_rows - self.step :]
             values = xp.concatenate([values, xp.tile(tail, ceil_div(missing, self.step))[:missing]])
         if xp is np and self.step == 1:  # several times faster than reducing a short axis
-            return getattr(np, operation).reduceat(values, np.arange(0, values.shape[0], self.block_q))
+            combine, size = getattr(np, operation), self.block_q
+            while size % 2 == 0:
+                values, size = combine(values[0::2], values[1::2]), size // 2
+            return values if size == 1 else combine.reduceat(values, np.arange(0, values.shape[0], size))
         grid = values.reshape(tiles, self.block_q, self.step)
         reduced = xp.max(grid, axis=1) if operation == "maximum" else xp.min(grid, axis=1)
         return reduced.T.reshape(-1)

@@ -15,6 +15,7 @@ Between x1 and x2 every row has every column: no mask. Rows without a run push x
 from __future__ import annotations
 
 import dataclasses
+import weakref
 from functools import reduce
 
 import numpy as np
@@ -67,8 +68,27 @@ class Spans:
         )
 
 
+#: Spans of static components by (step, block_q): planning asks for several targets, and for what is saved.
+_known: weakref.WeakKeyDictionary[Component, dict[tuple[int, int], Spans]] = weakref.WeakKeyDictionary()
+
+
 def analyze(component: Component, tiles: RowTiles) -> Spans:
-    """The spans of `component` for every row tile; one pass over the rows."""
+    """The spans of `component` for every row tile; one pass over the rows, or over those of smaller tiles."""
+    if tiles.row_map is not None or not component.is_static:
+        return _analyze(component, tiles)
+    known = _known.setdefault(component, {})
+    wanted = tiles.step, tiles.block_q
+    if wanted not in known:
+        finer = [size for step, size in known if step == tiles.step and tiles.block_q % size == 0]
+        if finer:
+            smaller = dataclasses.replace(tiles, block_q=max(finer))
+            known[wanted] = known[tiles.step, smaller.block_q].coarsen(tiles.block_q // smaller.block_q, smaller)
+        else:
+            known[wanted] = _analyze(component, tiles)
+    return known[wanted]
+
+
+def _analyze(component: Component, tiles: RowTiles) -> Spans:
     lower, upper = component.bounds
     x0, x1 = tiles.smallest(lower), tiles.largest(lower)
     x2, x3 = tiles.smallest(upper), tiles.largest(upper)

@@ -16,6 +16,7 @@ import dataclasses
 import numpy as np
 
 from splat.acsr import ACSR, Component
+from splat.geometry import RowTiles, align_by_step, align_rows_of, analyze
 from splat.pattern.core import ceil_div
 
 
@@ -45,40 +46,45 @@ class Savings:
 
 def savings(acsr: ACSR, block_q: int, block_kv: int) -> Savings:
     """Of a static matrix that is computed in row tiles of `block_q` rows and tiles of `block_kv` lattice columns."""
-    computed, off = 0, dict.fromkeys(("alignment", "spans", "posets"), 0)
+    num_rows, computed, off = acsr.shape[0], 0, dict.fromkeys(("alignment", "spans", "posets"), 0)
+    neighbours = align_by_step(num_rows, 1, block_q)
     for component in acsr.components:
         if not component.width:
             continue
-        first, last, columns = _row_tiles(component, acsr.shape, block_q, aligned=True)
-        area = block_q * block_kv
-        computed += area * int((-(-(last - first) // block_kv)).sum())
-        off["posets"] += area * int((-(-last // block_kv) - first // block_kv).sum())
-        off["spans"] += area * len(first) * ceil_div(columns, block_kv)
-        first, last, _ = _row_tiles(component, acsr.shape, block_q, aligned=False)
-        off["alignment"] += area * int((-(-(last - first) // block_kv)).sum())
+        step, stride = component.line_step, component.stride
+        tiles = align_rows_of(component, num_rows, block_q) if step is None else align_by_step(num_rows, step, block_q)
+        first, width = _spans(component, tiles)
+        area = tiles.block_q * block_kv
+        scores = area * _tiles_of(width, block_kv)
+        computed += scores
+        off["posets"] += area * _tiles_of(first % block_kv + width, block_kv)
+        off["spans"] += area * len(first) * ceil_div(ceil_div(acsr.shape[1], stride), block_kv)
+        if (step, stride) != (1, 1):
+            _, width = _spans(_whole(component), neighbours)
+            scores = neighbours.block_q * block_kv * _tiles_of(width, block_kv)
+        off["alignment"] += scores
     ratios = {name: scores / computed if computed else 1.0 for name, scores in off.items()}
-    return Savings(**ratios, rows_bytes=4 * acsr.shape[0] * acsr.width, tiles_bytes=4 * computed)
+    return Savings(**ratios, rows_bytes=4 * num_rows * acsr.width, tiles_bytes=4 * computed)
 
 
-def _row_tiles(
-    component: Component, shape: tuple[int, int], block_q: int, *, aligned: bool
-) -> tuple[np.ndarray, np.ndarray, int]:
-    """(first and end of the columns [tiles], int64, and how many there are); in lattice columns where `aligned`."""
-    rows = np.flatnonzero(np.asarray(component.count) > 0)
-    start, count = (np.asarray(x, np.int64)[rows] for x in (component.start, component.count))
-    stride, group = component.stride, np.zeros_like(rows)
-    if aligned and stride > 1:
-        group = start % stride
-        order = np.argsort(group, kind="stable")
-        start, count, group = start[order] // stride, count[order], group[order]
-        end = start + count
-    else:
-        end = start + (count - 1) * stride + 1
-    opens = np.flatnonzero(np.diff(group, prepend=-1))
-    number = np.arange(len(group)) - np.repeat(opens, np.diff(np.append(opens, len(group))))
-    tiles = np.flatnonzero(number % block_q == 0)
-    columns = ceil_div(shape[1], stride) if aligned else shape[1]
-    return np.minimum.reduceat(start, tiles), np.maximum.reduceat(end, tiles), columns
+def _whole(component: Component) -> Component:
+    """All columns between a row's first and last."""
+    if component.stride == 1:
+        return component
+    between = (component.count - 1) * np.int32(component.stride) + 1
+    return Component(1, component.start, np.where(component.count > 0, between, 0))
+
+
+def _spans(component: Component, tiles: RowTiles) -> tuple[np.ndarray, np.ndarray]:
+    """(first lattice column, how many to the last) of every row tile that has any, int32."""
+    spans = analyze(component, tiles)
+    first, width = spans.x0, spans.width
+    here = width > 0
+    return (first, width) if here.all() else (first[here], width[here])
+
+
+def _tiles_of(width: np.ndarray, block_kv: int) -> int:
+    return int((-(-width // np.int32(block_kv))).sum(dtype=np.int64))
 
 
 def si(value: float) -> str:

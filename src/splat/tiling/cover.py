@@ -117,7 +117,6 @@ def _chains(strides: Sequence[int], spans: Sequence[Spans]) -> list[list[int]]:
 
 def _cover_chain(members: list[int], stride: int, spans: list[Spans], block_kv: int) -> list[Walk]:
     xp = array_namespace(spans[0].x0)
-    known = isinstance(spans[0].x0, np.ndarray)
     covered = xp.full_like(spans[0].x0, -NOWHERE)
     walks = []
     for n, span in enumerate(spans):
@@ -130,38 +129,25 @@ def _cover_chain(members: list[int], stride: int, spans: list[Spans], block_kv: 
         tail = total - head - full
         end = begin + total * block_kv
         covered = xp.where(total > 0, xp.maximum(covered, end), covered)
-        head_tests, tail_tests = [], []
-        for later in range(n, len(spans)):
-            other = spans[later]
-            tail_begin = full_begin + full * block_kv
-            head_tests += _tests(members[later], other, begin, full_begin, head > 0, own=later == n, known=known)
-            tail_tests += _tests(members[later], other, tail_begin, end, tail > 0, own=later == n, known=known)
-        walks.append(
-            Walk(
-                members[n],
-                stride,
-                block_kv,
-                begin,
-                head,
-                full,
-                tail,
-                span.residue,
-                tuple(head_tests),
-                tuple(tail_tests),
-            )
-        )
+        tail_begin = full_begin + full * block_kv
+        head_tests = _tests(members[n:], spans[n:], begin, full_begin, head > 0)
+        tail_tests = _tests(members[n:], spans[n:], tail_begin, end, tail > 0)
+        walks.append(Walk(members[n], stride, block_kv, begin, head, full, tail, span.residue, head_tests, tail_tests))
     return walks
 
 
-def _tests(member: int, span: Spans, begin: Array, end: Array, some: Array, *, own: bool, known: bool) -> list[Test]:
-    """The comparisons with one component that a phase over [begin, end) needs, in any row tile."""
-    if not known:
-        return [Test(member, True, True)]
-    here = some & (span.x3 > span.x0)
-    if not own and not (here & (end > span.x0) & (begin < span.x3)).any():
-        return []
+def _tests(members: list[int], spans: list[Spans], begin: Array, end: Array, some: Array) -> tuple[Test, ...]:
+    """The comparisons that a phase over [begin, end) needs in `some` row tiles; its own component is the first."""
+    if not isinstance(some, np.ndarray):
+        return tuple(Test(member, True, True) for member in members)
     if not some.any():
-        return []
-    # Not only where they meet: a lower bound alone also holds right of the component, an upper bound alone left of it.
-    lower, upper = bool((here & (begin < span.x1)).any()), bool((here & (end > span.x2)).any())
-    return [Test(member, lower or not upper, upper)]
+        return ()
+    tests = []
+    for member, span in zip(members, spans, strict=True):
+        here = some & (span.x3 > span.x0)
+        if member != members[0] and not (here & (end > span.x0) & (begin < span.x3)).any():
+            continue
+        # Not only where they meet: a lower bound alone also holds right of the component, an upper bound alone left.
+        lower, upper = bool((here & (begin < span.x1)).any()), bool((here & (end > span.x2)).any())
+        tests.append(Test(member, lower or not upper, upper))
+    return tuple(tests)
