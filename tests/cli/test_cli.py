@@ -91,6 +91,13 @@ def test_emit_of_an_operation_on_values(run) -> None:
     assert "spmm_transposed" in run("emit", "--help")
 
 
+@pytest.mark.parametrize("kernel", ["forward", "sddmm", "softmax", "spmm", "spmm_transposed"])
+def test_emit_keeps_float64(run, kernel: str) -> None:
+    text = run("emit", "window(8)", "--q-len", "64", "--kernel", kernel, "--dtype", "float64")
+    assert "xf64>" in text
+    assert "xf32>" not in text
+
+
 @pytest.mark.parametrize(
     ("args", "message"),
     [

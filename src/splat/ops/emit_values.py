@@ -54,6 +54,8 @@ def emit_values(target: str, operation: str, problem: Problem, query_offset: Any
 def _xla(call: _Call) -> str:
     import jax
 
+    from splat.codegen.xla.emit import stablehlo
+
     p, (batch, head_dim, dtype) = call.problem, call.sizes.values()
     rows, columns = (jax.ShapeDtypeStruct((batch, n, head_dim), dtype) for n in (p.q_len, p.kv_len))
     values = jax.ShapeDtypeStruct((batch, p.q_len, call.acsr.width), accumulator(dtype))
@@ -61,7 +63,7 @@ def _xla(call: _Call) -> str:
         "sddmm": (rows, columns), "softmax": (values,), "spmm": (values, columns), "spmm_transposed": (values, rows),
     }  # fmt: skip
     run = partial(getattr(load("xla"), call.operation), call.acsr)
-    return jax.jit(run).lower(*given[call.operation]).as_text()
+    return stablehlo(run, *given[call.operation])
 
 
 def _cpp(call: _Call) -> str:

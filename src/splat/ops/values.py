@@ -133,7 +133,7 @@ def without(*specialisations: str) -> Iterator[None]:
     """Operations on values that are called or traced meanwhile go without some of the paper's specialisations.
 
     Args:
-      specialisations: of "spans", "posets" and "alignment"; see `splat.codegen.base.How`. For comparison ("cpp" only).
+      specialisations: of "spans", "posets" and "alignment"; see `splat.codegen.base.How`. "xla" has none.
     """
     known = ("spans", "posets", "alignment")
     if unknown := sorted(set(specialisations) - set(known)):

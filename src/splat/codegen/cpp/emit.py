@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from splat import __version__
-from splat.codegen.base import Missing, Options, Request
+from splat.codegen.base import OPERATIONS, Missing, Options, Request
 from splat.codegen.batching import vmappable
 from splat.codegen.cpp import bind_jax, compiler, generate, threads, values
 from splat.codegen.cpp.call import kernel_facts
@@ -84,7 +84,7 @@ def kernels_of(plan: Plan, options: Options, kernel: str | None = None) -> list[
     """The facts of the kernels that a plan calls, or of the one named."""
     name = SHORT.get(kernel or "", kernel)
     if name not in (None, *generate.KERNELS):
-        wanted = ", ".join([*generate.KERNELS, *SHORT])
+        wanted = ", ".join([*generate.KERNELS, *SHORT, *OPERATIONS])
         raise ArgumentError(f"kernel must be one of {wanted}, but {kernel!r} was given")
     p = plan.problem
     query = jax.ShapeDtypeStruct((p.batch, p.q_len, p.num_q_heads, p.head_dim), p.dtype)

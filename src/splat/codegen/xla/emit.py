@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+from collections.abc import Callable
 from functools import lru_cache, partial
 from typing import Any
 
@@ -86,13 +88,20 @@ class XlaImplementation:
         q = jax.ShapeDtypeStruct((p.batch, p.q_len, p.num_q_heads, p.head_dim), p.dtype)
         k = jax.ShapeDtypeStruct((p.batch, p.kv_len, p.num_kv_heads, p.head_dim), p.dtype)
         run = partial(self.attention, plan, options, kv_lengths=None)
-        return jax.jit(run).lower(q, k, k).as_text()
+        return stablehlo(run, q, k, k)
 
     def assembly(self, plan: Plan, options: Options, kernel: str | None = None) -> str:
         raise UnsupportedError("the xla implementation's programs are compiled when they run. Look at target='xla'.")
 
 
 IMPLEMENTATION = XlaImplementation()
+
+
+def stablehlo(function: Callable[..., Any], *arguments: jax.ShapeDtypeStruct) -> str:
+    """What JAX makes of the function, as text; float64 stays float64 whatever JAX is configured for."""
+    wide = jax.enable_x64(True) if any(x.dtype == "float64" for x in arguments) else contextlib.nullcontext()
+    with wide:
+        return jax.jit(function).lower(*arguments).as_text()
 
 
 #: Static facts and tables of every pass.
