@@ -62,7 +62,8 @@ template <class Facts> struct Values {
   static constexpr int D = Facts::head_dim, W = kWidth<T>, Dp = (D + W - 1) / W * W, NV = kMaxVectors;
   static constexpr int R = kRows<NV>;     // rows at once
   static constexpr int kUnit = 32 * R;    // rows of a unit
-  static constexpr int kBlock = 384;      // lattice columns of a block; R-SDDMM has them in its lanes
+  static constexpr int kBlock = 384;      // lattice columns of a block that are brought together; R-SDDMM: of the lanes
+  static constexpr int kInPlace = within(kBlock, (512 << 10) / (Dp * (int)sizeof(T)), 2048);  // of one that is not
   static constexpr int kChunk = 96;       // rows that the transposed product takes at once
   static constexpr int kColumns = 16 * R; // lattice columns of a unit of the transposed product
 
@@ -71,18 +72,22 @@ template <class Facts> struct Values {
   /// Rows that share a lattice, and what they have of it.
   struct Rows {
     int num_rows, low, high;  // of the columns that some row has
+    bool dense;               // all of [low, high) are columns that some row has; false: perhaps not
     int64_t residue;
     int32_t row[kUnit], lower[kUnit], upper[kUnit], place[kUnit];
 
+    void clear() { num_rows = 0, low = 1 << 30, high = -(1 << 30), dense = true, residue = 0; }
     void find(const Component& c, int64_t from, int64_t to) {
-      num_rows = 0, low = 1 << 30, high = -(1 << 30), residue = 0;
+      clear();
       for (int64_t n = from; n < to; ++n) add(c, c.order[n]);
     }
     void add(const Component& c, int32_t at) {
       const int32_t start = c.start[at], count = c.count[at];
-      const int32_t first = count > 0 ? (int32_t)(start / c.stride) : 1 << 30;
-      const int32_t last = count > 0 ? first + (int32_t)c.hop * (count - 1) + 1 : -(1 << 30);
-      if (count > 0) residue = start % c.stride;
+      const int32_t x = c.stride == 1 ? start : start / (int32_t)c.stride;
+      const int32_t first = count > 0 ? x : 1 << 30;
+      const int32_t last = count > 0 ? x + (int32_t)c.hop * (count - 1) + 1 : -(1 << 30);
+      if (count > 0) residue = start - x * c.stride;
+      if (count > 0 && low < high) dense &= first <= high && last >= low;
       if (first < low) low = first;
       if (last > high) high = last;
       row[num_rows] = at, lower[num_rows] = first, upper[num_rows] = last, place[num_rows++] = c.place[at];
@@ -90,7 +95,7 @@ template <class Facts> struct Values {
   };
   struct Scratch {
     Rows rows;
-    alignas(64) T a[most(kUnit * D, most(kChunk * kColumns, R * kBlock))];
+    alignas(64) T a[most(kUnit * D, most(kChunk * kColumns, R * kInPlace))];
     alignas(64) T b[most(D * kLanes, most(kBlock, kChunk) * Dp)];
     alignas(64) T c[most(R * kLanes, most(kUnit, kColumns) * Dp)];
   };
@@ -151,8 +156,8 @@ template <class Facts> struct Values {
   /// Calls body(number of the first value, x of it, values) for what row n has in [from, to).
   template <class Body> SPLAT_INLINE void values_in(int n, int from, int to, Body&& body) const {
     const int hop = (int)component.hop, lower = memory.rows.lower[n], upper = memory.rows.upper[n];
-    const int begin = from > lower ? (from - lower + hop - 1) / hop : 0;
-    const int end = to < upper ? (to - lower + hop - 1) / hop : (upper - lower + hop - 1) / hop;
+    auto number = [&](int columns) { return hop == 1 ? columns : (columns + hop - 1) / hop; };
+    const int begin = from > lower ? number(from - lower) : 0, end = number((to < upper ? to : upper) - lower);
     if (begin < end && from < upper && to > lower) body(begin, lower + hop * begin, end - begin);
   }
 
@@ -161,9 +166,22 @@ template <class Facts> struct Values {
   /// [n][x - from] of rows r ... r + R; 0 where a row has nothing, and in rows that there are not.
   SPLAT_INLINE void gather(int64_t batch, int r, int num, int from, int to, T* tile, int64_t tile_row) const {
     const T* const values = (const T*)call.values;
+    const Rows& rows = memory.rows;
     for (int n = r; n < r + num; ++n, tile += tile_row) {
+      if (n < rows.num_rows && component.hop == 1 && to - from <= kShortest) {  // quicker than calls for a few numbers
+        const int64_t at = place(batch, n) + from - rows.lower[n];
+        const Int<T> lower = rows.lower[n] - from, upper = rows.upper[n] - from;
+        if (at >= 0 && at + kShortest <= call.batch * call.size)
+          for (int x = 0; x < kShortest; x += W) {
+            const Vec<Int<T>> lane = lane_numbers<T>() + x;
+            store(tile + x, (lane >= lower) & (lane < upper) ? load(values + at + x) : Vec<T>{});
+          }
+        else
+          for (int x = 0; x < to - from; ++x) tile[x] = x >= lower && x < upper ? values[at + x] : (T)0;
+        continue;
+      }
       memset(tile, 0, (to - from) * sizeof(T));
-      if (n >= memory.rows.num_rows) continue;
+      if (n >= rows.num_rows) continue;
       values_in(n, from, to, [&](int t, int x, int count) {
         const T* const own = values + place(batch, n) + t;
         if (component.hop == 1) memcpy(tile + x - from, own, count * sizeof(T));
@@ -239,48 +257,66 @@ template <class Facts> struct Values {
     Scalar* const out = (Scalar*)call.result + batch * call.rows * D;
     if (first) memset(memory.c, 0, sizeof(T) * rows.num_rows * Dp);
     else pack(out, rows.num_rows, memory.c, [&](int n) { return rows.row[n]; });
-    for_blocks<kBlock>([&](int from, int to) {
-      // What no row has may hold anything, and counts as 0.
-      int32_t change[kBlock + 1] = {};
-      for (int n = 0; n < rows.num_rows; ++n) {
-        const int begin = rows.lower[n] > from ? rows.lower[n] : from, end = rows.upper[n] < to ? rows.upper[n] : to;
-        if (begin < end) ++change[begin - from], --change[end - from];
-      }
-      int32_t number = 0;
-      pack(right, to - from, memory.b, [&](int n) -> int64_t {
-        number += change[n];
-        return number ? rows.residue + component.stride * (from + n) : -1;
+    if (const T* const dense = in_place(right))
+      for_blocks<kInPlace>([&](int from, int to) { add_block(batch, dense + from * (int64_t)D, from, to); });
+    else
+      for_blocks<kBlock>([&](int from, int to) {
+        bring(right, from, to);
+        add_block(batch, memory.b, from, to);
       });
-      for (int r = 0; r < rows.num_rows; r += R) {
-        int begin = from, end = to;
-        if (!cut(r, begin, end)) continue;
-        int x1 = begin, x2 = end;  // what all rows have
-        InPlace<T, R> values;
-        for (int n = r; n < r + R && x1 < x2; ++n) {
-          if (n >= rows.num_rows || component.hop != 1) {
-            x2 = x1;
-            break;
-          }
-          if (rows.lower[n] > x1) x1 = rows.lower[n];
-          if (rows.upper[n] < x2) x2 = rows.upper[n];
-        }
-        auto edge = [&](int from_, int to_) {
-          gather(batch, r, R, from_, to_, memory.a, kBlock);
-          add_products(Strided<T>{memory.a, kBlock, 1}, memory.b + (from_ - from) * Dp, to_ - from_, memory.c + r * Dp);
-        };
-        if (x2 - x1 < kShortest) {
-          edge(begin, end);
-          continue;
-        }
-        if (begin < x1) edge(begin, x1);
-        for (int n = 0; n < R; ++n)
-          values.row[n] = (const T*)call.values + place(batch, r + n) + x1 - rows.lower[r + n];
-        add_products(values, memory.b + (x1 - from) * Dp, x2 - x1, memory.c + r * Dp);
-        if (x2 < end) edge(x2, end);
-      }
-    });
     for (int n = 0; n < rows.num_rows; ++n)
       put_row<Scalar, D>(memory.c + n * Dp, out + rows.row[n] * (int64_t)D, false);
+  }
+
+  /// The other side where its rows need not be brought together: it is of the compute type, and all columns are used.
+  SPLAT_INLINE const T* in_place(const Scalar* right) const {
+    if constexpr (sizeof(Scalar) == sizeof(T) && D == Dp)
+      if (component.stride == 1 && component.hop == 1 && memory.rows.dense && call.savings.spans && call.savings.anchors)
+        return (const T*)right;
+    return nullptr;
+  }
+
+  /// memory.b = rows of the columns [from, to); what no row has may hold anything, and counts as 0.
+  void bring(const Scalar* right, int from, int to) {
+    const Rows& rows = memory.rows;
+    int32_t change[kBlock + 1] = {};
+    for (int n = 0; n < rows.num_rows; ++n) {
+      const int begin = rows.lower[n] > from ? rows.lower[n] : from, end = rows.upper[n] < to ? rows.upper[n] : to;
+      if (begin < end) ++change[begin - from], --change[end - from];
+    }
+    int32_t number = 0;
+    pack(right, to - from, memory.b, [&](int n) -> int64_t {
+      number += change[n];
+      return number ? rows.residue + component.stride * (from + n) : -1;
+    });
+  }
+
+  /// Adds what the unit's rows have of the columns [from, to), whose rows `dense` are.
+  void add_block(int64_t batch, const T* dense, int from, int to) {
+    const Rows& rows = memory.rows;
+    for (int r = 0; r < rows.num_rows; r += R) {
+      int begin = from, end = to;
+      if (!cut(r, begin, end)) continue;
+      int x1 = begin, x2 = component.hop == 1 && r + R <= rows.num_rows ? end : begin;  // what all rows have
+      for (int n = r; n < r + R && x1 < x2; ++n) {
+        if (rows.lower[n] > x1) x1 = rows.lower[n];
+        if (rows.upper[n] < x2) x2 = rows.upper[n];
+      }
+      auto edge = [&](int from_, int to_) {
+        gather(batch, r, R, from_, to_, memory.a, kInPlace);
+        add_products(Strided<T>{memory.a, kInPlace, 1}, dense + (from_ - from) * Dp, to_ - from_, memory.c + r * Dp);
+      };
+      if (x2 - x1 < kShortest) {
+        edge(begin, end);
+        continue;
+      }
+      if (begin < x1) edge(begin, x1);
+      InPlace<T, R> values;
+      for (int n = 0; n < R; ++n)
+        values.row[n] = (const T*)call.values + place(batch, r + n) + x1 - rows.lower[r + n];
+      add_products(values, dense + (x1 - from) * Dp, x2 - x1, memory.c + r * Dp);
+      if (x2 < end) edge(x2, end);
+    }
   }
 
   // -- its transpose -------------------------------------------------------------------------------------------------
@@ -296,7 +332,7 @@ template <class Facts> struct Values {
     if (first) memset(memory.c, 0, sizeof(T) * kColumns * Dp);
     else pack(out, kColumns, memory.c, column);
     for (int at = begin; at < end;) {
-      rows.num_rows = 0;
+      rows.clear();
       for (; at < end && rows.num_rows < kChunk; ++at) {
         rows.add(component, component.order[at]);
         const int n = rows.num_rows - 1;

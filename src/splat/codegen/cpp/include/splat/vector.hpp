@@ -67,6 +67,13 @@ template <class To, class From> SPLAT_INLINE To bits_as(From v) {
   return out;
 }
 
+/// 0, 1, 2, ...
+template <class T> SPLAT_INLINE Vec<Int<T>> lane_numbers() {
+  Vec<Int<T>> numbers = {};
+  for (int n = 0; n < kWidth<T>; ++n) numbers[n] = n;
+  return numbers;
+}
+
 /// The larger; the second where one is NaN.
 template <class T> SPLAT_INLINE Vec<T> larger(Vec<T> a, Vec<T> b) {
 #ifdef SPLAT_AVX512
