@@ -104,7 +104,7 @@ class Turns:
     """Samples of several functions that took turns: sample n of each belongs to round n; some left early.
 
     What counts are clean samples of rounds in which all are clean, if there are `LEAST_ROUNDS`; else the clean ones of
-    each function, if there are as many; else all.
+    each function, if there are as many; else as many that waited least.
     """
 
     made: dict[str, list[Sample]]
@@ -131,7 +131,7 @@ class Turns:
     def _counting(self, made: list[Sample]) -> list[Sample]:
         rounds = [n for n in self.clean_rounds if n < len(made)]
         clean = [made[n] for n in rounds] if len(rounds) >= LEAST_ROUNDS else [one for one in made if one.clean]
-        return clean if len(clean) >= LEAST_ROUNDS else made
+        return clean if len(clean) >= LEAST_ROUNDS else sorted(made, key=lambda one: one.waited_ms)[:LEAST_ROUNDS]
 
     def ratio(self, numerator: str, denominator: str) -> float:
         """Of the medians."""
