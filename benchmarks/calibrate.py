@@ -23,6 +23,7 @@ import rich.console
 
 import splat
 from benchmarks import timing
+from benchmarks.cases import named
 from benchmarks.report import Report, write_json
 from benchmarks.timing import Samples
 from splat.bench.peers.ours import with_gradients
@@ -36,7 +37,8 @@ HEADS = 8
 TURN_MS = 200.0
 
 #: Patterns that the model must tell apart: a band, lattices, whole blocks, two passes, everything.
-PATTERNS = ("window(256)", "strided(64)", "blocked(128, 1)", "window(128) | strided(128)", "causal()")
+_CASES = named("figures", "window 256", "strided 64", "blocked 128", "window and stride", "dense causal")
+PATTERNS = tuple(case.expression(4096) for case in _CASES)
 
 #: Positions, and the tile sizes to measure: with `--quick`, and without.
 SMALL = (512, (64,), (64, 128))

@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from splat.bench.cases import CASES, SUITES, Bar, Case, of
+from splat.bench.cases import CASES, SUITES, Bar, Case, named, of
 
-__all__ = ["CASES", "SUITES", "Bar", "Case", "of"]
+__all__ = ["CASES", "SUITES", "Bar", "Case", "named", "of"]

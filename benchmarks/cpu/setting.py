@@ -13,18 +13,14 @@ from pathlib import Path
 
 import numpy as np
 
+from benchmarks.cases import named
 from benchmarks.report import Report, write_json
 
 THREADS, BATCH, HEADS = 2, 1, 8
 DTYPES = ("float32", "bfloat16")
 WINDOW = "window(256)"
-PATTERNS = (
-    WINDOW,
-    "causal() & window(512, 0)",
-    "blocked(128, before=1)",
-    "window(128) | global_tokens(16)",
-    "causal()",
-)
+_CASES = named("figures", "window 256", "causal window 512", "blocked 128", "window and global", "dense causal")
+PATTERNS = tuple(case.expression(4096) for case in _CASES)
 
 
 @dataclasses.dataclass(frozen=True)

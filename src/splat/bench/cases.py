@@ -233,3 +233,9 @@ SUITES: tuple[str, ...] = tuple(dict.fromkeys(case.suite for case in CASES))
 def of(*suites: str) -> tuple[Case, ...]:
     """The cases of these suites, in the registry's order."""
     return tuple(case for case in CASES if case.suite in suites)
+
+
+def named(suite: str, *names: str) -> tuple[Case, ...]:
+    """These cases of a suite, in this order. Raises KeyError for names that are none."""
+    known = {case.name: case for case in of(suite)}
+    return tuple(known[name] for name in names)
