@@ -90,6 +90,14 @@ class Component:
             lower, upper = xp.where(here, lower, NOWHERE), xp.where(here, upper, -NOWHERE)
         return lower, upper
 
+    @property
+    def hull(self) -> Component:
+        """All columns from each row's first to its last, stride 1. Static numbers only."""
+        if self.stride == 1:
+            return self
+        reach = (self.count - 1) * np.int32(self.stride) + 1
+        return Component(1, self.start, np.where(self.count > 0, reach, 0).astype(np.int32))
+
     @cached_property
     def residue(self) -> Array:
         """`start mod stride`, int32 [rows]; 0 in rows without a run."""

@@ -120,10 +120,10 @@ class Problem:
     def inputs(self) -> Inputs:
         """The same in every process."""
         rng = np.random.default_rng(0)
-        shape = (self.heads, self.q_len, self.head_dim)
+        dense = (self.heads, self.q_len, self.head_dim)
         query, key, value, d_out = (
             rng.standard_normal(shape, np.float32).astype(self.numpy_dtype).astype(np.float32)
-            for shape in (shape, shape, shape, shape if self.op == "training" else (0, 0, 0))
+            for shape in (dense, dense, dense, dense if self.op == "training" else (0, 0, 0))
         )
         if self.op not in ("spmm", "softmax"):
             return Inputs(query, key, value, d_out, np.zeros((self.heads, 0, 0), np.float32))

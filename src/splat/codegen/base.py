@@ -73,6 +73,12 @@ class How:
 #: The operations on values, by their methods' names.
 OPERATIONS = ("sddmm", "softmax", "spmm", "spmm_transposed")
 
+
+def operands(operation: str, rows: Any, columns: Any, values: Any) -> tuple[Any, ...]:
+    """What an operation takes beside the matrix: dense arrays of its rows and columns, and values."""
+    return ((rows, columns), (values,), (values, columns), (values, rows))[OPERATIONS.index(operation)]
+
+
 #: What operations do where nothing is said.
 USUAL = How()
 

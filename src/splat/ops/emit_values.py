@@ -9,7 +9,7 @@ from typing import Any
 
 from splat.acsr import ACSR, build
 from splat.codegen import Request, choose, load
-from splat.codegen.base import accumulator
+from splat.codegen.base import accumulator, operands
 from splat.errors import ArgumentError, UnsupportedError
 from splat.planning import Problem, check_problem, find
 
@@ -59,11 +59,8 @@ def _xla(call: _Call) -> str:
     p, (batch, head_dim, dtype) = call.problem, call.sizes.values()
     rows, columns = (jax.ShapeDtypeStruct((batch, n, head_dim), dtype) for n in (p.q_len, p.kv_len))
     values = jax.ShapeDtypeStruct((batch, p.q_len, call.acsr.width), accumulator(dtype))
-    given = {
-        "sddmm": (rows, columns), "softmax": (values,), "spmm": (values, columns), "spmm_transposed": (values, rows),
-    }  # fmt: skip
     run = partial(getattr(load("xla"), call.operation), call.acsr)
-    return stablehlo(run, *given[call.operation])
+    return stablehlo(run, *operands(call.operation, rows, columns, values))
 
 
 def _cpp(call: _Call) -> str:

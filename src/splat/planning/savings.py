@@ -60,19 +60,11 @@ def savings(acsr: ACSR, block_q: int, block_kv: int) -> Savings:
         off["posets"] += area * _tiles_of(first % block_kv + width, block_kv)
         off["spans"] += area * len(first) * ceil_div(ceil_div(acsr.shape[1], stride), block_kv)
         if (step, stride) != (1, 1):
-            _, width = _spans(_whole(component), neighbours)
+            _, width = _spans(component.hull, neighbours)
             scores = neighbours.block_q * block_kv * _tiles_of(width, block_kv)
         off["alignment"] += scores
     ratios = {name: scores / computed if computed else 1.0 for name, scores in off.items()}
     return Savings(**ratios, rows_bytes=4 * num_rows * acsr.width, tiles_bytes=4 * computed)
-
-
-def _whole(component: Component) -> Component:
-    """All columns between a row's first and last."""
-    if component.stride == 1:
-        return component
-    between = (component.count - 1) * np.int32(component.stride) + 1
-    return Component(1, component.start, np.where(component.count > 0, between, 0))
 
 
 def _spans(component: Component, tiles: RowTiles) -> tuple[np.ndarray, np.ndarray]:

@@ -18,7 +18,7 @@ import numpy as np
 
 from splat import __version__
 from splat.acsr import ACSR, build
-from splat.codegen.base import OPERATIONS, USUAL, How
+from splat.codegen.base import OPERATIONS, USUAL, How, operands
 from splat.codegen.triton import record
 from splat.codegen.triton.kernels import values as kernels
 from splat.codegen.triton.launch import Kernel, Launch, Launcher, Output
@@ -267,10 +267,7 @@ def launches(
     )  # fmt: skip
     rows, columns = (Output((batch, length, head_dim), dtype) for length in acsr.shape)
     values = operations.values_of(acsr, batch)
-    given = {
-        "sddmm": (rows, columns), "softmax": (values,), "spmm": (values, columns), "spmm_transposed": (values, rows),
-    }  # fmt: skip
-    getattr(operations, operation)(acsr, *given[operation])
+    getattr(operations, operation)(acsr, *operands(operation, rows, columns, values))
     return made
 
 

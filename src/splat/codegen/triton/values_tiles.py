@@ -106,8 +106,7 @@ def line_of(acsr: ACSR, number: int, how: How = USUAL) -> Line:
     component = acsr.components[number]
     if how.alignment or component.stride == 1:
         return Line(number, component)
-    reach = np.where(component.count > 0, component.stride * (component.count - 1) + 1, 0)
-    return Line(number, Component(1, component.start, reach.astype(np.int32)), component.stride)
+    return Line(number, component.hull, component.stride)
 
 
 def tile(line: Line, tiles: RowTiles, num_cols: int, config: KernelConfig, how: How = USUAL) -> Tiled:
