@@ -34,6 +34,10 @@ CASES = {
     "tokens": Case("window(8) | global_tokens(3)", (530, 530), 64, "bfloat16", layout="gaps"),
     "capped": Case("causal()", (100, 117), 33, "float16", soft_cap=3.0),
     "packed": Case("causal()", (200, 200), 64, "float32", layout="heads"),
+    "packed, long rows": Case("causal()", (450, 450), 256, "float32", heads=(1, 1), batch=1, layout="heads"),
+    "rings": Case(
+        "window(20) | global_tokens(3)", (530, 530), 33, "float32", heads=(4, 2), kv_lengths=(530, 317), layout="gaps"
+    ),
     "rows": Case("global_rows(5)", (70, 45), 24, "float32"),
     "few": Case(FEW, (40, 40), 64, "float16", layout="gaps"),
     "blocks": Case("random_blocks(60, 12, 0)", (800, 800), 24, "bfloat16"),

@@ -13,6 +13,7 @@ template <class Facts> struct Backward {
   static_assert(sizeof(Scalar) == sizeof(T), "dK and dV add up in the results");
   static constexpr int D = Facts::head_dim, W = kWidth<T>, Dp = (D + W - 1) / W * W, kVectors = kMaxVectors;
   static constexpr bool kKeysInLanes = false, kGuard = Facts::guard, kFill = Facts::fill, kOwnSegments = false;
+  static constexpr int kRing = 0;
   static constexpr bool kKeeps = true, kWholeHeads = true;
   static constexpr int kChunk = within(32, (96 << 10) / (2 * (D + Dp) * (int)sizeof(T)) / 32 * 32, 4096);
   static constexpr int kTiles = within(1, (640 << 10) / ((3 * D + 2 * Dp) * kLanes * (int)sizeof(T)), 16);
@@ -69,7 +70,7 @@ template <class Facts> struct Backward {
     batch = batch_, kv_head = kv_head_, q_head = q_head_;
   }
   int walked_heads() const { return 1; }
-  template <int kStride> int chunk() const { return kChunk; }
+  bool in_place(int64_t) const { return false; }
 
   void begin(int tile, int head, const LaneRows& rows) {
     State& s = memory.tiles[tile];
@@ -97,7 +98,7 @@ template <class Facts> struct Backward {
                                call.scale ? (T)(1 / call.scale) : (T)0, s.sum);
   }
 
-  void pack(int, int64_t from, int64_t step_, int count) {
+  void pack(int, int64_t from, int64_t step_, int count, int, int) {
     if (step != step_ || residue != from % step_) {  // rows may lie in slots of another lattice
       for (Slot& one : memory.slots) put_back(one);
       step = step_, residue = from % step;

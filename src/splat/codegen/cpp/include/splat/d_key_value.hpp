@@ -10,6 +10,7 @@ template <class Facts> struct DKeyValue {
   using T = Compute<Scalar>;
   static constexpr int D = Facts::head_dim, W = kWidth<T>, kVectors = kMaxVectors;
   static constexpr bool kKeysInLanes = true, kGuard = Facts::guard, kFill = Facts::fill, kOwnSegments = false;
+  static constexpr int kRing = 0;
   static constexpr bool kKeeps = false, kWholeHeads = false;
   static constexpr int kTiles = kTilesOf<4 * D * kLanes * (int)sizeof(T)>, kChunk = kChunkOf<2 * D * (int)sizeof(T)>;
 
@@ -32,7 +33,7 @@ template <class Facts> struct DKeyValue {
     batch = batch_, kv_head = kv_head_, q_head = kv_head_ * (call.num_q_heads / call.num_kv_heads);
   }
   int walked_heads() const { return (int)(call.num_q_heads / call.num_kv_heads); }
-  template <int kStride> int chunk() const { return kChunk; }
+  bool in_place(int64_t) const { return false; }
 
   void begin(int tile, int, const LaneRows& rows) {
     State& s = memory.tiles[tile];
@@ -49,10 +50,10 @@ template <class Facts> struct DKeyValue {
     rows_to_lanes<Scalar, D>(at<Scalar>(call.d_value, batch, kv_head), call.d_value.position, rows, (T)1, s.d_value);
   }
 
-  void pack(int head, int64_t from, int64_t step, int count) {
+  void pack(int head, int64_t from, int64_t step, int count, int, int) {
     const int64_t h = q_head + head;
-    query = walked_rows<Scalar, D>(call.query, batch, h, from, step, count, memory.query);
-    d_out = walked_rows<Scalar, D>(call.d_out, batch, h, from, step, count, memory.d_out);
+    query = walked_rows<Scalar, D>(call.query, batch, h, from, step, count, count, memory.query);
+    d_out = walked_rows<Scalar, D>(call.d_out, batch, h, from, step, count, count, memory.d_out);
     for (int n = 0; n < count; ++n) {
       const int64_t row = from + step * n;
       memory.base[n] = base_of(at<T>(call.lse, batch, h)[row * call.lse.position]);

@@ -10,6 +10,7 @@ template <class Facts> struct DQuery {
   using T = Compute<Scalar>;
   static constexpr int D = Facts::head_dim, W = kWidth<T>, kVectors = kMaxVectors;
   static constexpr bool kKeysInLanes = false, kGuard = Facts::guard, kFill = Facts::fill, kOwnSegments = false;
+  static constexpr int kRing = 0;
   static constexpr bool kKeeps = false, kWholeHeads = false;
   static constexpr int kTiles = kTilesOf<3 * D * kLanes * (int)sizeof(T)>, kChunk = kChunkOf<2 * D * (int)sizeof(T)>;
 
@@ -32,8 +33,8 @@ template <class Facts> struct DQuery {
     batch = batch_, kv_head = kv_head_, q_head = q_head_;
   }
   int walked_heads() const { return 1; }
-  template <int kStride> int chunk() const {
-    return kStride == 1 && is_packed<Scalar, D>(call.key) && is_packed<Scalar, D>(call.value) ? kAllRows : kChunk;
+  bool in_place(int64_t step) const {
+    return step == 1 && is_packed<Scalar, D>(call.key) && is_packed<Scalar, D>(call.value);
   }
 
   void begin(int tile, int head, const LaneRows& rows) {
@@ -53,9 +54,9 @@ template <class Facts> struct DQuery {
                                call.scale ? (T)(1 / call.scale) : (T)0, s.sum);
   }
 
-  void pack(int, int64_t from, int64_t step, int count) {
-    key = walked_rows<Scalar, D>(call.key, batch, kv_head, from, step, count, memory.key);
-    value = walked_rows<Scalar, D>(call.value, batch, kv_head, from, step, count, memory.value);
+  void pack(int, int64_t from, int64_t step, int count, int, int) {
+    key = walked_rows<Scalar, D>(call.key, batch, kv_head, from, step, count, count, memory.key);
+    value = walked_rows<Scalar, D>(call.value, batch, kv_head, from, step, count, count, memory.value);
   }
 
   template <int NV, class M>

@@ -15,6 +15,7 @@ template <class Facts> struct Forward {
   static constexpr bool kKeysInLanes = false, kGuard = Facts::guard, kFill = Facts::fill, kOwnSegments = false;
   static constexpr bool kKeeps = false, kWholeHeads = false;
   static constexpr int kTiles = kTilesOf<2 * D * kLanes * (int)sizeof(T)>, kChunk = kChunkOf<2 * D * (int)sizeof(T)>;
+  static constexpr int kRing = kRingOf<2 * D * (int)sizeof(T)>;
 
   struct State {
     alignas(64) T query[D * kLanes], sum[D * kLanes];  // [d][lane]; `sum` is not divided by `total` yet
@@ -22,7 +23,7 @@ template <class Facts> struct Forward {
   };
   struct Scratch {
     State tiles[kTiles];
-    alignas(64) T key[kChunk * D], value[kChunk * D], p[kBlockColumns * kLanes];
+    alignas(64) T key[kRing * D], value[kRing * D], p[kBlockColumns * kLanes];
   };
 
   const Call& call;
@@ -30,13 +31,15 @@ template <class Facts> struct Forward {
   const bool first;  // of the passes
   int64_t batch, kv_head, q_head;
   const T *key, *value;  // [walked rows][D]
+  Ahead ahead;
 
   void start(int64_t batch_, int64_t kv_head_, int64_t q_head_) {
     batch = batch_, kv_head = kv_head_, q_head = q_head_;
+    ahead.clear();
   }
   int walked_heads() const { return 1; }
-  template <int kStride> int chunk() const {
-    return kStride == 1 && is_packed<Scalar, D>(call.key) && is_packed<Scalar, D>(call.value) ? kAllRows : kChunk;
+  bool in_place(int64_t step) const {
+    return step == 1 && is_packed<Scalar, D>(call.key) && is_packed<Scalar, D>(call.value);
   }
 
   void begin(int tile, int head, const LaneRows& rows) {
@@ -56,9 +59,17 @@ template <class Facts> struct Forward {
     }
   }
 
-  void pack(int, int64_t from, int64_t step, int count) {
-    key = walked_rows<Scalar, D>(call.key, batch, kv_head, from, step, count, memory.key);
-    value = walked_rows<Scalar, D>(call.value, batch, kv_head, from, step, count, memory.value);
+  void look_ahead_lanes(int head, int64_t from, int64_t step, int64_t count) {
+    look_ahead(call.query, q_head + head, from, step, count);
+  }
+  void look_ahead_walked(int64_t from, int64_t step, int64_t count) {
+    look_ahead(call.key, kv_head, from, step, count);
+    look_ahead(call.value, kv_head, from, step, count);
+  }
+
+  void pack(int, int64_t from, int64_t step, int count, int place, int fresh) {
+    key = walked_rows<Scalar, D>(call.key, batch, kv_head, from, step, count, fresh, memory.key + place * D);
+    value = walked_rows<Scalar, D>(call.value, batch, kv_head, from, step, count, fresh, memory.value + place * D);
   }
 
   template <int NV, class M>
@@ -70,7 +81,9 @@ template <class Facts> struct Forward {
     SPLAT_UNROLL
     for (int v = 0; v < NV; ++v) most[v] = splat_of(-kInfinity<T>);
     constexpr bool kPlain = !M::kSome && !Facts::soft_cap;
-    scores<T, D, NV, kPlain>(key + (int64_t)from * D, s.query + lane, n, p, most);
+    scores<T, D, NV, kPlain>(key + (int64_t)from * D, s.query + lane, n, p, most, [&]() SPLAT_INLINED {
+      for (int rows = 0; rows < kRowsAhead; ++rows) ahead.next<D * (int)sizeof(Scalar)>();
+    });
     if constexpr (!kPlain)
       for (int k = 0; k < n; ++k) {
         SPLAT_UNROLL
@@ -106,7 +119,9 @@ template <class Facts> struct Forward {
     }
     SPLAT_UNROLL
     for (int v = 0; v < NV; ++v) store(at_total + v * W, total[v]);
-    accumulate<T, D, NV>(value + (int64_t)from * D, p, n, sum);
+    const T* const rows = value + (int64_t)from * D;
+    if (M::kSome && n == kGroup) accumulate<T, D, NV, kGroup>(rows, p, n, sum);  // edges of bands
+    else accumulate<T, D, NV>(rows, p, n, sum);
   }
 
   void end(int tile, int head, const LaneRows& rows) {
@@ -127,6 +142,13 @@ template <class Facts> struct Forward {
   }
 
  private:
+  /// Rows asked for between the products: a row tile's three times 64 in less than a hundred of them.
+  static constexpr int kRowsAhead = 3;
+  void look_ahead(const Array& array, int64_t head, int64_t from, int64_t step, int64_t count) {
+    const int64_t bytes = array.position * (int64_t)sizeof(Scalar);
+    ahead.add((const char*)at<Scalar>(array, batch, head) + from * bytes, step * bytes, count);
+  }
+
   /// Scores may pass the maximum by so much (in powers of 2) before it is raised.
   static constexpr T kSlack = 8;
 

@@ -26,6 +26,7 @@ template <class Facts> struct ForwardAmx {
   static constexpr int D = Facts::head_dim, Dp = (D + 31) / 32 * 32, kSteps = Dp / 32, kSlices = Dp / 16;
   static constexpr int kBatch = kSteps;  // chunks whose output is made at once: as many as it has parts
   static constexpr bool kKeysInLanes = false, kGuard = Facts::guard, kFill = Facts::fill, kOwnSegments = true;
+  static constexpr int kRing = 0;
   static constexpr bool kKeeps = false, kWholeHeads = false;
   static constexpr int kVectors = kMaxVectors;
   static constexpr int kTiles = within(1, (896 << 10) / ((4 + 2) * Dp * kLanes), 16);
@@ -66,7 +67,7 @@ template <class Facts> struct ForwardAmx {
     scale = (float)(Facts::soft_cap ? call.scale / call.soft_cap : call.scale * kLog2e<double>);
   }
   int walked_heads() const { return 1; }
-  template <int kStride> int chunk() const { return kChunk; }
+  bool in_place(int64_t) const { return false; }
 
   void begin(int tile, int head, const LaneRows& rows) {
     State& s = memory.tiles[tile];
@@ -87,7 +88,7 @@ template <class Facts> struct ForwardAmx {
     }
   }
 
-  void pack(int, int64_t from, int64_t step, int count) {
+  void pack(int, int64_t from, int64_t step, int count, int, int) {
     finite = true;
     for (int n = 0; n < count; n += 32) {
       auto rows = [&](const Array& array) {

@@ -31,8 +31,9 @@ template <class T> struct Strided {
   SPLAT_INLINE T operator()(int r, int k) const { return data[r * row + k * step]; }
 };
 
-/// C[r][lane] (+)= sum_k a(r, k) * b[k][lane], in R rows and NV vectors; see(v, sum) is told of each.
-template <class T, int R, int NV, bool kAdd, class A, class See>
+/// C[r][lane] (+)= sum_k a(r, k) * b[k][lane], in R rows and NV vectors; see(v, sum) is told of each. kN: what n always
+/// is, so that the processor learns where this loop ends; 0: it varies.
+template <class T, int R, int NV, bool kAdd, int kN = 0, class A, class See>
 SPLAT_INLINE void product(const A& a, const T* b, int64_t b_row, int n, T* c, int64_t c_row, See&& see) {
   constexpr int W = kWidth<T>;
   Vec<T> sum[R][NV];
@@ -41,6 +42,7 @@ SPLAT_INLINE void product(const A& a, const T* b, int64_t b_row, int n, T* c, in
     SPLAT_UNROLL
     for (int v = 0; v < NV; ++v) sum[r][v] = kAdd ? load(c + r * c_row + v * W) : Vec<T>{};
   }
+  if (kN > 0) n = kN;
   SPLAT_UNROLL2
   for (int k = 0; k < n; ++k) {
     Vec<T> lane[NV];
@@ -62,9 +64,9 @@ SPLAT_INLINE void product(const A& a, const T* b, int64_t b_row, int n, T* c, in
     }
   }
 }
-template <class T, int R, int NV, bool kAdd, class A>
+template <class T, int R, int NV, bool kAdd, int kN = 0, class A>
 SPLAT_INLINE void product(const A& a, const T* b, int64_t b_row, int n, T* c, int64_t c_row) {
-  product<T, R, NV, kAdd>(a, b, b_row, n, c, c_row, [](int, Vec<T>) SPLAT_INLINED {});
+  product<T, R, NV, kAdd, kN>(a, b, b_row, n, c, c_row, [](int, Vec<T>) SPLAT_INLINED {});
 }
 
 /// Calls body(constant<rows>, first) for `n` rows: as many at a time as fill the registers, then four, then one.
@@ -76,10 +78,11 @@ template <int R, class Body> SPLAT_INLINE void in_rows(int n, Body&& body) {
   for (; r < n; ++r) body(Constant<1>{}, r);
 }
 
-/// `most` becomes the largest score of each lane where `kMax`.
-template <class T, int D, int NV, bool kMax>
-SPLAT_INLINE void scores(const T* walked, const T* lanes, int n, T* out, Vec<T> (&most)[NV]) {
+/// `most` becomes the largest score of each lane where `kMax`; between() is called before each few rows.
+template <class T, int D, int NV, bool kMax, class Between>
+SPLAT_INLINE void scores(const T* walked, const T* lanes, int n, T* out, Vec<T> (&most)[NV], Between&& between) {
   in_rows<kRows<NV>>(n, [&](auto rows, int r) SPLAT_INLINED {
+    between();
     product<T, rows, NV, false>(Strided<T>{walked + r * D, D, 1}, lanes, kLanes, D, out + r * kLanes, kLanes,
                                 [&](int v, Vec<T> sum) SPLAT_INLINED {
                                   if constexpr (kMax) most[v] = larger<T>(most[v], sum);
@@ -87,13 +90,19 @@ SPLAT_INLINE void scores(const T* walked, const T* lanes, int n, T* out, Vec<T> 
   });
 }
 
-template <class T, int D, int NV> SPLAT_INLINE void accumulate(const T* walked, const T* p, int n, T* out) {
+template <class T, int D, int NV, bool kMax>
+SPLAT_INLINE void scores(const T* walked, const T* lanes, int n, T* out, Vec<T> (&most)[NV]) {
+  scores<T, D, NV, kMax>(walked, lanes, n, out, most, []() SPLAT_INLINED {});
+}
+
+template <class T, int D, int NV, int kN = 0>
+SPLAT_INLINE void accumulate(const T* walked, const T* p, int n, T* out) {
   constexpr int R = kRows<NV>, rest = D % R;
   int d = 0;
   for (; d + R <= D; d += R)
-    product<T, R, NV, true>(Strided<T>{walked + d, 1, D}, p, kLanes, n, out + d * kLanes, kLanes);
+    product<T, R, NV, true, kN>(Strided<T>{walked + d, 1, D}, p, kLanes, n, out + d * kLanes, kLanes);
   if constexpr (rest > 0)
-    product<T, rest, NV, true>(Strided<T>{walked + d, 1, D}, p, kLanes, n, out + d * kLanes, kLanes);
+    product<T, rest, NV, true, kN>(Strided<T>{walked + d, 1, D}, p, kLanes, n, out + d * kLanes, kLanes);
 }
 
 /// D is a multiple of the vectors' width.

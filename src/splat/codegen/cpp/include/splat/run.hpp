@@ -9,7 +9,11 @@
 //   start(batch, kv_head, q_head)   once for a unit; the first head of the lanes
 //   walked_heads()             how many heads are walked, one after the other, into the same tiles
 //   begin(tile, head, rows)    before the first walk of a tile; `head` counts from the unit's first
-//   pack(head, first, step, count)   brings together walked rows first + step * n
+//   kRing                      walked rows that may stay for the unit's next row tile; 0: none do
+//   in_place(step)             whether walked rows that many apart are used where they are
+//   pack(head, first, step, count, place, fresh)   brings together walked rows first + step * n from `place` on, of
+//                              which the last `fresh` are missing there; `place` is 0 and all are, but for rings
+//   look_ahead(lanes | walked) what the next row tile will need, where kRing
 //   block<NV>(tile, lane, at, n, x, mask)   works on n of them, from number `at` on, in NV vectors from `lane` on
 //   end(tile, head, rows)
 //   kKeeps                     whether what was packed stays for later units, so that chunks are always whole
@@ -27,11 +31,16 @@ constexpr int64_t floor_to(int64_t a, int64_t b) { return (a >= 0 ? a / b : -cei
 /// Most columns in a block: a multiple of the micro-kernel's rows.
 template <int NV> constexpr int kBlock = kBlockColumns / kRows<NV> * kRows<NV>;
 
+/// Walks of a pass whose rows may stay.
+constexpr int kMaxRings = 8;
+
 /// The units of a pass.
 struct Grid {
   int64_t num_rows, residues, groups_of_residue, tiles_of_residue, tiles_of_unit, units_of_residue, units;
   int64_t heads, head_parts;  // query heads in the tiles of one unit, and units that share a key head's
   bool last_first;
+  bool by_tile;  // units are single row tiles, and walked rows stay for the next one
+  Ring rings[kMaxRings];
 };
 
 template <class Kernel, class PassType> struct Runner {
@@ -50,6 +59,10 @@ template <class Kernel, class PassType> struct Runner {
   int num_groups[Kernel::kTiles];
   int num_tiles, heads;
   int64_t limit;  // of keys, where they are walked
+  Ring rings[kMaxRings];
+  int64_t head_of_rings = -1;
+  int64_t next_group;  // of the next row tile, where it follows in the same lattice; -1: it does not
+  int next_num_groups;
 
   /// Unit `index` of a key head, those of all batch entries counted through.
   void unit(int64_t every_head, int64_t index) {
@@ -66,6 +79,8 @@ template <class Kernel, class PassType> struct Runner {
     limit = Kernel::kKeysInLanes ? (int64_t)1 << 40 : keys;
     for (int t = 0; t < num_tiles; ++t) find_rows(t, residue, first + t, Kernel::kKeysInLanes ? keys : grid.num_rows);
     kernel.start(batch, kv_head, kv_head * group + head);
+    if constexpr (Kernel::kRing > 0)
+      if (grid.by_tile) prepare_next(every_head, residue, first + 1);
     for (int t = 0; t < num_tiles; ++t)
       for (int h = 0; h < heads; ++h) kernel.begin(t * heads + h, h, rows[t]);
     for (int walked = 0; walked < kernel.walked_heads(); ++walked) walk_all(walked, (PassType*)nullptr);
@@ -74,6 +89,21 @@ template <class Kernel, class PassType> struct Runner {
   }
 
  private:
+  /// What is known of a unit's successor.
+  void prepare_next(int64_t every_head, int64_t residue, int64_t tile) {
+    if (head_of_rings != every_head)
+      for (int n = 0; n < kMaxRings; ++n) rings[n] = grid.rings[n];
+    head_of_rings = every_head;
+    const int64_t from = tile * kGroupsOfTile, left = grid.groups_of_residue - from;
+    next_group = left > 0 ? residue * grid.groups_of_residue + from : -1;
+    next_num_groups = (int)(left < kGroupsOfTile ? left : kGroupsOfTile);
+    if constexpr (kStep > 0) {
+      const int64_t row = residue + kStep * from * kGroup, count = next_num_groups * kGroup;
+      const int64_t rows_left = row < grid.num_rows ? ceil_div(grid.num_rows - row, kStep) : 0;
+      for (int h = 0; h < heads; ++h) kernel.look_ahead_lanes(h, row, kStep, count < rows_left ? count : rows_left);
+    }
+  }
+
   void find_rows(int t, int64_t residue, int64_t tile, int64_t num_rows) {
     const int64_t from = tile * kGroupsOfTile, left = grid.groups_of_residue - from;
     num_groups[t] = (int)(left < kGroupsOfTile ? left : kGroupsOfTile);
@@ -127,7 +157,22 @@ template <class Kernel, class PassType> struct Runner {
       if (low[t] < least) least = low[t];
       if (high[t] > most) most = high[t];
     }
-    const int32_t size = kernel.template chunk<kStride>();
+    Ring* const ring = grid.by_tile && !kernel.in_place(kStride) ? &rings[number] : nullptr;
+    const int32_t size = ring ? ring->rows : grid.by_tile ? kAllRows : Kernel::kChunk;
+    if constexpr (Kernel::kRing > 0) {
+      if (grid.by_tile && next_group >= 0) {
+        int32_t next = 1 << 30, end = 0;
+        for (int g = 0; g < next_num_groups; ++g) {
+          const Span& s = *span(next_group + g, number);
+          if (s.x0 >= s.x3) continue;
+          if (s.x0 < next) next = s.x0;
+          if (s.x3 > end) end = s.x3;
+        }
+        if (next < most) next = most;
+        if (end > stop) end = stop;
+        if (next < end) kernel.look_ahead_walked(residue + kStride * next, kStride, end - next);
+      }
+    }
     for (int64_t base = floor_to(least, size); base < most; base += size) {
       int32_t from = 1 << 30, to = -(1 << 30);
       for (int t = 0; t < num_tiles; ++t) {
@@ -140,7 +185,9 @@ template <class Kernel, class PassType> struct Runner {
       if (from >= to) continue;
       if constexpr (Kernel::kKeeps) from = (int32_t)base, to = (int32_t)(base + size < stop ? base + size : stop);
       if constexpr (Kernel::kOwnSegments) from = (int32_t)floor_to(from, 32);  // the same parts, wherever a unit begins
-      kernel.pack(head, residue + kStride * from, kStride, to - from);
+      const int place = ring ? ring->at + from % ring->rows : 0;
+      const int fresh = ring ? ring->missing(residue, from, to - from) : to - from;
+      kernel.pack(head, residue + kStride * from, kStride, to - from, place, fresh);
       for (int t = 0; t < num_tiles; ++t)
         if (low[t] < to && high[t] > from) tile<WalkType>(t, number, n, from, to < high[t] ? to : high[t]);
     }
@@ -216,7 +263,7 @@ template <class Kernel, class PassType> struct Runner {
 /// The numbers of rows, tiles and units of a pass.
 template <class Kernel, class PassType>
 Grid make_grid(const Call& call, const int32_t* groups, int64_t num_groups, int num_threads) {
-  constexpr int kStep = PassType::kStep;
+  constexpr int kStep = PassType::kStep, kGroupsOfTile = kStep ? kGroups : 1;
   Grid grid;
   grid.num_rows = Kernel::kKeysInLanes ? call.kv_len : call.q_len;
   const int64_t group = Kernel::kKeysInLanes ? 1 : call.num_q_heads / call.num_kv_heads;
@@ -238,6 +285,29 @@ Grid make_grid(const Call& call, const int32_t* groups, int64_t num_groups, int 
     const int64_t most = Kernel::tiles_for(width) / grid.heads;
     if (wanted > most) wanted = most;
   }
+  grid.by_tile = false;
+  if constexpr (Kernel::kRing > 0 && PassType::kWalks <= kMaxRings) {
+    int32_t used = 0;
+    for (int w = 0; w < PassType::kWalks; ++w) {
+      int32_t width = 0;  // of the columns that a row tile has, the most
+      for (int64_t n = 0; n < num_groups;) {
+        const int64_t of_residue = n % grid.groups_of_residue, left = grid.groups_of_residue - of_residue;
+        int32_t low = 1 << 30, high = -(1 << 30);
+        for (int64_t g = 0; g < kGroupsOfTile && g < left; ++g, ++n) {
+          const Span& s = ((const Span*)groups)[n * PassType::kWalks + w];
+          if (s.x0 >= s.x3) continue;
+          if (s.x0 < low) low = s.x0;
+          if (s.x3 > high) high = s.x3;
+        }
+        if (high - low > width) width = high - low;
+      }
+      grid.rings[w] = {used, (int32_t)ceil_div(width + 1, 64) * 64};
+      used += grid.rings[w].rows;
+      if (used > Kernel::kRing) break;
+    }
+    grid.by_tile = used <= Kernel::kRing;
+    if (grid.by_tile) wanted = 1;
+  }
   grid.tiles_of_unit = wanted < 1 ? 1 : wanted < grid.tiles_of_residue ? wanted : grid.tiles_of_residue;
   grid.units_of_residue = ceil_div(grid.tiles_of_residue, grid.tiles_of_unit);
   grid.units = grid.residues * grid.units_of_residue;
@@ -246,7 +316,7 @@ Grid make_grid(const Call& call, const int32_t* groups, int64_t num_groups, int 
     const Span &a = ((const Span*)groups)[w], &b = ((const Span*)groups)[(num_groups - 1) * PassType::kWalks + w];
     first += a.x3 - a.x0, last += b.x3 - b.x0;
   }
-  grid.last_first = last > first && !Kernel::kWholeHeads;
+  grid.last_first = last > first && !Kernel::kWholeHeads && !grid.by_tile;
   return grid;
 }
 
@@ -265,17 +335,22 @@ void run_pass(const Call& call, Pool& pool, const int32_t* const*& tables, const
   const int threads = Kernel::kWholeHeads ? 1 : pool.num_threads;
   const Grid grid = make_grid<Kernel, PassType>(call, groups, *num_groups++, threads);
   const int64_t heads = call.batch * call.num_kv_heads, units = grid.units * grid.head_parts;
-  parallel_for(pool, Kernel::kWholeHeads ? heads : heads * units, [&](int64_t index) {
+  const int64_t all = Kernel::kWholeHeads ? heads : heads * units;
+  // Neighbouring row tiles have walked rows in common: a thread takes some one after the other.
+  const int64_t least = grid.by_tile ? within(1, (int)(all / (16 * pool.num_threads)), 4) : 0;
+  parallel_runs(pool, all, least, [&](int64_t from, int64_t to) {
     auto* memory = (typename Kernel::Scratch*)scratch(sizeof(typename Kernel::Scratch));
     Runner<Kernel, PassType> runner{call, grid, groups, bounds, map, Kernel{call, *memory, first}};
-    if constexpr (Kernel::kWholeHeads) {
-      const int64_t head = apart(index, heads, pool.num_threads);
-      runner.kernel.open(head / call.num_kv_heads, head % call.num_kv_heads);
-      for (int64_t unit = 0; unit < units; ++unit) runner.unit(head, unit);
-      runner.kernel.close();
-    } else {
-      // Neighbouring units lie in one head, so that threads write to memory that is far apart.
-      runner.unit(index / units, index % units);
+    for (int64_t index = from; index < to; ++index) {
+      if constexpr (Kernel::kWholeHeads) {
+        const int64_t head = apart(index, heads, pool.num_threads);
+        runner.kernel.open(head / call.num_kv_heads, head % call.num_kv_heads);
+        for (int64_t unit = 0; unit < units; ++unit) runner.unit(head, unit);
+        runner.kernel.close();
+      } else {
+        // Neighbouring units lie in one head, so that threads write to memory that is far apart.
+        runner.unit(index / units, index % units);
+      }
     }
   });
 }

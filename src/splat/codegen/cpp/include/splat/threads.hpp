@@ -1,6 +1,6 @@
 // Threads: units of work from one counter, on whatever threads there are.
 //
-//     counter   0 1 2 3 4 5 6 ...        the caller and its helpers each take the next unit until there is none
+//     counter   0 1 2 3 4 5 6 ...        the caller and its helpers each take what comes next until there is none
 //     caller    0 . 2 . . 5 ....wait     and waits for units that others have begun, never for helpers that have not:
 //     helper      1 . 3 4 . 6            a helper that comes late finds nothing to do
 //
@@ -56,12 +56,20 @@ inline void arrive() {
 #endif
 }
 
+/// How many units are taken at once: one, or where neighbours are better done by one thread (`least` > 0) so many and
+/// more, a part of what is left.
+inline int64_t taken_at_once(int64_t left, int64_t least, int64_t threads) {
+  if (!least) return 1;
+  const int64_t part = left / (2 * threads), some = part > least ? part : least;
+  return some < left ? some : left;
+}
+
 /// One parallel loop. It outlives the call: the last thread that knows it frees it.
 struct Parallel {
   int64_t next, done;  // units taken, units finished
-  int64_t units;
+  int64_t units, least, threads;
   int32_t users;
-  void (*run)(const void* body, int64_t unit);
+  void (*run)(const void* body, int64_t from, int64_t to);
   const void* body;  // the caller's: there while a unit is unfinished
   pthread_mutex_t mutex;
   pthread_cond_t finished;
@@ -69,7 +77,13 @@ struct Parallel {
   void take_part() {
     FlushSubnormals flush;
     int64_t mine = 0;
-    for (int64_t unit; (unit = __atomic_fetch_add(&next, 1, __ATOMIC_RELAXED)) < units; ++mine) run(body, unit);
+    for (int64_t from = __atomic_load_n(&next, __ATOMIC_RELAXED); from < units;) {
+      const int64_t to = from + taken_at_once(units - from, least, threads);
+      if (!__atomic_compare_exchange_n(&next, &from, to, false, __ATOMIC_RELAXED, __ATOMIC_RELAXED)) continue;
+      run(body, from, to);
+      mine += to - from;
+      from = __atomic_load_n(&next, __ATOMIC_RELAXED);
+    }
     arrive();
     if (mine && __atomic_add_fetch(&done, mine, __ATOMIC_ACQ_REL) == units) {
       pthread_mutex_lock(&mutex);
@@ -105,17 +119,18 @@ struct Parallel {
   }
 };
 
-/// `parallel_for` without its type.
-inline void run_units(Pool& pool, int64_t units, void (*run)(const void*, int64_t), const void* body) {
+/// `parallel_runs` without its type.
+inline void run_units(Pool& pool, int64_t units, int64_t least, void (*run)(const void*, int64_t, int64_t),
+                      const void* body) {
   const int64_t threads = pool.num_threads < units ? pool.num_threads : units;
   auto* loop = threads > 1 ? (Parallel*)malloc(sizeof(Parallel)) : nullptr;
   if (!loop) {
     FlushSubnormals flush;
-    for (int64_t unit = 0; unit < units; ++unit) run(body, unit);
+    if (units > 0) run(body, 0, units);
     arrive();
     return;
   }
-  *loop = {0, 0, units, 1, run, body, PTHREAD_MUTEX_INITIALIZER, PTHREAD_COND_INITIALIZER};
+  *loop = {0, 0, units, least, threads, 1, run, body, PTHREAD_MUTEX_INITIALIZER, PTHREAD_COND_INITIALIZER};
   for (int64_t n = 1; n < threads; ++n) {
     __atomic_add_fetch(&loop->users, 1, __ATOMIC_RELAXED);
     if (pool.schedule(pool.context, Parallel::help, loop)) continue;
@@ -127,10 +142,20 @@ inline void run_units(Pool& pool, int64_t units, void (*run)(const void*, int64_
   loop->leave();
 }
 
+/// body(from, to) for all units below `units`, each in one of the runs [from, to), in no order, on the caller and on
+/// the pool's threads. Runs are of `least` units and more, but for the last one; 0: of one.
+template <class Body> void parallel_runs(Pool& pool, int64_t units, int64_t least, Body&& body) {
+  auto* run = +[](const void* given, int64_t from, int64_t to) {
+    (*(decltype(&body))const_cast<void*>(given))(from, to);
+  };
+  run_units(pool, units, least, run, &body);
+}
+
 /// body(unit) for every unit below `units`, each once, in no order, on the caller and on the pool's threads.
 template <class Body> void parallel_for(Pool& pool, int64_t units, Body&& body) {
-  auto* run = +[](const void* given, int64_t unit) { (*(decltype(&body))const_cast<void*>(given))(unit); };
-  run_units(pool, units, run, &body);
+  parallel_runs(pool, units, 0, [&](int64_t from, int64_t to) {
+    for (int64_t unit = from; unit < to; ++unit) body(unit);
+  });
 }
 
 /// Threads that are made for each loop, and end with it; fewer where the system gives no more.

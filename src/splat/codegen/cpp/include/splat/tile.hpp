@@ -16,8 +16,55 @@ constexpr int within(int least, int x, int most) { return x < least ? least : x 
 template <int state_bytes> constexpr int kTilesOf = within(1, (512 << 10) / state_bytes, 16);
 /// Walked rows that are brought together: as many as a quarter holds.
 template <int row_bytes> constexpr int kChunkOf = within(64, (256 << 10) / row_bytes / 64 * 64, 4096);
-/// The chunk of rows that are not copied.
+/// Those that stay for the next row tile: as many as three quarters of a megabyte holds.
+template <int row_bytes> constexpr int kRingOf = within(64, (768 << 10) / row_bytes / 64 * 64, 4096);
+/// The chunk of rows that stay where they are.
 constexpr int kAllRows = 1 << 29;
+
+/// Where walked rows are brought together that the next row tile needs again: row x of a lattice lies at x % rows.
+struct Ring {
+  int32_t at, rows;  // of the memory
+  int64_t residue = -1, from = 0, to = 0;  // what is there: [from, to) of a lattice
+
+  /// How many of the lattice's rows [x, x + count), at most `rows`, are not there: the last ones. From now on they are.
+  int missing(int64_t lattice, int64_t x, int count) {
+    if (lattice != residue || x < from || x > to) residue = lattice, from = to = x;
+    const int64_t end = x + count;
+    const int fresh = (int)(end > to ? end - to : 0);
+    to += fresh;
+    if (from < to - rows) from = to - rows;
+    return fresh;
+  }
+};
+
+/// Rows that will be needed soon, asked for one at a time, so that they come while something else is computed.
+class Ahead {
+ public:
+  void clear() { count_ = done_ = 0; }
+  /// `count` rows, `step` bytes apart. Rows in pages of their own are not asked for: finding the page holds up the
+  /// products as long as waiting for the row would.
+  void add(const void* first, int64_t step, int64_t count) {
+    if (count > 0 && step <= kNear && count_ < kMost) ranges_[count_++] = {(const char*)first, step, (int32_t)count};
+  }
+  template <int bytes> SPLAT_INLINE void next() {
+    if (done_ == count_) return;
+    Range& range = ranges_[done_];
+    for (int at = 0; at < bytes; at += 64) __builtin_prefetch(range.at + at, 0, 2);  // into the second-level cache
+    range.at += range.step;
+    if (!--range.count) ++done_;
+  }
+
+ private:
+  static constexpr int64_t kNear = 2048;
+  static constexpr int kMost = 16;
+  struct Range {
+    const char* at;
+    int64_t step;
+    int32_t count;
+  };
+  Range ranges_[kMost];
+  int count_ = 0, done_ = 0;
+};
 
 /// The rows in the lanes of a row tile; -1: none.
 struct LaneRows {
@@ -124,14 +171,15 @@ template <class Scalar, int D> SPLAT_INLINE bool is_packed(const Array& array) {
   return sizeof(Scalar) >= 4 && array.position == D;
 }
 
-/// Rows `first + step * n` one after the other: where they are, or in `memory`.
+/// Rows `first + step * n` one after the other: where they are, or in `memory`, where the last `fresh` are missing.
 template <class Scalar, int D>
 SPLAT_INLINE const Compute<Scalar>* walked_rows(const Array& array, int64_t batch, int64_t head, int64_t first,
-                                                int64_t step, int count, Compute<Scalar>* memory) {
+                                                int64_t step, int count, int fresh, Compute<Scalar>* memory) {
   const Scalar* from = at<Scalar>(array, batch, head);
   if constexpr (sizeof(Scalar) >= 4)
     if (step == 1 && array.position == D) return from + first * D;
-  pack_rows<Scalar, D>(from, array.position, first, step, count, memory);
+  const int there = count - fresh;
+  pack_rows<Scalar, D>(from, array.position, first + step * there, step, fresh, memory + there * D);
   return memory;
 }
 
