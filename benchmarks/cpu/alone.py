@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
 import statistics
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import numpy as np
 
-from benchmarks.cpu import gate, jax_side, native
+from benchmarks.cpu import gate, jax_side, native, torch_side
 from benchmarks.cpu.clock import LEAST_ROUNDS, Call, Sample, foreign, quartiles, sample, take_turns
 from benchmarks.cpu.setting import CASE_COLUMNS, HEADS, THREADS, WINDOW, Case, Setting
 from benchmarks.report import Report
@@ -30,12 +32,18 @@ def share(setting: Setting) -> Report:
         "cpu-share",
         f"{WINDOW}: FLOP of non-zeros over time, as a share of an L1-fed float32 micro-kernel on {THREADS} threads "
         f"at once, measured before and after each sample. Bar: >= {SHARE_BAR:.0%}, float32.",
-        (*CASE_COLUMNS, "ours ms", "GFLOP/s", "micro-kernel", "share", "p25-p75", "clean", "foreign", "bar"),
-    )
-    for case in setting.cases((WINDOW,), (4096,), (64, 128)):
-        with setting.attempt(report, case):
+        (
+            *CASE_COLUMNS, "called from", "ours ms", "GFLOP/s", "micro-kernel", "share", "p25-p75", "clean", "foreign",
+            "bar",
+        ),
+    )  # fmt: skip
+    sides: dict[str, Callable[[Case], Call]] = {"JAX [B, T, N, H]": jax_side.ready}
+    if not torch_side.why_not(setting):
+        sides["PyTorch [B, N, T, H]"] = torch_side.ours
+    for case, side in itertools.product(setting.cases((WINDOW,), (4096,), (64, 128)), sides):
+        with setting.attempt(report, f"{case}, {side}"):
             found = gate.check(case, setting.gate_length)
-            ours = jax_side.ready(case)
+            ours = sides[side](case)
             gflop = 4 * jax_side.nnz(case.text, case.q_len) * case.head_dim * HEADS / 1e9
             with foreign() as others:
                 made = [_share_sample(ours) for _ in range(setting.rounds if setting.quick else SHARE_SAMPLES)]
@@ -46,10 +54,10 @@ def share(setting: Setting) -> Report:
             median, (low, high) = statistics.median(shares), quartiles(shares)
             bar = setting.bar(SHARE_BAR) if case.dtype == "float32" else None
             setting.add(
-                report, *case.cells, f"{ms:.4g}", f"{gflop / ms * 1e3:.0f}", f"{rate:.0f}", f"{median:.3f}",
+                report, *case.cells, side, f"{ms:.4g}", f"{gflop / ms * 1e3:.0f}", f"{rate:.0f}", f"{median:.3f}",
                 f"{low:.3f}-{high:.3f}", f"{len(clean)}/{len(made)}", f"{others.share:.0%}",
-                report.judge(f"share, {case}", median, bar, at_least=True),
-                case=str(case), gate=found, gflop=gflop, ms=[one.ms for one, _ in made],
+                report.judge(f"share, {case}, {side}", median, bar, at_least=True),
+                case=str(case), side=side, gate=found, gflop=gflop, ms=[one.ms for one, _ in made],
                 waited_ms=[one.waited_ms for one, _ in made], micro_kernel_gflops=[rate for _, rate in made],
                 share=median, foreign=others.share,
             )  # fmt: skip

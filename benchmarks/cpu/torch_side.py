@@ -15,6 +15,7 @@ import numpy as np
 
 import splat
 from benchmarks import peers
+from benchmarks.cpu import gate, jax_side
 from benchmarks.cpu.clock import Call
 from benchmarks.cpu.setting import THREADS, Case, Setting, arrays
 
@@ -46,6 +47,17 @@ def inputs(case: Case) -> list[Any]:
     pt = torch()
     made = [pt.from_numpy(np.ascontiguousarray(x.swapaxes(1, 2))) for x in arrays(case.q_len, case.head_dim)]
     return [x.to(getattr(pt, case.dtype)) for x in made]
+
+
+def ours(case: Case) -> Call:
+    """SPLAT's attention called from PyTorch: each head's positions lie one after the other."""
+    from splat.torch import attention
+
+    query, key, value, _ = inputs(case)
+    pattern = splat.parse(case.text)
+    call = lambda: attention(query, key, value, pattern)  # noqa: E731
+    gate.agree(case, np.asarray(jax_side.ready(case)(), np.float32), as_numpy(call()))
+    return call
 
 
 def as_numpy(out: Any) -> np.ndarray:

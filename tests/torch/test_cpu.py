@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import numpy as np
@@ -58,7 +59,15 @@ def test_results_are_written_whole(rng: np.random.Generator, monkeypatch: pytest
         check(text, inputs)
 
 
-def test_any_number_of_threads_gives_the_same(rng: np.random.Generator) -> None:
+@pytest.mark.parametrize("whose", ["pytorch's", "own"])
+def test_any_number_of_threads_gives_the_same(
+    rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch, whose: str
+) -> None:  # fmt: skip
+    if whose == "own":
+        monkeypatch.setattr(native, "_team", lambda: None)
+    elif native._team() is None:
+        assert sys.platform != "linux" or not torch.backends.openmp.is_available()
+        pytest.skip("PyTorch has no OpenMP runtime here")
     inputs, before = draw_inputs(rng, 700, 700, heads=(2, 1), head_dim=16), torch.get_num_threads()
     try:
         found = []

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
 import math
-from functools import lru_cache
+from functools import cache, lru_cache
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -17,8 +19,9 @@ from splat.planning import Plan, Problem, make_plan
 #: pattern, scale, logits_soft_cap, query_offset: as the operations have them.
 Static = tuple[str, float | None, float | None, int]
 
-#: Calls of fewer floating-point operations stay on their thread: starting others takes about 50 microseconds each.
-SMALL_FLOPS = 10_000_000
+#: Calls of fewer floating-point operations stay on their thread: others take about 5 microseconds, and 50 where they
+#: have to be made first.
+SMALL_FLOPS, SMALL_FLOPS_ALONE = 1_000_000, 10_000_000
 
 
 def forward(
@@ -69,9 +72,31 @@ def _run(kernel: str, arrays: dict[str, Tensor], lengths: Tensor | None, static:
     kept = {name: _rows(x) for name, x in arrays.items()}
     placed = {name: _place(x) for name, x in kept.items()}
     sizes = (batch, q_len, kv_len, num_q_heads, num_kv_heads)
-    threads = torch.get_num_threads() if 4 * prepared.nnz * width * num_q_heads * batch > SMALL_FLOPS else 1
-    prepared(placed, None if lengths is None else lengths.data_ptr(), sizes, threads)
+    team = _team()
+    small = SMALL_FLOPS if team else SMALL_FLOPS_ALONE
+    threads = torch.get_num_threads() if 4 * prepared.nnz * width * num_q_heads * batch > small else 1
+    prepared(placed, None if lengths is None else lengths.data_ptr(), sizes, threads, team)
     return True
+
+
+@cache
+def _team() -> int | None:
+    """The address of `GOMP_parallel` in the OpenMP runtime that PyTorch runs on: its threads do our work as well.
+
+    None where there is none to be found, as on other systems than Linux.
+    """
+    try:
+        lines = Path("/proc/self/maps").read_text().splitlines()
+    except OSError:
+        return None
+    paths = {line.split(maxsplit=5)[5] for line in lines if "omp" in line and "/" in line}
+    runtimes = [path for path in map(Path, paths) if path.name.startswith(("libgomp", "libiomp5", "libomp"))]
+    own = Path(torch.__file__).parent
+    for path in sorted(runtimes, key=lambda path: not path.is_relative_to(own)):
+        entry = getattr(ctypes.CDLL(str(path)), "GOMP_parallel", None)
+        if entry is not None:
+            return ctypes.cast(entry, ctypes.c_void_p).value
+    return None
 
 
 def _rows(x: Tensor) -> Tensor:

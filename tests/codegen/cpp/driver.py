@@ -185,7 +185,7 @@ def run(job: Job) -> dict[str, Array]:
     pointers = (ctypes.c_void_p * len(flat))(*(table.ctypes.data for table in flat))
     counts = (ctypes.c_int64 * len(tables))(*(len(one[0]) for one in tables))
     call.tables, call.num_groups = ctypes.addressof(pointers), ctypes.addressof(counts)
-    assert ctypes.CDLL(str(job.library)).splat_run(ctypes.byref(call), job.num_threads) == 0
+    assert ctypes.CDLL(str(job.library)).splat_run(ctypes.byref(call), job.num_threads, None) == 0
     for name, x in placed.items():
         assert case.layout != "gaps" or np.isnan(gap_of(x)).all(), f"{job.kernel} writes between the rows of {name}"
         assert name in results or x.tobytes() == job.arrays[name].tobytes(), f"{job.kernel} writes to {name}"

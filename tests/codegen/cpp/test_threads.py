@@ -61,14 +61,14 @@ extern "C" __attribute__((visibility("default"))) int64_t own(int num_threads, i
   return run(pool, units, least);
 }
 extern "C" __attribute__((visibility("default"))) int64_t late(int num_threads, int64_t units, int64_t least) {
-  Pool pool = {num_threads, keep, nullptr};
+  Pool pool = {num_threads, keep, nullptr, nullptr};
   const int64_t once = run(pool, units, least);
   const int kept = num_tasks;
   while (num_tasks) --num_tasks, tasks[num_tasks](data[num_tasks]);
   return kept * 1000000 + once;
 }
 extern "C" __attribute__((visibility("default"))) int64_t alone(int num_threads, int64_t units, int64_t least) {
-  Pool pool = {num_threads, refuse, nullptr};
+  Pool pool = {num_threads, refuse, nullptr, nullptr};
   return run(pool, units, least);
 }
 """
@@ -149,7 +149,7 @@ def test_run_without_xla(rng: np.random.Generator, num_threads: int) -> None:
     call = Call(2, 90, 90, 4, 2, 0.25, 0.0, Array.of(q), Array.of(k), Array.of(v), Array.of(out))
     call.lse = Array.of(lse)
     call.tables, call.num_groups = ctypes.addressof(pointers), ctypes.addressof(counts)
-    assert library.splat_run(ctypes.byref(call), num_threads) == 0
+    assert library.splat_run(ctypes.byref(call), num_threads, None) == 0
     wanted = splat.attention(*inputs[:3], pattern, implementation="xla", return_lse=True)
     np.testing.assert_allclose(out, wanted[0], atol=2e-6)
     np.testing.assert_allclose(lse, wanted[1], atol=2e-6)

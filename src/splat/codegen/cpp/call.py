@@ -63,8 +63,9 @@ class Prepared:
     keep: tuple[Any, ...]
 
     def __call__(
-        self, arrays: Mapping[str, Placed], kv_lengths: int | None, sizes: tuple[int, ...], threads: int
-    ) -> None:
+        self, arrays: Mapping[str, Placed], kv_lengths: int | None, sizes: tuple[int, ...], threads: int,
+        team: int | None = None,
+    ) -> None:  # fmt: skip
         """Runs the kernel.
 
         Args:
@@ -72,13 +73,15 @@ class Prepared:
           kv_lengths: the address of int32 [batch].
           sizes: batch, q_len, kv_len, num_q_heads, num_kv_heads.
           threads: how many to use.
+          team: the address of an OpenMP runtime's `GOMP_parallel`, whose threads they are; None: they are made for
+            the call.
         """
         call = Call.from_buffer_copy(self.template)
         call.batch, call.q_len, call.kv_len, call.num_q_heads, call.num_kv_heads = sizes
         call.kv_lengths = kv_lengths
         for name, placed in arrays.items():
             setattr(call, name, Array(*placed))
-        self.run(ctypes.byref(call), threads)
+        self.run(ctypes.byref(call), threads, team)
 
 
 def prepare(plan: Plan, options: Options, kernel: str, *, lengths: bool) -> Prepared | None:
@@ -101,5 +104,5 @@ def prepare(plan: Plan, options: Options, kernel: str, *, lengths: bool) -> Prep
     call = Call(scale=options.scale, soft_cap=options.logits_soft_cap or 0.0)
     call.tables, call.num_groups = ctypes.addressof(pointers), ctypes.addressof(counts)
     run = library.splat_run
-    run.argtypes, run.restype = (ctypes.c_void_p, ctypes.c_int), ctypes.c_int
+    run.argtypes, run.restype = (ctypes.c_void_p, ctypes.c_int, ctypes.c_void_p), ctypes.c_int
     return Prepared(run, plan.nnz, call, (library, flat, pointers, counts))

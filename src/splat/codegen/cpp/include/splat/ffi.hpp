@@ -22,8 +22,8 @@
 
 /// The library's two entries, for splat::kernel<facts, passes...>(const Call&, Pool&).
 #define SPLAT_KERNEL(kernel, ...)                                                        \
-  SPLAT_VISIBLE int splat_run(const splat::Call* call, int num_threads) {                \
-    splat::Pool pool = splat::own_threads(num_threads);                                  \
+  SPLAT_VISIBLE int splat_run(const splat::Call* call, int num_threads, splat::Team team) { \
+    splat::Pool pool = splat::own_threads(num_threads, team);                            \
     splat::kernel<__VA_ARGS__>(*call, pool);                                             \
     return 0;                                                                            \
   }                                                                                      \
@@ -83,7 +83,7 @@ inline Pool threads_of(XLA_FFI_CallFrame* frame) {
         XLA_FFI_ThreadPool_Schedule_Args_STRUCT_SIZE, nullptr, frame->ctx, task, data};
     return succeeded(frame, frame->api->XLA_FFI_ThreadPool_Schedule(&args));
   };
-  return {(int)num_threads, schedule, frame};
+  return {(int)num_threads, schedule, frame, nullptr};
 }
 
 /// Results are in memory that nobody has touched, often: it comes in fewer, larger pages, where the system has some.

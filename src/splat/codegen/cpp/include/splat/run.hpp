@@ -157,8 +157,9 @@ template <class Kernel, class PassType> struct Runner {
       if (low[t] < least) least = low[t];
       if (high[t] > most) most = high[t];
     }
+    // Rows that stay where they are come in chunks as well, so that sums do not depend on where rows lie.
+    const int32_t size = grid.by_tile ? rings[number].rows : Kernel::kChunk;
     Ring* const ring = grid.by_tile && !kernel.in_place(kStride) ? &rings[number] : nullptr;
-    const int32_t size = ring ? ring->rows : grid.by_tile ? kAllRows : Kernel::kChunk;
     if constexpr (Kernel::kRing > 0) {
       if (grid.by_tile && next_group >= 0) {
         int32_t next = 1 << 30, end = 0;
@@ -306,7 +307,11 @@ Grid make_grid(const Call& call, const int32_t* groups, int64_t num_groups, int 
       if (used > Kernel::kRing) break;
     }
     grid.by_tile = used <= Kernel::kRing;
-    if (grid.by_tile) wanted = 1;
+    if (grid.by_tile) {
+      wanted = 1;
+      const int32_t times = used ? Kernel::kRing / used : 1;  // the larger, the more rarely a row tile has two chunks
+      for (int w = 0; w < PassType::kWalks; ++w) grid.rings[w].at *= times, grid.rings[w].rows *= times;
+    }
   }
   grid.tiles_of_unit = wanted < 1 ? 1 : wanted < grid.tiles_of_residue ? wanted : grid.tiles_of_residue;
   grid.units_of_residue = ceil_div(grid.tiles_of_residue, grid.tiles_of_unit);

@@ -4,7 +4,7 @@
 //     caller    0 . 2 . . 5 ....wait     and waits for units that others have begun, never for helpers that have not:
 //     helper      1 . 3 4 . 6            a helper that comes late finds nothing to do
 //
-// Threads come from XLA's pool (ffi.hpp), or are made for the call; there may be none.
+// Threads come from XLA's pool (ffi.hpp), are an OpenMP runtime's team, or are made for the call; there may be none.
 #pragma once
 #include <pthread.h>
 #include <stdint.h>
@@ -13,12 +13,16 @@
 
 namespace splat {
 
+/// `GOMP_parallel` of an OpenMP runtime: task(data) on so many threads at once, the caller's among them.
+using Team = void (*)(void (*task)(void*), void* data, unsigned num_threads, unsigned flags);
+
 /// Where helpers come from.
 struct Pool {
   int num_threads;  // the caller counted
   /// Has task(data) run by another thread, now or later; false where it will not be. Not asked of a pool of one.
   bool (*schedule)(void* context, void (*task)(void*), void* data);
   void* context;
+  Team team;  // instead of `schedule`, where it is
 };
 
 /// While it lives, this thread takes and makes 0 for subnormal numbers, which are many times slower than others.
@@ -123,6 +127,12 @@ struct Parallel {
 inline void run_units(Pool& pool, int64_t units, int64_t least, void (*run)(const void*, int64_t, int64_t),
                       const void* body) {
   const int64_t threads = pool.num_threads < units ? pool.num_threads : units;
+  const Parallel begin = {0,    0,    units,
+                          least, threads, 1, run, body, PTHREAD_MUTEX_INITIALIZER, PTHREAD_COND_INITIALIZER};
+  if (threads > 1 && pool.team) {
+    Parallel loop = begin;  // everyone has left it when the team is done
+    return pool.team([](void* loop) { ((Parallel*)loop)->take_part(); }, &loop, (unsigned)threads, 0);
+  }
   auto* loop = threads > 1 ? (Parallel*)malloc(sizeof(Parallel)) : nullptr;
   if (!loop) {
     FlushSubnormals flush;
@@ -130,7 +140,7 @@ inline void run_units(Pool& pool, int64_t units, int64_t least, void (*run)(cons
     arrive();
     return;
   }
-  *loop = {0, 0, units, least, threads, 1, run, body, PTHREAD_MUTEX_INITIALIZER, PTHREAD_COND_INITIALIZER};
+  *loop = begin;
   for (int64_t n = 1; n < threads; ++n) {
     __atomic_add_fetch(&loop->users, 1, __ATOMIC_RELAXED);
     if (pool.schedule(pool.context, Parallel::help, loop)) continue;
@@ -158,8 +168,8 @@ template <class Body> void parallel_for(Pool& pool, int64_t units, Body&& body) 
   });
 }
 
-/// Threads that are made for each loop, and end with it; fewer where the system gives no more.
-inline Pool own_threads(int num_threads) {
+/// A team's threads, or else some that are made for each loop and end with it, fewer where the system gives no more.
+inline Pool own_threads(int num_threads, Team team = nullptr) {
   auto schedule = [](void*, void (*task)(void*), void* data) {
     struct Start {
       void (*task)(void*);
@@ -182,7 +192,7 @@ inline Pool own_threads(int num_threads) {
     pthread_detach(thread);
     return true;
   };
-  return {num_threads < 1 ? 1 : num_threads, schedule, nullptr};
+  return {num_threads < 1 ? 1 : num_threads, schedule, nullptr, team};
 }
 
 /// Memory of one thread: kept from call to call, freed when the thread ends.

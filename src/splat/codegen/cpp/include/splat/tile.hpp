@@ -18,8 +18,6 @@ template <int state_bytes> constexpr int kTilesOf = within(1, (512 << 10) / stat
 template <int row_bytes> constexpr int kChunkOf = within(64, (256 << 10) / row_bytes / 64 * 64, 4096);
 /// Those that stay for the next row tile: as many as three quarters of a megabyte holds.
 template <int row_bytes> constexpr int kRingOf = within(64, (768 << 10) / row_bytes / 64 * 64, 4096);
-/// The chunk of rows that stay where they are.
-constexpr int kAllRows = 1 << 29;
 
 /// Where walked rows are brought together that the next row tile needs again: row x of a lattice lies at x % rows.
 struct Ring {
