@@ -33,6 +33,7 @@ CASES = {
     "union": Case("window(9) | strided(7)", (1050, 1050), 33, "float64", batch=1, layout="gaps"),
     "tokens": Case("window(8) | global_tokens(3)", (530, 530), 64, "bfloat16", layout="gaps"),
     "capped": Case("causal()", (100, 117), 33, "float16", soft_cap=3.0),
+    "capped, matrix tiles": Case("window(40)", (100, 117), 64, "bfloat16", heads=(4, 2), soft_cap=3.0),
     "packed": Case("causal()", (200, 200), 64, "float32", layout="heads"),
     "packed, long rows": Case("causal()", (450, 450), 256, "float32", heads=(1, 1), batch=1, layout="heads"),
     "rings": Case(

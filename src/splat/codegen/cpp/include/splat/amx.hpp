@@ -5,11 +5,12 @@
 //
 // Written with assembly, because gcc 12's intrinsics do not say which memory they read and write.
 #pragma once
-#include "splat/tile.hpp"
+#include "splat/walk.hpp"
 
 namespace splat {
 
 constexpr int kTileBytes = 1024;
+constexpr int kPart = 32;  // lanes that are worked on at once, and walked rows of a chunk
 
 template <int tile> SPLAT_INLINE void tile_load(const void* from, int64_t row_bytes) {
   asm volatile("tileloadd (%0,%1,1), %%tmm%c2" ::"r"(from), "r"(row_bytes), "i"(tile) : "memory");
@@ -102,6 +103,122 @@ template <int Dp> SPLAT_INLINE bool pair_rows(Rows rows, char* tiles) {
       memcpy(tiles + d / 16 * kTileBytes + r * 64, &pair, sizeof pair);
     }
   return !any<float>(bits_as<Vec<int32_t>>((Halves)(largest >= 0x7f80)));
+}
+
+// -- 32 lanes by 32 walked rows ---------------------------------------------------------------------------------------
+
+/// Step n of 4 * Dp / 32 of the products of 32 lanes, rows of Dp, with 32 walked rows, columns as `rows_to_columns`
+/// leaves them. The last one writes them, [first, second 16 lanes][first, second 16 walked rows]. n is known to the
+/// compiler.
+template <int Dp> SPLAT_INLINE void score_step(const bfloat16* lanes, const char* columns, char* to, int n) {
+  lanes += n / 4 * 32, columns += n / 4 * 2 * kTileBytes;
+  if (n == 0) tile_zero<0>(), tile_zero<1>(), tile_zero<2>(), tile_zero<3>();
+  if (n % 4 == 0) tile_load<4>(lanes, Dp * 2), tile_load<6>(columns, 64), tile_dot<0, 4, 6>();
+  if (n % 4 == 1) tile_load<7>(columns + kTileBytes, 64), tile_dot<1, 4, 7>();
+  if (n % 4 == 2) tile_load<5>(lanes + 16 * Dp, Dp * 2), tile_dot<2, 5, 6>();
+  if (n % 4 == 3) tile_dot<3, 5, 7>();
+  if (n + 1 < 4 * (Dp / 32)) return;
+  tile_store<0>(to, 64), tile_store<1>(to + kTileBytes, 64);
+  tile_store<2>(to + 2 * kTileBytes, 64), tile_store<3>(to + 3 * kTileBytes, 64);
+}
+/// Of a row of these products: those with the first or second 16 walked rows.
+SPLAT_INLINE Vec<float> score_row(const char* scores, int row, int half) {
+  return load((const float*)(scores + (row / 16 * 2 + half) * kTileBytes) + row % 16 * 16);
+}
+
+/// A row of A tiles: walked rows r and 16 + r side by side, rounded to bfloat16.
+SPLAT_INLINE Vec<uint32_t> paired(Vec<float> a, Vec<float> b) {
+  return ((bits_as<Vec<uint32_t>>(a) + 0x8000u) >> 16) | ((bits_as<Vec<uint32_t>>(b) + 0x8000u) & 0xffff0000u);
+}
+
+/// Step n of `steps`, four for each chunk of 32 walked rows, of sums[lane][32 columns] += weights[lane][walked row] *
+/// values[walked row][32 columns]. `weights` are A tiles of the step's chunk, `values` two of its B tiles as
+/// `pair_rows` leaves them. Before the first step sums count as 0 where `is_first`. n is known to the compiler.
+template <int Dp>
+SPLAT_INLINE void sum_step(const char* weights, const char* values, float* sums, int n, int steps, bool is_first) {
+  constexpr int64_t kRow = Dp * sizeof(float);
+  float* const second = sums + 16 * Dp;
+  if (n == 0) {
+    if (is_first) {
+      tile_zero<0>(), tile_zero<1>(), tile_zero<2>(), tile_zero<3>();
+    } else {
+      tile_load<0>(sums, kRow), tile_load<1>(sums + 16, kRow);
+      tile_load<2>(second, kRow), tile_load<3>(second + 16, kRow);
+    }
+  }
+  if (n % 4 == 0) tile_load<4>(weights, 64), tile_load<6>(values, 64), tile_dot<0, 4, 6>();
+  if (n % 4 == 1) tile_load<7>(values + kTileBytes, 64), tile_dot<1, 4, 7>();
+  if (n % 4 == 2) tile_load<5>(weights + kTileBytes, 64), tile_dot<2, 5, 6>();
+  if (n % 4 == 3) tile_dot<3, 5, 7>();
+  if (n + 1 < steps) return;
+  tile_store<0>(sums, kRow), tile_store<1>(sums + 16, kRow);
+  tile_store<2>(second, kRow), tile_store<3>(second + 16, kRow);
+}
+
+/// array[row of the lane][d] = lanes[lane][d] * factor[lane]; lanes without a row are left out.
+template <int D, int Dp>
+SPLAT_INLINE void put_lanes(const float* lanes, const float* factor, const LaneRows& rows, bfloat16* to,
+                            int64_t position, bool past_caches) {
+  for (int lane = 0; lane < kLanes; ++lane, lanes += Dp) {
+    if (rows.at[lane] < 0) continue;
+    bfloat16* const row = to + rows.at[lane] * position;
+    const Vec<float> times = splat_of(factor[lane]);
+    if (past_caches) {
+      for (int d = 0; d < D; d += 32)
+        store_past_caches((float*)(row + d), bfloat16s(load(lanes + d) * times, load(lanes + d + 16) * times));
+      continue;
+    }
+    for (int d = 0; d < D / 16 * 16; d += 16) store_as<bfloat16>(row + d, load(lanes + d) * times);
+    for (int d = D / 16 * 16; d < D; ++d) row[d] = from_compute<bfloat16>(lanes[d] * factor[lane]);
+  }
+}
+
+/// The columns of 32 lanes, two groups, in the columns [from, to), which come in chunks of 32.
+template <class M> struct Part {
+  const M& mask;
+  int lane, from, to;
+  Span span[2] = {};
+  int begin, end;  // chunks of which some lane has columns
+
+  Part(const M& mask_, const Span* const (&spans)[kGroups], int lane_, int from_, int to_)
+      : mask(mask_), lane(lane_), from(from_), to(to_) {
+    int low = to, high = from;
+    for (int g = 0; g < 2; ++g) {
+      const Span* own = spans[lane / kGroup + g];
+      if (!own || own->x0 >= own->x3) continue;
+      span[g] = *own;
+      if (own->x0 < low) low = own->x0;
+      if (own->x3 > high) high = own->x3;
+    }
+    if (low < from) low = from;
+    if (high > to) high = to;
+    begin = (low - from) / 32, end = low < high ? (high - from + 31) / 32 : begin;
+  }
+
+  bool is_full(int chunk) const {
+    const int x = from + 32 * chunk;
+    return x + 32 <= to && x >= span[0].x1 && x >= span[1].x1 && x + 32 <= span[0].x2 && x + 32 <= span[1].x2;
+  }
+  /// Which of 16 columns from x on a row has.
+  template <bool kEdges> SPLAT_INLINE Vec<int32_t> keep(int x, int row) const {
+    static constexpr Vec<int32_t> kNumbers = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+    const Span& s = span[row / kGroup];
+    const Vec<int32_t> at = kNumbers + x, some = (at >= s.x0) & (at < (s.x3 < to ? s.x3 : to));
+    if constexpr (kEdges) return some & mask.keep_columns(at, lane + row);
+    else return some;
+  }
+};
+
+/// B tiles of paired rows without those that no lane has, so that nothing of them reaches a result.
+template <int Dp, bool kEdges, class M>
+void clean_pairs(const Part<M>& part, int x, const char* pairs, char* to) {
+  memcpy(to, pairs, Dp / 16 * kTileBytes);
+  for (int half = 0; half < 2; ++half) {
+    Vec<int32_t> some = {};
+    for (int row = 0; row < kPart; ++row) some |= part.template keep<kEdges>(x + half * 16, row);
+    for (int r = 0; r < 16; ++r)
+      for (int d = 0; d < Dp && !some[r]; ++d) ((uint16_t*)to)[d / 16 * 512 + r * 32 + d % 16 * 2 + half] = 0;
+  }
 }
 
 }  // namespace splat

@@ -1,6 +1,9 @@
 // dV = P^T dO and dK = scale * dS^T Q with dS = P * (dO V^T - delta), over the pairs of the plan's transposed matrix.
 #pragma once
 #include "splat/gradient.hpp"
+#ifdef SPLAT_AMX
+#include "splat/gradient_amx.hpp"
+#endif
 
 namespace splat {
 
@@ -87,19 +90,15 @@ template <class Facts> struct DKeyValue {
                              is_past_caches<Scalar, D>(call.d_value, call.batch, call.kv_len, call.num_kv_heads));
   }
 
-  /// Keys past their sequence's length are in no tile.
-  static void prepare(const Call& call) {
-    if (!kFill && !call.kv_lengths) return;
-    for (int64_t b = 0; b < call.batch; ++b) {
-      const int64_t from = kFill ? 0 : call.kv_lengths[b];
-      clear_rows<Scalar, D>(call.d_key, b, call.num_kv_heads, from, call.kv_len);
-      clear_rows<Scalar, D>(call.d_value, b, call.num_kv_heads, from, call.kv_len);
-    }
-  }
+  static void prepare(const Call& call) { fill_key_gradients<Facts>(call); }
 };
 
 template <class Facts, class... Passes> void d_key_value(const Call& call, Pool& pool) {
-  run<DKeyValue<Facts>, Passes...>(call, pool);
+#ifdef SPLAT_AMX
+  if constexpr (Facts::amx) run<GradientAmx<Facts, true>, Passes...>(call, pool);
+  else
+#endif
+    run<DKeyValue<Facts>, Passes...>(call, pool);
 }
 
 }  // namespace splat

@@ -1,6 +1,9 @@
 // dQ = scale * dS K with dS = P * (dO V^T - delta), over the pairs of the plan.
 #pragma once
 #include "splat/gradient.hpp"
+#ifdef SPLAT_AMX
+#include "splat/gradient_amx.hpp"
+#endif
 
 namespace splat {
 
@@ -81,14 +84,15 @@ template <class Facts> struct DQuery {
                              is_past_caches<Scalar, D>(call.d_query, call.batch, call.q_len, call.num_q_heads));
   }
 
-  static void prepare(const Call& call) {
-    if (!kFill) return;
-    for (int64_t b = 0; b < call.batch; ++b) clear_rows<Scalar, D>(call.d_query, b, call.num_q_heads, 0, call.q_len);
-  }
+  static void prepare(const Call& call) { fill_query_gradients<Facts>(call); }
 };
 
 template <class Facts, class... Passes> void d_query(const Call& call, Pool& pool) {
-  run<DQuery<Facts>, Passes...>(call, pool);
+#ifdef SPLAT_AMX
+  if constexpr (Facts::amx) run<GradientAmx<Facts, false>, Passes...>(call, pool);
+  else
+#endif
+    run<DQuery<Facts>, Passes...>(call, pool);
 }
 
 }  // namespace splat

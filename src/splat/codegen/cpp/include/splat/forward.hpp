@@ -1,7 +1,7 @@
 // Attention: out = softmax(scale * Q K^T) V over the pairs of the plan, and the rows' log-sum-exp.
 #pragma once
 #include "splat/run.hpp"
-#if defined(SPLAT_AVX512) && defined(__AVX512BF16__) && defined(__AMX_BF16__)
+#ifdef SPLAT_AMX
 #include "splat/forward_amx.hpp"
 #endif
 
@@ -174,7 +174,7 @@ template <class Facts> struct Forward {
 };
 
 template <class Facts, class... Passes> void forward(const Call& call, Pool& pool) {
-#if defined(SPLAT_AVX512) && defined(__AVX512BF16__) && defined(__AMX_BF16__)
+#ifdef SPLAT_AMX
   if constexpr (Facts::amx) run<ForwardAmx<Facts>, Passes...>(call, pool);
   else
 #endif

@@ -31,7 +31,6 @@ template <class Facts> struct ForwardAmx {
   static constexpr int kVectors = kMaxVectors;
   static constexpr int kTiles = within(1, (896 << 10) / ((4 + 2) * Dp * kLanes), 16);
   static constexpr int kChunk = kChunkOf<2 * 2 * Dp>;
-  static constexpr int kPart = 32;  // lanes that are worked on at once
   static constexpr float kHeadroom = 40;
 
   struct State {
@@ -100,42 +99,11 @@ template <class Facts> struct ForwardAmx {
     }
   }
 
-  /// The columns of one part of the lanes, two groups, in the chunk of columns [from, to).
-  template <class M> struct Part {
-    const M& mask;
-    int lane, from, to;
-    Span span[2];
-
-    bool is_full(int chunk) const {
-      const int x = from + 32 * chunk;
-      return x + 32 <= to && x >= span[0].x1 && x >= span[1].x1 && x + 32 <= span[0].x2 && x + 32 <= span[1].x2;
-    }
-    /// Which of 16 columns from x on a row has.
-    template <bool kEdges> SPLAT_INLINE Vec<int32_t> keep(int x, int row) const {
-      static constexpr Vec<int32_t> kNumbers = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
-      const Span& s = span[row / kGroup];
-      const Vec<int32_t> at = kNumbers + x, some = (at >= s.x0) & (at < (s.x3 < to ? s.x3 : to));
-      if constexpr (kEdges) return some & mask.keep_columns(at, lane + row);
-      else return some;
-    }
-  };
-
   template <bool kEdges, class M>
   void tile(int index, const Span* const (&spans)[kGroups], int from, int to, const M& mask) {
     for (int lane = 0; lane < kLanes; lane += kPart) {
-      Part<M> part{mask, lane, from, to, {}};
-      int low = 1 << 30, high = -(1 << 30);
-      for (int g = 0; g < 2; ++g) {
-        const Span* span = spans[lane / kGroup + g];
-        if (!span || span->x0 >= span->x3) continue;
-        part.span[g] = *span;
-        if (span->x0 < low) low = span->x0;
-        if (span->x3 > high) high = span->x3;
-      }
-      if (low < from) low = from;
-      if (high > to) high = to;
-      if (low >= high) continue;
-      chunks<kEdges>(memory.tiles[index], part, (low - from) / 32, (high - from + 31) / 32);
+      const Part<M> part(mask, spans, lane, from, to);
+      if (part.begin < part.end) chunks<kEdges>(memory.tiles[index], part, part.begin, part.end);
     }
   }
 
@@ -146,39 +114,17 @@ template <class Facts> struct ForwardAmx {
     for (int part = 0; part < kLanes / kPart; ++part)
       if (!s.summed[part]) memset(s.sum + part * kPart * Dp, 0, kPart * Dp * sizeof(float));
     finish_softmax(s.base, total, rows, factor, at<T>(call.lse, batch, q_head + head), call.lse.position);
-    Scalar* out = at<Scalar>(call.out, batch, q_head + head);
-    const bool past_caches = is_past_caches<Scalar, D>(call.out, call.batch, call.q_len, call.num_q_heads);
-    for (int lane = 0; lane < kLanes; ++lane) {
-      if (rows.at[lane] < 0) continue;
-      const float* sum = s.sum + lane * Dp;
-      Scalar* row = out + rows.at[lane] * call.out.position;
-      const V times = splat_of(factor[lane]);
-      if (past_caches) {
-        for (int d = 0; d < D; d += 32)
-          store_past_caches((float*)(row + d), bfloat16s(load(sum + d) * times, load(sum + d + 16) * times));
-        continue;
-      }
-      for (int d = 0; d < D / 16 * 16; d += 16) store_as<Scalar>(row + d, load(sum + d) * times);
-      for (int d = D / 16 * 16; d < D; ++d) row[d] = from_compute<Scalar>(sum[d] * factor[lane]);
-    }
+    put_lanes<D, Dp>(s.sum, factor, rows, at<Scalar>(call.out, batch, q_head + head), call.out.position,
+                     is_past_caches<Scalar, D>(call.out, call.batch, call.q_len, call.num_q_heads));
   }
 
  private:
   // -- products on tiles, one by one: `n` is known to the compiler --
 
-  /// Of the scores of a chunk, [group][first, second 16 keys].
+  /// Of the scores of a chunk.
   static constexpr int kScores = 4 * kSteps;
   SPLAT_INLINE void score_product(const State& s, int lane, int chunk, char* to, int n) {
-    const bfloat16* query = s.query + lane * Dp + n / 4 * 32;
-    const char* key = memory.key + (chunk * kSteps + n / 4) * 2 * kTileBytes;
-    if (n == 0) tile_zero<0>(), tile_zero<1>(), tile_zero<2>(), tile_zero<3>();
-    if (n % 4 == 0) tile_load<4>(query, Dp * 2), tile_load<6>(key, 64), tile_dot<0, 4, 6>();
-    if (n % 4 == 1) tile_load<7>(key + kTileBytes, 64), tile_dot<1, 4, 7>();
-    if (n % 4 == 2) tile_load<5>(query + 16 * Dp, Dp * 2), tile_dot<2, 5, 6>();
-    if (n % 4 == 3) tile_dot<3, 5, 7>();
-    if (n + 1 < kScores) return;
-    tile_store<0>(to, 64), tile_store<1>(to + kTileBytes, 64);
-    tile_store<2>(to + 2 * kTileBytes, 64), tile_store<3>(to + 3 * kTileBytes, 64);
+    score_step<Dp>(s.query + lane * Dp, memory.key + chunk * kSteps * 2 * kTileBytes, to, n);
   }
 
   /// Chunks that have weights, to be multiplied by their values; `part` columns of 32 have been.
@@ -189,29 +135,12 @@ template <class Facts> struct ForwardAmx {
   /// Of weights and values, added to 32 columns of the sums.
   static constexpr int kSums = 4 * kBatch;
   SPLAT_INLINE void sum_product(State& s, int lane, const Batch& batch, int n) {
-    constexpr int64_t kRow = Dp * sizeof(float);
     if (n / 4 >= batch.count) return;
-    float *const sum = s.sum + lane * Dp + batch.part * 32, *const second = sum + 16 * Dp;
     const int slot = (batch.chunk + n / 4) % (2 * kBatch);
-    const char* const p = memory.p[slot];
     const char* const values =
         finite ? memory.value + (batch.chunk + n / 4) * kSlices * kTileBytes : memory.clean[slot];
-    const char* const v = values + batch.part * 2 * kTileBytes;
-    if (n == 0) {
-      if (batch.is_first) {
-        tile_zero<0>(), tile_zero<1>(), tile_zero<2>(), tile_zero<3>();
-      } else {
-        tile_load<0>(sum, kRow), tile_load<1>(sum + 16, kRow);
-        tile_load<2>(second, kRow), tile_load<3>(second + 16, kRow);
-      }
-    }
-    if (n % 4 == 0) tile_load<4>(p, 64), tile_load<6>(v, 64), tile_dot<0, 4, 6>();
-    if (n % 4 == 1) tile_load<7>(v + kTileBytes, 64), tile_dot<1, 4, 7>();
-    if (n % 4 == 2) tile_load<5>(p + kTileBytes, 64), tile_dot<2, 5, 6>();
-    if (n % 4 == 3) tile_dot<3, 5, 7>();
-    if (n % 4 < 3 || n / 4 + 1 < batch.count) return;
-    tile_store<0>(sum, kRow), tile_store<1>(sum + 16, kRow);
-    tile_store<2>(second, kRow), tile_store<3>(second + 16, kRow);
+    sum_step<Dp>(memory.p[slot], values + batch.part * 2 * kTileBytes, s.sum + lane * Dp + batch.part * 32, n,
+                 4 * batch.count, batch.is_first);
   }
   /// What is left of a batch.
   void finish(State& s, int lane, Batch& batch) {
@@ -222,21 +151,11 @@ template <class Facts> struct ForwardAmx {
     batch.count = 0;
   }
 
-  /// Of a row of queries: its products with the first or second 16 keys.
-  static SPLAT_INLINE V product(const char* scores, int row, int half) {
-    return load((const float*)(scores + (row / 16 * 2 + half) * kTileBytes) + row % 16 * 16);
-  }
-
   SPLAT_INLINE V score(V product) const {
     if constexpr (Facts::soft_cap) return tanh<T>(product * scale) * (T)(call.soft_cap * kLog2e<double>);
     else return product * scale;
   }
   SPLAT_INLINE V weight(V product, V base) const { return exp2<T, true>(score(product) - base); }
-  /// A row of a weight tile: keys r and 16 + r side by side, rounded to bfloat16.
-  static SPLAT_INLINE Vec<uint32_t> paired(V a, V b) {
-    return ((bits_as<Vec<uint32_t>>(a) + 0x8000u) >> 16) | ((bits_as<Vec<uint32_t>>(b) + 0x8000u) & 0xffff0000u);
-  }
-
   /// What the weights of a chunk are made of and go to.
   template <class M> struct Chunk {
     const Part<M>& part;
@@ -249,7 +168,7 @@ template <class Facts> struct ForwardAmx {
 
     template <bool kMasked, bool kEdges> SPLAT_INLINE void row(const ForwardAmx& kernel, int row) {
       const V of_row = splat_of(base[row]);
-      V a = kernel.weight(product(scores, row, 0), of_row), b = kernel.weight(product(scores, row, 1), of_row);
+      V a = kernel.weight(score_row(scores, row, 0), of_row), b = kernel.weight(score_row(scores, row, 1), of_row);
       if constexpr (kMasked) {
         a = part.template keep<kEdges>(x, row) ? a : V{};
         b = part.template keep<kEdges>(x + 16, row) ? b : V{};
@@ -289,7 +208,7 @@ template <class Facts> struct ForwardAmx {
         raise<kEdges>(s, part, x, full, memory.scores[k & 1]);
       }
       s.current[number] = !s.current[number];
-      if (!finite) clean_values<kEdges>(part, x, memory.value + k * kSlices * kTileBytes, memory.clean[slot]);
+      if (!finite) clean_pairs<Dp, kEdges>(part, x, memory.value + k * kSlices * kTileBytes, memory.clean[slot]);
       ++coming.count;
     }
     advance(), advance();
@@ -320,7 +239,7 @@ template <class Facts> struct ForwardAmx {
     for (int row = 0; row < kPart; row += 16) {
       V square[16], most = splat_of(-kInfinity<T>);
       for (int n = 0; n < 16; ++n) {
-        V a = score(product(scores, row + n, 0)), b = score(product(scores, row + n, 1));
+        V a = score(score_row(scores, row + n, 0)), b = score(score_row(scores, row + n, 1));
         if (!full) {
           a = part.template keep<kEdges>(x, row + n) ? a : splat_of(-kInfinity<T>);
           b = part.template keep<kEdges>(x + 16, row + n) ? b : splat_of(-kInfinity<T>);
@@ -354,17 +273,6 @@ template <class Facts> struct ForwardAmx {
     SPLAT_UNROLL
     for (int n = 0; n < 16; ++n) sum += square[n];
     store(to, sum);
-  }
-
-  /// Value tiles of a chunk without the keys that no row has, so that nothing of them reaches a result.
-  template <bool kEdges, class M> void clean_values(const Part<M>& part, int x, const char* value, char* to) const {
-    memcpy(to, value, kSlices * kTileBytes);
-    for (int half = 0; half < 2; ++half) {
-      Vec<int32_t> some = {};
-      for (int row = 0; row < kPart; ++row) some |= part.template keep<kEdges>(x + half * 16, row);
-      for (int r = 0; r < 16; ++r)
-        for (int d = 0; d < Dp && !some[r]; ++d) ((uint16_t*)to)[d / 16 * 512 + r * 32 + d % 16 * 2 + half] = 0;
-    }
   }
 
  public:

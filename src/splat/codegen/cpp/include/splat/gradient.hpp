@@ -9,6 +9,21 @@ template <class Facts> SPLAT_INLINE double lane_factor(const Call& call) {
   return Facts::soft_cap ? call.scale / call.soft_cap : call.scale * kLog2e<double>;
 }
 
+/// Of a gradient, what no pass writes: rows that no tile has, and keys past their sequence's length.
+template <class Facts> void fill_query_gradients(const Call& call) {
+  if (!Facts::fill) return;
+  for (int64_t b = 0; b < call.batch; ++b)
+    clear_rows<typename Facts::Scalar, Facts::head_dim>(call.d_query, b, call.num_q_heads, 0, call.q_len);
+}
+template <class Facts> void fill_key_gradients(const Call& call) {
+  if (!Facts::fill && !call.kv_lengths) return;
+  for (int64_t b = 0; b < call.batch; ++b) {
+    const int64_t from = Facts::fill ? 0 : call.kv_lengths[b];
+    clear_rows<typename Facts::Scalar, Facts::head_dim>(call.d_key, b, call.num_kv_heads, from, call.kv_len);
+    clear_rows<typename Facts::Scalar, Facts::head_dim>(call.d_value, b, call.num_kv_heads, from, call.kv_len);
+  }
+}
+
 /// For n rows: p = 2^(score - base) and ds = p * (ds - delta), 0 where masked. `base` and `delta` give the vector of a
 /// row and a vector of lanes; `p` is written only where `kKeep`.
 template <class Facts, int NV, bool kKeep, class T, class M, class Base, class Delta>

@@ -261,10 +261,37 @@ template <class Kernel, class PassType> struct Runner {
   }
 };
 
+/// A ring for each walk of a pass in a memory of `room` rows; false where that is too small for what row tiles walk.
+template <class PassType>
+bool lay_out_rings(const int32_t* groups, int64_t num_groups, int64_t groups_of_residue, int32_t room, Ring* rings) {
+  constexpr int kGroupsOfTile = PassType::kStep ? kGroups : 1;
+  int32_t used = 0;
+  for (int w = 0; w < PassType::kWalks; ++w) {
+    int32_t width = 0;  // of the columns that a row tile has, the most
+    for (int64_t n = 0; n < num_groups;) {
+      const int64_t left = groups_of_residue - n % groups_of_residue;
+      int32_t low = 1 << 30, high = -(1 << 30);
+      for (int64_t g = 0; g < kGroupsOfTile && g < left; ++g, ++n) {
+        const Span& s = ((const Span*)groups)[n * PassType::kWalks + w];
+        if (s.x0 >= s.x3) continue;
+        if (s.x0 < low) low = s.x0;
+        if (s.x3 > high) high = s.x3;
+      }
+      if (high - low > width) width = high - low;
+    }
+    rings[w] = {used, (int32_t)ceil_div(width + 1, 64) * 64};
+    used += rings[w].rows;
+    if (used > room) return false;
+  }
+  const int32_t times = used ? room / used : 1;  // the larger, the more rarely a row tile has two chunks
+  for (int w = 0; w < PassType::kWalks; ++w) rings[w].at *= times, rings[w].rows *= times;
+  return true;
+}
+
 /// The numbers of rows, tiles and units of a pass.
 template <class Kernel, class PassType>
 Grid make_grid(const Call& call, const int32_t* groups, int64_t num_groups, int num_threads) {
-  constexpr int kStep = PassType::kStep, kGroupsOfTile = kStep ? kGroups : 1;
+  constexpr int kStep = PassType::kStep;
   Grid grid;
   grid.num_rows = Kernel::kKeysInLanes ? call.kv_len : call.q_len;
   const int64_t group = Kernel::kKeysInLanes ? 1 : call.num_q_heads / call.num_kv_heads;
@@ -287,32 +314,9 @@ Grid make_grid(const Call& call, const int32_t* groups, int64_t num_groups, int 
     if (wanted > most) wanted = most;
   }
   grid.by_tile = false;
-  if constexpr (Kernel::kRing > 0 && PassType::kWalks <= kMaxRings) {
-    int32_t used = 0;
-    for (int w = 0; w < PassType::kWalks; ++w) {
-      int32_t width = 0;  // of the columns that a row tile has, the most
-      for (int64_t n = 0; n < num_groups;) {
-        const int64_t of_residue = n % grid.groups_of_residue, left = grid.groups_of_residue - of_residue;
-        int32_t low = 1 << 30, high = -(1 << 30);
-        for (int64_t g = 0; g < kGroupsOfTile && g < left; ++g, ++n) {
-          const Span& s = ((const Span*)groups)[n * PassType::kWalks + w];
-          if (s.x0 >= s.x3) continue;
-          if (s.x0 < low) low = s.x0;
-          if (s.x3 > high) high = s.x3;
-        }
-        if (high - low > width) width = high - low;
-      }
-      grid.rings[w] = {used, (int32_t)ceil_div(width + 1, 64) * 64};
-      used += grid.rings[w].rows;
-      if (used > Kernel::kRing) break;
-    }
-    grid.by_tile = used <= Kernel::kRing;
-    if (grid.by_tile) {
-      wanted = 1;
-      const int32_t times = used ? Kernel::kRing / used : 1;  // the larger, the more rarely a row tile has two chunks
-      for (int w = 0; w < PassType::kWalks; ++w) grid.rings[w].at *= times, grid.rings[w].rows *= times;
-    }
-  }
+  if constexpr (Kernel::kRing > 0 && PassType::kWalks <= kMaxRings)
+    grid.by_tile = lay_out_rings<PassType>(groups, num_groups, grid.groups_of_residue, Kernel::kRing, grid.rings);
+  if (grid.by_tile) wanted = 1;
   grid.tiles_of_unit = wanted < 1 ? 1 : wanted < grid.tiles_of_residue ? wanted : grid.tiles_of_residue;
   grid.units_of_residue = ceil_div(grid.tiles_of_residue, grid.tiles_of_unit);
   grid.units = grid.residues * grid.units_of_residue;

@@ -16,6 +16,9 @@ namespace splat {
 
 #if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512DQ__) && defined(__AVX512VL__)
 #define SPLAT_AVX512 1
+#if defined(__AVX512BF16__) && defined(__AMX_BF16__)
+#define SPLAT_AMX 1
+#endif
 constexpr int kVectorBytes = 64, kRegisters = 32;
 #elif defined(__AVX2__)
 constexpr int kVectorBytes = 32, kRegisters = 16;

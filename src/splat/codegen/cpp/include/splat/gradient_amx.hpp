@@ -1,0 +1,234 @@
+// Gradients in bfloat16 on matrix tiles: what d_query.hpp and d_key_value.hpp compute, 32 lanes by 32 walked rows at a
+// time.
+//
+//     lanes hold         queries: Q, dO                        keys: K, V
+//     walked             keys: K, V                            queries: Q, dO
+//     scores             S = Q K^T                             S^T = K Q^T
+//     slopes             dP = dO V^T                           dP^T = V dO^T
+//     sums               dQ += dS K                            dK += dS^T Q, dV += P^T dO
+//
+// with P = 2^(S - base) and dS = P * (dP - delta). Lanes lie in the rows of all products, as they are; the walked rows
+// are brought together once for all tiles of a unit: transposed for scores and slopes, paired for the sums. Products
+// of the next 32 walked rows are put between the exponentials of these.
+#pragma once
+#include "splat/amx.hpp"
+#include "splat/gradient.hpp"
+
+namespace splat {
+
+template <class Facts, bool keys_in_lanes> struct GradientAmx {
+  using Scalar = bfloat16;
+  using T = float;
+  using V = Vec<float>;
+  static constexpr int D = Facts::head_dim, Dp = (D + 31) / 32 * 32, kSteps = Dp / 32, kSlices = Dp / 16;
+  static constexpr bool kKeysInLanes = keys_in_lanes, kGuard = Facts::guard, kFill = Facts::fill, kOwnSegments = true;
+  static constexpr int kRing = 0;
+  static constexpr bool kKeeps = false, kWholeHeads = false;
+  static constexpr int kVectors = kMaxVectors, kSums = kKeysInLanes ? 2 : 1;
+  static constexpr int kTiles = within(1, (768 << 10) / ((2 * 2 + 4 * kSums) * Dp * kLanes), 16);
+  static constexpr int kChunk = kChunkOf<(2 + kSums) * 2 * Dp>;
+  static constexpr int kBatch = 8;  // chunks of 32 walked rows whose sums are made at once
+
+  struct State {
+    alignas(64) bfloat16 first[kLanes * Dp], second[kLanes * Dp];  // Q and dO, or K and V
+    alignas(64) float sums[kSums][kLanes * Dp];                    // [lane][d]: dQ; dK and dV
+    alignas(64) float base[kLanes], delta[kLanes];                 // of queries in the lanes
+  };
+  struct Scratch {
+    State tiles[kTiles];
+    // B tiles of what is walked, `first` being K or Q and `second` V or dO.
+    alignas(64) char first[kChunk / 32 * kSteps * 2 * kTileBytes], second[kChunk / 32 * kSteps * 2 * kTileBytes];
+    alignas(64) char pairs[kSums][kChunk / 32 * kSlices * kTileBytes];
+    alignas(64) float base[kChunk], delta[kChunk];  // of queries that are walked
+    alignas(64) bfloat16 rows[32 * Dp];
+    alignas(64) char scores[2][4 * kTileBytes], slopes[2][4 * kTileBytes];  // C tiles
+    // A tiles of dS, and of P, and what they are multiplied by where that is not all finite.
+    alignas(64) char weights[kSums][kBatch][2 * kTileBytes];
+    alignas(64) char clean[kSums][kBatch][kSlices * kTileBytes];
+  };
+
+  const Call& call;
+  Scratch& memory;
+  const bool is_first_pass;
+  int64_t batch, kv_head, q_head;
+  bool finite;
+  float scale;  // of the products, to scores base 2 (or to tanh's argument)
+  Tiles config;
+
+  void start(int64_t batch_, int64_t kv_head_, int64_t q_head_) {
+    batch = batch_, kv_head = kv_head_, q_head = q_head_, scale = (float)lane_factor<Facts>(call);
+    if (kKeysInLanes) q_head = kv_head * (call.num_q_heads / call.num_kv_heads);
+  }
+  int walked_heads() const { return kKeysInLanes ? (int)(call.num_q_heads / call.num_kv_heads) : 1; }
+  bool in_place(int64_t) const { return false; }
+
+  void begin(int tile, int head, const LaneRows& rows) {
+    State& s = memory.tiles[tile];
+    const int64_t h = kKeysInLanes ? kv_head : q_head + head;
+    const Array &first = kKeysInLanes ? call.key : call.query, &second = kKeysInLanes ? call.value : call.d_out;
+    pack_lanes<D, Dp>(at<Scalar>(first, batch, h), first.position, rows, s.first);
+    pack_lanes<D, Dp>(at<Scalar>(second, batch, h), second.position, rows, s.second);
+    if constexpr (!kKeysInLanes)
+      for (int lane = 0; lane < kLanes; ++lane) query_numbers(h, rows.at[lane], s.base[lane], s.delta[lane]);
+    for (int n = 0; n < kSums; ++n) take_sums(result(n), h, rows, factor(n), s.sums[n]);
+  }
+
+  void pack(int head, int64_t from, int64_t step, int count, int, int) {
+    const int64_t h = kKeysInLanes ? q_head + head : kv_head;
+    const Array &first = kKeysInLanes ? call.query : call.key, &second = kKeysInLanes ? call.d_out : call.value;
+    finite = true;
+    for (int n = 0; n < count; n += 32) {
+      const int some = count - n < 32 ? count - n : 32;
+      auto rows = [&](const Array& array) {
+        const Rows here{at<Scalar>(array, batch, h) + (from + step * n) * array.position, step * array.position};
+        return padded<D, Dp>(here, some, memory.rows);
+      };
+      auto bring = [&](const Array& array, char* columns, char* pairs) {
+        const Rows here = rows(array);
+        rows_to_columns<Dp>(here, columns + n / 32 * kSteps * 2 * kTileBytes);
+        if (pairs) finite &= pair_rows<Dp>(here, pairs + n / 32 * kSlices * kTileBytes);
+      };
+      bring(first, memory.first, memory.pairs[0]);
+      bring(second, memory.second, kKeysInLanes ? memory.pairs[kSums - 1] : nullptr);
+      if constexpr (kKeysInLanes)
+        for (int k = 0; k < 32; ++k)
+          query_numbers(h, k < some ? from + step * (n + k) : -1, memory.base[n + k], memory.delta[n + k]);
+    }
+  }
+
+  template <bool kEdges, class M>
+  void tile(int index, const Span* const (&spans)[kGroups], int from, int to, const M& mask) {
+    for (int lane = 0; lane < kLanes; lane += kPart) {
+      const Part<M> part(mask, spans, lane, from, to);
+      if (part.begin < part.end) chunks<kEdges>(memory.tiles[index], part);
+    }
+  }
+
+  void end(int tile, int head, const LaneRows& rows) {
+    for (int n = 0; n < kSums; ++n) {
+      alignas(64) float factors[kLanes];
+      for (int lane = 0; lane < kLanes; ++lane) factors[lane] = factor(n);
+      const Array& to = result(n);
+      const int64_t length = kKeysInLanes ? call.kv_len : call.q_len;
+      const int64_t heads = kKeysInLanes ? call.num_kv_heads : call.num_q_heads;
+      put_lanes<D, Dp>(memory.tiles[tile].sums[n], factors, rows,
+                       at<Scalar>(to, batch, kKeysInLanes ? kv_head : q_head + head), to.position,
+                       is_past_caches<Scalar, D>(to, call.batch, length, heads));
+    }
+  }
+
+ private:
+  /// Gradient n, and what its sums are multiplied by.
+  const Array& result(int n) const { return !kKeysInLanes ? call.d_query : n ? call.d_value : call.d_key; }
+  float factor(int n) const { return n ? 1.f : (float)call.scale; }
+
+  void query_numbers(int64_t head, int64_t row, float& base, float& delta) const {
+    base = row < 0 ? kInfinity<T> : base_of(at<T>(call.lse, batch, head)[row * call.lse.position]);
+    delta = row < 0 ? 0 : delta_of<Scalar, D>(call, batch, head, row);
+  }
+
+  /// What earlier passes have added up.
+  void take_sums(const Array& from, int64_t head, const LaneRows& rows, float factor, float* sums) const {
+    memset(sums, 0, kLanes * Dp * sizeof *sums);
+    if (is_first_pass || factor == 0) return;
+    for (int lane = 0; lane < kLanes; ++lane) {
+      if (rows.at[lane] < 0) continue;
+      const Scalar* row = at<Scalar>(from, batch, head) + rows.at[lane] * from.position;
+      for (int d = 0; d < D; ++d) sums[lane * Dp + d] = to_compute(row[d]) / factor;
+    }
+  }
+
+  /// Of the scores and slopes of a chunk, one after the other.
+  static constexpr int kProducts = 8 * kSteps;
+  SPLAT_INLINE void product(const State& s, int lane, int chunk, int n) {
+    const int64_t columns = chunk * kSteps * 2 * kTileBytes;
+    if (n < kProducts / 2) score_step<Dp>(s.first + lane * Dp, memory.first + columns, memory.scores[chunk & 1], n);
+    else
+      score_step<Dp>(s.second + lane * Dp, memory.second + columns, memory.slopes[chunk & 1], n - kProducts / 2);
+  }
+
+  /// dS, and P, of 32 walked rows and one lane.
+  template <bool kMasked, bool kEdges, class M>
+  SPLAT_INLINE void row(const State& s, const Part<M>& part, int chunk, int slot, int row) {
+    V weight[2], slope[2];
+    SPLAT_UNROLL
+    for (int half = 0; half < 2; ++half) {
+      const int walked = chunk * 32 + half * 16;
+      const V base = kKeysInLanes ? load(memory.base + walked) : splat_of(s.base[part.lane + row]);
+      const V delta = kKeysInLanes ? load(memory.delta + walked) : splat_of(s.delta[part.lane + row]);
+      V score = score_row(memory.scores[chunk & 1], row, half) * scale;
+      slope[half] = score_row(memory.slopes[chunk & 1], row, half) - delta;
+      if constexpr (Facts::soft_cap) {
+        const V t = tanh<T>(score);
+        score = t * (T)(call.soft_cap * kLog2e<double>);
+        slope[half] *= 1.f - t * t;
+      }
+      weight[half] = exp2<T, true>(score - base);
+      slope[half] *= weight[half];
+      if constexpr (kMasked) {
+        const Vec<int32_t> keep = part.template keep<kEdges>(part.from + walked, row);
+        weight[half] = keep ? weight[half] : V{};
+        slope[half] = keep ? slope[half] : V{};
+      }
+    }
+    const int at = row / 16 * kTileBytes + row % 16 * 64;
+    const Vec<uint32_t> slopes = paired(slope[0], slope[1]);
+    memcpy(memory.weights[0][slot] + at, &slopes, sizeof slopes);
+    if constexpr (kKeysInLanes) {
+      const Vec<uint32_t> weights = paired(weight[0], weight[1]);
+      memcpy(memory.weights[kSums - 1][slot] + at, &weights, sizeof weights);
+    }
+  }
+
+  /// A chunk's dS and P, between the products of the next one, where it is `more`.
+  template <bool kMasked, bool kEdges, class M>
+  SPLAT_INLINE void rows(const State& s, const Part<M>& part, int chunk, int slot, bool more) {
+    SPLAT_UNROLL
+    for (int n = 0; n < kProducts; ++n) {
+      if (more) product(s, part.lane, chunk + 1, n);
+      SPLAT_UNROLL
+      for (int r = n * kPart / kProducts; r < (n + 1) * kPart / kProducts; ++r)
+        row<kMasked, kEdges>(s, part, chunk, slot, r);
+    }
+  }
+
+  template <bool kEdges, class M> __attribute__((noinline)) void chunks(State& s, const Part<M>& part) {
+    SPLAT_UNROLL
+    for (int n = 0; n < kProducts; ++n) product(s, part.lane, part.begin, n);
+    int first = part.begin;  // of a batch
+    for (int chunk = part.begin; chunk < part.end; ++chunk) {
+      const int slot = chunk - first;
+      const bool more = chunk + 1 < part.end;
+      if (part.is_full(chunk)) rows<false, kEdges>(s, part, chunk, slot, more);
+      else rows<true, kEdges>(s, part, chunk, slot, more);
+      if (!finite)
+        for (int n = 0; n < kSums; ++n)
+          clean_pairs<Dp, kEdges>(part, part.from + 32 * chunk, memory.pairs[n] + chunk * kSlices * kTileBytes,
+                                  memory.clean[n][slot]);
+      if (more && slot + 1 < kBatch) continue;
+      for (int n = 0; n < kSums; ++n) add(s.sums[n] + part.lane * Dp, n, first, slot + 1);
+      first = chunk + 1;
+    }
+  }
+
+  /// Adds the products of `count` chunks from `first` on to sums n.
+  SPLAT_INLINE void add(float* sums, int n, int first, int count) {
+    for (int d = 0; d < Dp; d += 32)
+      for (int slot = 0; slot < count; ++slot) {
+        const char* const pairs =
+            finite ? memory.pairs[n] + (first + slot) * kSlices * kTileBytes : memory.clean[n][slot];
+        const char* const values = pairs + d / 16 * kTileBytes;
+        SPLAT_UNROLL
+        for (int k = 0; k < 4; ++k)
+          sum_step<Dp>(memory.weights[n][slot], values, sums + d, 4 * slot + k, 4 * count, false);
+      }
+  }
+
+ public:
+  static void prepare(const Call& call) {
+    if constexpr (kKeysInLanes) fill_key_gradients<Facts>(call);
+    else fill_query_gradients<Facts>(call);
+  }
+};
+
+}  // namespace splat
