@@ -209,6 +209,13 @@ template <class M> struct Part {
   }
 };
 
+/// Whether all of [place, place + count) is, of what is said of each 32 of them.
+inline bool all_of(const bool* each, int place, int count) {
+  bool all = true;
+  for (int n = 0; n < count; n += 32) all &= each[(place + n) / 32];
+  return all;
+}
+
 /// B tiles of paired rows without those that no lane has, so that nothing of them reaches a result.
 template <int Dp, bool kEdges, class M>
 void clean_pairs(const Part<M>& part, int x, const char* pairs, char* to) {

@@ -60,11 +60,11 @@ template <class Facts> struct Forward {
   }
 
   void look_ahead_lanes(int head, int64_t from, int64_t step, int64_t count) {
-    look_ahead(call.query, q_head + head, from, step, count);
+    ahead.rows<Scalar>(call.query, batch, q_head + head, from, step, count);
   }
   void look_ahead_walked(int64_t from, int64_t step, int64_t count) {
-    look_ahead(call.key, kv_head, from, step, count);
-    look_ahead(call.value, kv_head, from, step, count);
+    ahead.rows<Scalar>(call.key, batch, kv_head, from, step, count);
+    ahead.rows<Scalar>(call.value, batch, kv_head, from, step, count);
   }
 
   void pack(int, int64_t from, int64_t step, int count, int place, int fresh) {
@@ -144,10 +144,6 @@ template <class Facts> struct Forward {
  private:
   /// Rows asked for between the products: a row tile's three times 64 in less than a hundred of them.
   static constexpr int kRowsAhead = 3;
-  void look_ahead(const Array& array, int64_t head, int64_t from, int64_t step, int64_t count) {
-    const int64_t bytes = array.position * (int64_t)sizeof(Scalar);
-    ahead.add((const char*)at<Scalar>(array, batch, head) + from * bytes, step * bytes, count);
-  }
 
   /// Scores may pass the maximum by so much (in powers of 2) before it is raised.
   static constexpr T kSlack = 8;

@@ -26,12 +26,13 @@ template <class Facts> struct ForwardAmx {
   static constexpr int D = Facts::head_dim, Dp = (D + 31) / 32 * 32, kSteps = Dp / 32, kSlices = Dp / 16;
   static constexpr int kBatch = kSteps;  // chunks whose output is made at once: as many as it has parts
   static constexpr bool kKeysInLanes = false, kGuard = Facts::guard, kFill = Facts::fill, kOwnSegments = true;
-  static constexpr int kRing = 0;
+  static constexpr int kRing = kRingOf<2 * 2 * Dp>;
   static constexpr bool kKeeps = false, kWholeHeads = false;
   static constexpr int kVectors = kMaxVectors;
   static constexpr int kTiles = within(1, (896 << 10) / ((4 + 2) * Dp * kLanes), 16);
   static constexpr int kChunk = kChunkOf<2 * 2 * Dp>;
   static constexpr float kHeadroom = 40;
+  static constexpr int kRowsAhead = 8;  // asked for with each chunk: a row tile's three times 64 in some twenty of them
 
   struct State {
     alignas(64) bfloat16 query[kLanes * Dp];
@@ -45,8 +46,9 @@ template <class Facts> struct ForwardAmx {
   };
   struct Scratch {
     State tiles[kTiles];
-    alignas(64) char key[kChunk / 32 * kSteps * 2 * kTileBytes];   // B tiles [chunk][step][first, second 16 keys]
-    alignas(64) char value[kChunk / 32 * kSlices * kTileBytes];    // B tiles [chunk][slice]
+    alignas(64) char key[kRing / 32 * kSteps * 2 * kTileBytes];    // B tiles [chunk][step][first, second 16 keys]
+    alignas(64) char value[kRing / 32 * kSlices * kTileBytes];     // B tiles [chunk][slice]
+    bool finite[kRing / 32];                                       // whether all of a chunk's values are
     alignas(64) bfloat16 rows[32 * Dp];
     alignas(64) char scores[2][4 * kTileBytes];                    // C tiles [group][first, second 16 keys]
     alignas(64) char p[2 * kBatch][2 * kTileBytes];                // A tiles [group]
@@ -59,10 +61,12 @@ template <class Facts> struct ForwardAmx {
   int64_t batch, kv_head, q_head;
   bool finite;
   float scale;  // of the products, to scores base 2 (or to tanh's argument)
+  const char *key, *value;
   Tiles config;
+  Ahead ahead;
 
   void start(int64_t batch_, int64_t kv_head_, int64_t q_head_) {
-    batch = batch_, kv_head = kv_head_, q_head = q_head_;
+    batch = batch_, kv_head = kv_head_, q_head = q_head_, ahead.clear();
     scale = (float)(Facts::soft_cap ? call.scale / call.soft_cap : call.scale * kLog2e<double>);
   }
   int walked_heads() const { return 1; }
@@ -87,16 +91,26 @@ template <class Facts> struct ForwardAmx {
     }
   }
 
-  void pack(int, int64_t from, int64_t step, int count, int, int) {
-    finite = true;
-    for (int n = 0; n < count; n += 32) {
+  void look_ahead_lanes(int head, int64_t from, int64_t step, int64_t count) {
+    ahead.rows<Scalar>(call.query, batch, q_head + head, from, step, count);
+  }
+  void look_ahead_walked(int64_t from, int64_t step, int64_t count) {
+    ahead.rows<Scalar>(call.key, batch, kv_head, from, step, count);
+    ahead.rows<Scalar>(call.value, batch, kv_head, from, step, count);
+  }
+
+  void pack(int, int64_t from, int64_t step, int count, int place, int fresh) {
+    char* const keys = memory.key + place / 32 * kSteps * 2 * kTileBytes;
+    char* const values = memory.value + place / 32 * kSlices * kTileBytes;
+    for (int n = count - fresh; n < count; n += 32) {
       auto rows = [&](const Array& array) {
         const Rows here{at<Scalar>(array, batch, kv_head) + (from + step * n) * array.position, step * array.position};
         return padded<D, Dp>(here, count - n < 32 ? count - n : 32, memory.rows);
       };
-      rows_to_columns<Dp>(rows(call.key), memory.key + n / 32 * kSteps * 2 * kTileBytes);
-      finite &= pair_rows<Dp>(rows(call.value), memory.value + n / 32 * kSlices * kTileBytes);
+      rows_to_columns<Dp>(rows(call.key), keys + n / 32 * kSteps * 2 * kTileBytes);
+      memory.finite[(place + n) / 32] = pair_rows<Dp>(rows(call.value), values + n / 32 * kSlices * kTileBytes);
     }
+    key = keys, value = values, finite = all_of(memory.finite, place, count);
   }
 
   template <bool kEdges, class M>
@@ -124,7 +138,7 @@ template <class Facts> struct ForwardAmx {
   /// Of the scores of a chunk.
   static constexpr int kScores = 4 * kSteps;
   SPLAT_INLINE void score_product(const State& s, int lane, int chunk, char* to, int n) {
-    score_step<Dp>(s.query + lane * Dp, memory.key + chunk * kSteps * 2 * kTileBytes, to, n);
+    score_step<Dp>(s.query + lane * Dp, key + chunk * kSteps * 2 * kTileBytes, to, n);
   }
 
   /// Chunks that have weights, to be multiplied by their values; `part` columns of 32 have been.
@@ -138,7 +152,7 @@ template <class Facts> struct ForwardAmx {
     if (n / 4 >= batch.count) return;
     const int slot = (batch.chunk + n / 4) % (2 * kBatch);
     const char* const values =
-        finite ? memory.value + (batch.chunk + n / 4) * kSlices * kTileBytes : memory.clean[slot];
+        finite ? value + (batch.chunk + n / 4) * kSlices * kTileBytes : memory.clean[slot];
     sum_step<Dp>(memory.p[slot], values + batch.part * 2 * kTileBytes, s.sum + lane * Dp + batch.part * 32, n,
                  4 * batch.count, batch.is_first);
   }
@@ -194,6 +208,7 @@ template <class Facts> struct ForwardAmx {
     for (int k = begin; k < end; ++k) {
       const int x = part.from + 32 * k, slot = k % (2 * kBatch);
       const bool full = part.is_full(k);
+      for (int rows = 0; rows < kRowsAhead; ++rows) ahead.template next<D * (int)sizeof(Scalar)>();
       if (coming.count == kBatch) advance();
       if (!s.known[number]) raise<kEdges>(s, part, x, full, memory.scores[k & 1]);
       for (bool accept = false;; accept = true) {
@@ -208,7 +223,7 @@ template <class Facts> struct ForwardAmx {
         raise<kEdges>(s, part, x, full, memory.scores[k & 1]);
       }
       s.current[number] = !s.current[number];
-      if (!finite) clean_pairs<Dp, kEdges>(part, x, memory.value + k * kSlices * kTileBytes, memory.clean[slot]);
+      if (!finite) clean_pairs<Dp, kEdges>(part, x, value + k * kSlices * kTileBytes, memory.clean[slot]);
       ++coming.count;
     }
     advance(), advance();

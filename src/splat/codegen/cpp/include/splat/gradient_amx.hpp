@@ -22,11 +22,13 @@ template <class Facts, bool keys_in_lanes> struct GradientAmx {
   using V = Vec<float>;
   static constexpr int D = Facts::head_dim, Dp = (D + 31) / 32 * 32, kSteps = Dp / 32, kSlices = Dp / 16;
   static constexpr bool kKeysInLanes = keys_in_lanes, kGuard = Facts::guard, kFill = Facts::fill, kOwnSegments = true;
-  static constexpr int kRing = 0;
+  static constexpr int kRing = kRingOf<(2 + (keys_in_lanes ? 2 : 1)) * 2 * Dp>;
   static constexpr bool kKeeps = false, kWholeHeads = false;
   static constexpr int kVectors = kMaxVectors, kSums = kKeysInLanes ? 2 : 1;
   static constexpr int kTiles = within(1, (768 << 10) / ((2 * 2 + 4 * kSums) * Dp * kLanes), 16);
   static constexpr int kChunk = kChunkOf<(2 + kSums) * 2 * Dp>;
+  static constexpr int kColumns = kSteps * 2 * kTileBytes, kPairs = kSlices * kTileBytes;  // of a chunk's tiles
+  static constexpr int kRowsAhead = 8;  // asked for with each chunk: a row tile's four times 64 in some thirty of them
   static constexpr int kBatch = 8;  // chunks of 32 walked rows whose sums are made at once
 
   struct State {
@@ -37,9 +39,10 @@ template <class Facts, bool keys_in_lanes> struct GradientAmx {
   struct Scratch {
     State tiles[kTiles];
     // B tiles of what is walked, `first` being K or Q and `second` V or dO.
-    alignas(64) char first[kChunk / 32 * kSteps * 2 * kTileBytes], second[kChunk / 32 * kSteps * 2 * kTileBytes];
-    alignas(64) char pairs[kSums][kChunk / 32 * kSlices * kTileBytes];
-    alignas(64) float base[kChunk], delta[kChunk];  // of queries that are walked
+    alignas(64) char first[kRing / 32 * kColumns], second[kRing / 32 * kColumns];
+    alignas(64) char pairs[kSums][kRing / 32 * kPairs];
+    alignas(64) float base[kRing], delta[kRing];  // of queries that are walked
+    bool finite[kRing / 32];                      // whether all that is paired of a chunk is
     alignas(64) bfloat16 rows[32 * Dp];
     alignas(64) char scores[2][4 * kTileBytes], slopes[2][4 * kTileBytes];  // C tiles
     // A tiles of dS, and of P, and what they are multiplied by where that is not all finite.
@@ -53,10 +56,13 @@ template <class Facts, bool keys_in_lanes> struct GradientAmx {
   int64_t batch, kv_head, q_head;
   bool finite;
   float scale;  // of the products, to scores base 2 (or to tanh's argument)
+  int place;    // of the present chunks in the memory
   Tiles config;
+  Ahead ahead;
 
   void start(int64_t batch_, int64_t kv_head_, int64_t q_head_) {
     batch = batch_, kv_head = kv_head_, q_head = q_head_, scale = (float)lane_factor<Facts>(call);
+    ahead.clear();
     if (kKeysInLanes) q_head = kv_head * (call.num_q_heads / call.num_kv_heads);
   }
   int walked_heads() const { return kKeysInLanes ? (int)(call.num_q_heads / call.num_kv_heads) : 1; }
@@ -73,27 +79,40 @@ template <class Facts, bool keys_in_lanes> struct GradientAmx {
     for (int n = 0; n < kSums; ++n) take_sums(result(n), h, rows, factor(n), s.sums[n]);
   }
 
-  void pack(int head, int64_t from, int64_t step, int count, int, int) {
+  void look_ahead_lanes(int head, int64_t from, int64_t step, int64_t count) {
+    ahead.rows<Scalar>(kKeysInLanes ? call.key : call.query, batch, kKeysInLanes ? kv_head : q_head + head, from, step,
+                       count);
+    ahead.rows<Scalar>(kKeysInLanes ? call.value : call.d_out, batch, kKeysInLanes ? kv_head : q_head + head, from,
+                       step, count);
+  }
+  void look_ahead_walked(int64_t from, int64_t step, int64_t count) {
+    const int64_t h = kKeysInLanes ? q_head : kv_head;
+    ahead.rows<Scalar>(kKeysInLanes ? call.query : call.key, batch, h, from, step, count);
+    ahead.rows<Scalar>(kKeysInLanes ? call.d_out : call.value, batch, h, from, step, count);
+  }
+
+  void pack(int head, int64_t from, int64_t step, int count, int place_, int fresh) {
     const int64_t h = kKeysInLanes ? q_head + head : kv_head;
     const Array &first = kKeysInLanes ? call.query : call.key, &second = kKeysInLanes ? call.d_out : call.value;
-    finite = true;
-    for (int n = 0; n < count; n += 32) {
-      const int some = count - n < 32 ? count - n : 32;
+    place = place_;
+    for (int n = count - fresh; n < count; n += 32) {
+      const int some = count - n < 32 ? count - n : 32, at = (place + n) / 32;
       auto rows = [&](const Array& array) {
-        const Rows here{at<Scalar>(array, batch, h) + (from + step * n) * array.position, step * array.position};
+        const Rows here{splat::at<Scalar>(array, batch, h) + (from + step * n) * array.position, step * array.position};
         return padded<D, Dp>(here, some, memory.rows);
       };
       auto bring = [&](const Array& array, char* columns, char* pairs) {
         const Rows here = rows(array);
-        rows_to_columns<Dp>(here, columns + n / 32 * kSteps * 2 * kTileBytes);
-        if (pairs) finite &= pair_rows<Dp>(here, pairs + n / 32 * kSlices * kTileBytes);
+        rows_to_columns<Dp>(here, columns + at * kColumns);
+        return !pairs || pair_rows<Dp>(here, pairs + at * kPairs);
       };
-      bring(first, memory.first, memory.pairs[0]);
-      bring(second, memory.second, kKeysInLanes ? memory.pairs[kSums - 1] : nullptr);
+      memory.finite[at] = bring(first, memory.first, memory.pairs[0]);
+      memory.finite[at] &= bring(second, memory.second, kKeysInLanes ? memory.pairs[kSums - 1] : nullptr);
       if constexpr (kKeysInLanes)
         for (int k = 0; k < 32; ++k)
-          query_numbers(h, k < some ? from + step * (n + k) : -1, memory.base[n + k], memory.delta[n + k]);
+          query_numbers(h, k < some ? from + step * (n + k) : -1, memory.base[at * 32 + k], memory.delta[at * 32 + k]);
     }
+    finite = all_of(memory.finite, place, count);
   }
 
   template <bool kEdges, class M>
@@ -141,7 +160,7 @@ template <class Facts, bool keys_in_lanes> struct GradientAmx {
   /// Of the scores and slopes of a chunk, one after the other.
   static constexpr int kProducts = 8 * kSteps;
   SPLAT_INLINE void product(const State& s, int lane, int chunk, int n) {
-    const int64_t columns = chunk * kSteps * 2 * kTileBytes;
+    const int64_t columns = (place / 32 + chunk) * kColumns;
     if (n < kProducts / 2) score_step<Dp>(s.first + lane * Dp, memory.first + columns, memory.scores[chunk & 1], n);
     else
       score_step<Dp>(s.second + lane * Dp, memory.second + columns, memory.slopes[chunk & 1], n - kProducts / 2);
@@ -154,8 +173,8 @@ template <class Facts, bool keys_in_lanes> struct GradientAmx {
     SPLAT_UNROLL
     for (int half = 0; half < 2; ++half) {
       const int walked = chunk * 32 + half * 16;
-      const V base = kKeysInLanes ? load(memory.base + walked) : splat_of(s.base[part.lane + row]);
-      const V delta = kKeysInLanes ? load(memory.delta + walked) : splat_of(s.delta[part.lane + row]);
+      const V base = kKeysInLanes ? load(memory.base + place + walked) : splat_of(s.base[part.lane + row]);
+      const V delta = kKeysInLanes ? load(memory.delta + place + walked) : splat_of(s.delta[part.lane + row]);
       V score = score_row(memory.scores[chunk & 1], row, half) * scale;
       slope[half] = score_row(memory.slopes[chunk & 1], row, half) - delta;
       if constexpr (Facts::soft_cap) {
@@ -199,11 +218,12 @@ template <class Facts, bool keys_in_lanes> struct GradientAmx {
     for (int chunk = part.begin; chunk < part.end; ++chunk) {
       const int slot = chunk - first;
       const bool more = chunk + 1 < part.end;
+      for (int rows = 0; rows < kRowsAhead; ++rows) ahead.template next<D * (int)sizeof(Scalar)>();
       if (part.is_full(chunk)) rows<false, kEdges>(s, part, chunk, slot, more);
       else rows<true, kEdges>(s, part, chunk, slot, more);
       if (!finite)
         for (int n = 0; n < kSums; ++n)
-          clean_pairs<Dp, kEdges>(part, part.from + 32 * chunk, memory.pairs[n] + chunk * kSlices * kTileBytes,
+          clean_pairs<Dp, kEdges>(part, part.from + 32 * chunk, memory.pairs[n] + (place / 32 + chunk) * kPairs,
                                   memory.clean[n][slot]);
       if (more && slot + 1 < kBatch) continue;
       for (int n = 0; n < kSums; ++n) add(s.sums[n] + part.lane * Dp, n, first, slot + 1);
@@ -216,7 +236,7 @@ template <class Facts, bool keys_in_lanes> struct GradientAmx {
     for (int d = 0; d < Dp; d += 32)
       for (int slot = 0; slot < count; ++slot) {
         const char* const pairs =
-            finite ? memory.pairs[n] + (first + slot) * kSlices * kTileBytes : memory.clean[n][slot];
+            finite ? memory.pairs[n] + (place / 32 + first + slot) * kPairs : memory.clean[n][slot];
         const char* const values = pairs + d / 16 * kTileBytes;
         SPLAT_UNROLL
         for (int k = 0; k < 4; ++k)

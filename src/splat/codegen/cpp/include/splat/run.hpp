@@ -58,7 +58,7 @@ template <class Kernel, class PassType> struct Runner {
   int64_t first_group[Kernel::kTiles];
   int num_groups[Kernel::kTiles];
   int num_tiles, heads;
-  int64_t limit;  // of keys, where they are walked
+  int64_t limit;  // of walked rows
   Ring rings[kMaxRings];
   int64_t head_of_rings = -1;
   int64_t next_group;  // of the next row tile, where it follows in the same lattice; -1: it does not
@@ -76,7 +76,7 @@ template <class Kernel, class PassType> struct Runner {
     const int64_t left = grid.tiles_of_residue - first;
     num_tiles = (int)(left < grid.tiles_of_unit ? left : grid.tiles_of_unit);
     const int64_t keys = call.kv_lengths ? call.kv_lengths[batch] : call.kv_len;
-    limit = Kernel::kKeysInLanes ? (int64_t)1 << 40 : keys;
+    limit = Kernel::kKeysInLanes ? call.q_len : keys;
     for (int t = 0; t < num_tiles; ++t) find_rows(t, residue, first + t, Kernel::kKeysInLanes ? keys : grid.num_rows);
     kernel.start(batch, kv_head, kv_head * group + head);
     if constexpr (Kernel::kRing > 0)
@@ -185,7 +185,11 @@ template <class Kernel, class PassType> struct Runner {
       }
       if (from >= to) continue;
       if constexpr (Kernel::kKeeps) from = (int32_t)base, to = (int32_t)(base + size < stop ? base + size : stop);
-      if constexpr (Kernel::kOwnSegments) from = (int32_t)floor_to(from, 32);  // the same parts, wherever a unit begins
+      if constexpr (Kernel::kOwnSegments) {  // the same parts, wherever a unit begins and ends
+        from = (int32_t)floor_to(from, 32), to = (int32_t)(ceil_div(to, 32) * 32);
+        if (to > base + size) to = (int32_t)(base + size);
+        if (to > stop) to = stop;
+      }
       const int place = ring ? ring->at + from % ring->rows : 0;
       const int fresh = ring ? ring->missing(residue, from, to - from) : to - from;
       kernel.pack(head, residue + kStride * from, kStride, to - from, place, fresh);
@@ -279,7 +283,7 @@ bool lay_out_rings(const int32_t* groups, int64_t num_groups, int64_t groups_of_
       }
       if (high - low > width) width = high - low;
     }
-    rings[w] = {used, (int32_t)ceil_div(width + 1, 64) * 64};
+    rings[w] = {used, (int32_t)ceil_div(width + 63, 64) * 64};
     used += rings[w].rows;
     if (used > room) return false;
   }
@@ -314,8 +318,9 @@ Grid make_grid(const Call& call, const int32_t* groups, int64_t num_groups, int 
     if (wanted > most) wanted = most;
   }
   grid.by_tile = false;
+  const bool one_head = !Kernel::kKeysInLanes || call.num_q_heads == call.num_kv_heads;  // is walked
   if constexpr (Kernel::kRing > 0 && PassType::kWalks <= kMaxRings)
-    grid.by_tile = lay_out_rings<PassType>(groups, num_groups, grid.groups_of_residue, Kernel::kRing, grid.rings);
+    grid.by_tile = one_head && lay_out_rings<PassType>(groups, num_groups, grid.groups_of_residue, Kernel::kRing, grid.rings);
   if (grid.by_tile) wanted = 1;
   grid.tiles_of_unit = wanted < 1 ? 1 : wanted < grid.tiles_of_residue ? wanted : grid.tiles_of_residue;
   grid.units_of_residue = ceil_div(grid.tiles_of_residue, grid.tiles_of_unit);

@@ -127,8 +127,8 @@ struct Parallel {
 inline void run_units(Pool& pool, int64_t units, int64_t least, void (*run)(const void*, int64_t, int64_t),
                       const void* body) {
   const int64_t threads = pool.num_threads < units ? pool.num_threads : units;
-  const Parallel begin = {0,    0,    units,
-                          least, threads, 1, run, body, PTHREAD_MUTEX_INITIALIZER, PTHREAD_COND_INITIALIZER};
+  const Parallel begin = {
+      0, 0, units, least, threads, 1, run, body, PTHREAD_MUTEX_INITIALIZER, PTHREAD_COND_INITIALIZER};
   if (threads > 1 && pool.team) {
     Parallel loop = begin;  // everyone has left it when the team is done
     return pool.team([](void* loop) { ((Parallel*)loop)->take_part(); }, &loop, (unsigned)threads, 0);

@@ -44,6 +44,12 @@ class Ahead {
   void add(const void* first, int64_t step, int64_t count) {
     if (count > 0 && step <= kNear && count_ < kMost) ranges_[count_++] = {(const char*)first, step, (int32_t)count};
   }
+  /// Rows `from + step * n` of an array's head.
+  template <class Scalar>
+  void rows(const Array& array, int64_t batch, int64_t head, int64_t from, int64_t step, int64_t count) {
+    const int64_t bytes = array.position * (int64_t)sizeof(Scalar);
+    add((const char*)at<Scalar>(array, batch, head) + from * bytes, step * bytes, count);
+  }
   template <int bytes> SPLAT_INLINE void next() {
     if (done_ == count_) return;
     Range& range = ranges_[done_];
