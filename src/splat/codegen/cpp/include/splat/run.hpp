@@ -334,6 +334,21 @@ Grid make_grid(const Call& call, const int32_t* groups, int64_t num_groups, int 
   return grid;
 }
 
+/// Where unit `index` of all heads lies. Units of one head follow each other, 16 of them where heads are interleaved and
+/// so have the same pages: then those of the other heads do.
+struct HeadUnit {
+  int64_t head, unit;
+};
+inline HeadUnit head_unit(int64_t index, int64_t units, int64_t heads, bool interleaved) {
+  constexpr int64_t kTogether = 16;
+  const int64_t batch = index / (heads * units), here = index % (heads * units);
+  const int64_t whole = interleaved ? units / kTogether * kTogether : 0;
+  const bool is_whole = here < whole * heads;
+  const int64_t size = is_whole ? kTogether : units - whole, first = is_whole ? here / (size * heads) * size : whole;
+  const int64_t of_block = here - first * heads;
+  return {batch * heads + of_block / size, first + of_block % size};
+}
+
 /// A permutation of [0, count) in which the first numbers, as many as there are threads, are far apart.
 inline int64_t apart(int64_t n, int64_t count, int64_t threads) {
   const int64_t columns = ceil_div(count, threads), whole = count - (columns - 1) * threads;  // rows that are complete
@@ -352,6 +367,7 @@ void run_pass(const Call& call, Pool& pool, const int32_t* const*& tables, const
   const int64_t all = Kernel::kWholeHeads ? heads : heads * units;
   // Neighbouring row tiles have walked rows in common: a thread takes some one after the other.
   const int64_t least = grid.by_tile ? within(1, (int)(all / (16 * pool.num_threads)), 4) : 0;
+  const bool interleaved = grid.by_tile && call.key.head < call.key.position;
   parallel_runs(pool, all, least, [&](int64_t from, int64_t to) {
     auto* memory = (typename Kernel::Scratch*)scratch(sizeof(typename Kernel::Scratch));
     Runner<Kernel, PassType> runner{call, grid, groups, bounds, map, Kernel{call, *memory, first}};
@@ -362,8 +378,8 @@ void run_pass(const Call& call, Pool& pool, const int32_t* const*& tables, const
         for (int64_t unit = 0; unit < units; ++unit) runner.unit(head, unit);
         runner.kernel.close();
       } else {
-        // Neighbouring units lie in one head, so that threads write to memory that is far apart.
-        runner.unit(index / units, index % units);
+        const HeadUnit at = head_unit(index, units, call.num_kv_heads, interleaved);
+        runner.unit(at.head, at.unit);
       }
     }
   });
