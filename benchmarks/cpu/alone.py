@@ -40,10 +40,11 @@ def share(setting: Setting) -> Report:
     sides: dict[str, Callable[[Case], Call]] = {"JAX [B, T, N, H]": jax_side.ready}
     if not torch_side.why_not(setting):
         sides["PyTorch [B, N, T, H]"] = torch_side.ours
-    for case, side in itertools.product(setting.cases((WINDOW,), (4096,), (64, 128)), sides):
+    cases = setting.cases((WINDOW,), (4096,), (64, 128))
+    for case, (side, ready) in itertools.product(cases, sides.items()):
         with setting.attempt(report, f"{case}, {side}"):
             found = gate.check(case, setting.gate_length)
-            ours = sides[side](case)
+            ours = ready(case)
             gflop = 4 * jax_side.nnz(case.text, case.q_len) * case.head_dim * HEADS / 1e9
             with foreign() as others:
                 made = [_share_sample(ours) for _ in range(setting.rounds if setting.quick else SHARE_SAMPLES)]

@@ -11,6 +11,9 @@ namespace splat {
 
 constexpr int kTileBytes = 1024;
 constexpr int kPart = 32;  // lanes that are worked on at once, and walked rows of a chunk
+/// Of a chunk's B tiles, as `rows_to_columns` and `pair_rows` leave them.
+template <int Dp> constexpr int kColumnBytes = Dp / 32 * 2 * kTileBytes;
+template <int Dp> constexpr int kPairBytes = Dp / 16 * kTileBytes;
 
 template <int tile> SPLAT_INLINE void tile_load(const void* from, int64_t row_bytes) {
   asm volatile("tileloadd (%0,%1,1), %%tmm%c2" ::"r"(from), "r"(row_bytes), "i"(tile) : "memory");
@@ -50,6 +53,14 @@ template <int D, int Dp> SPLAT_INLINE Rows padded(Rows rows, int count, bfloat16
   memset(memory, 0, 32 * Dp * sizeof *memory);
   for (int n = 0; n < count; ++n) memcpy(memory + n * Dp, rows.at + n * rows.step, D * sizeof *memory);
   return {memory, Dp};
+}
+
+/// Rows `from + step * n` of an array's head, those of a chunk of which `left` are there and may be followed by more.
+template <int D, int Dp>
+SPLAT_INLINE Rows chunk_rows(const Array& array, int64_t batch, int64_t head, int64_t from, int64_t step, int left,
+                             bfloat16* memory) {
+  const Rows here{at<bfloat16>(array, batch, head) + from * array.position, step * array.position};
+  return padded<D, Dp>(here, left < kPart ? left : kPart, memory);
 }
 
 /// Rows of the lanes: [lane][Dp], padded with zeros.
@@ -155,6 +166,13 @@ SPLAT_INLINE void sum_step(const char* weights, const char* values, float* sums,
   tile_store<2>(second, kRow), tile_store<3>(second + 16, kRow);
 }
 
+/// lanes[lane][d] = array[row of the lane][d], 0 in lanes without a row.
+template <int D, int Dp>
+SPLAT_INLINE void take_lanes(const bfloat16* from, int64_t position, const LaneRows& rows, float* lanes) {
+  memset(lanes, 0, kLanes * Dp * sizeof *lanes);
+  for (int lane = 0; lane < kLanes; ++lane, lanes += Dp)
+    for (int d = 0; d < D && rows.at[lane] >= 0; ++d) lanes[d] = to_compute(from[rows.at[lane] * position + d]);
+}
 /// array[row of the lane][d] = lanes[lane][d] * factor[lane]; lanes without a row are left out.
 template <int D, int Dp>
 SPLAT_INLINE void put_lanes(const float* lanes, const float* factor, const LaneRows& rows, bfloat16* to,
@@ -219,7 +237,7 @@ inline bool all_of(const bool* each, int place, int count) {
 /// B tiles of paired rows without those that no lane has, so that nothing of them reaches a result.
 template <int Dp, bool kEdges, class M>
 void clean_pairs(const Part<M>& part, int x, const char* pairs, char* to) {
-  memcpy(to, pairs, Dp / 16 * kTileBytes);
+  memcpy(to, pairs, kPairBytes<Dp>);
   for (int half = 0; half < 2; ++half) {
     Vec<int32_t> some = {};
     for (int row = 0; row < kPart; ++row) some |= part.template keep<kEdges>(x + half * 16, row);

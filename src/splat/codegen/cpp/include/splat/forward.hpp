@@ -16,6 +16,7 @@ template <class Facts> struct Forward {
   static constexpr bool kKeeps = false, kWholeHeads = false;
   static constexpr int kTiles = kTilesOf<2 * D * kLanes * (int)sizeof(T)>, kChunk = kChunkOf<2 * D * (int)sizeof(T)>;
   static constexpr int kRing = kRingOf<2 * D * (int)sizeof(T)>;
+  static constexpr Array Call::*kInLanes[] = {&Call::query}, Call::*kWalked[] = {&Call::key, &Call::value};
 
   struct State {
     alignas(64) T query[D * kLanes], sum[D * kLanes];  // [d][lane]; `sum` is not divided by `total` yet
@@ -35,7 +36,6 @@ template <class Facts> struct Forward {
 
   void start(int64_t batch_, int64_t kv_head_, int64_t q_head_) {
     batch = batch_, kv_head = kv_head_, q_head = q_head_;
-    ahead.clear();
   }
   int walked_heads() const { return 1; }
   bool in_place(int64_t step) const {
@@ -44,8 +44,8 @@ template <class Facts> struct Forward {
 
   void begin(int tile, int head, const LaneRows& rows) {
     State& s = memory.tiles[tile];
-    const T factor = (T)(Facts::soft_cap ? call.scale / call.soft_cap : call.scale * kLog2e<double>);
-    rows_to_lanes<Scalar, D>(at<Scalar>(call.query, batch, q_head + head), call.query.position, rows, factor, s.query);
+    rows_to_lanes<Scalar, D>(at<Scalar>(call.query, batch, q_head + head), call.query.position, rows,
+                             (T)lane_factor<Facts>(call), s.query);
     if (first) {
       memset(s.sum, 0, sizeof s.sum);
       for (int lane = 0; lane < kLanes; ++lane) s.most[lane] = -kInfinity<T>, s.total[lane] = 0;
@@ -57,14 +57,6 @@ template <class Facts> struct Forward {
       s.most[lane] = rows.at[lane] < 0 ? -kInfinity<T> : lse[rows.at[lane] * call.lse.position] * kLog2e<T>;
       s.total[lane] = s.most[lane] == -kInfinity<T> ? 0 : 1;
     }
-  }
-
-  void look_ahead_lanes(int head, int64_t from, int64_t step, int64_t count) {
-    ahead.rows<Scalar>(call.query, batch, q_head + head, from, step, count);
-  }
-  void look_ahead_walked(int64_t from, int64_t step, int64_t count) {
-    ahead.rows<Scalar>(call.key, batch, kv_head, from, step, count);
-    ahead.rows<Scalar>(call.value, batch, kv_head, from, step, count);
   }
 
   void pack(int, int64_t from, int64_t step, int count, int place, int fresh) {
@@ -132,14 +124,7 @@ template <class Facts> struct Forward {
                              is_past_caches<Scalar, D>(call.out, call.batch, call.q_len, call.num_q_heads));
   }
 
-  static void prepare(const Call& call) {
-    if (!kFill) return;
-    for (int64_t b = 0; b < call.batch; ++b) {
-      clear_rows<Scalar, D>(call.out, b, call.num_q_heads, 0, call.q_len);
-      for (int64_t h = 0; h < call.num_q_heads; ++h)
-        for (int64_t i = 0; i < call.q_len; ++i) at<T>(call.lse, b, h)[i * call.lse.position] = -kInfinity<T>;
-    }
-  }
+  static void prepare(const Call& call) { fill_outputs<Facts>(call); }
 
  private:
   /// Rows asked for between the products: a row tile's three times 64 in less than a hundred of them.

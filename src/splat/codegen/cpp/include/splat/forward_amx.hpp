@@ -23,10 +23,11 @@ template <class Facts> struct ForwardAmx {
   using Scalar = bfloat16;
   using T = float;
   using V = Vec<float>;
-  static constexpr int D = Facts::head_dim, Dp = (D + 31) / 32 * 32, kSteps = Dp / 32, kSlices = Dp / 16;
+  static constexpr int D = Facts::head_dim, Dp = (D + 31) / 32 * 32, kSteps = Dp / 32;
   static constexpr int kBatch = kSteps;  // chunks whose output is made at once: as many as it has parts
   static constexpr bool kKeysInLanes = false, kGuard = Facts::guard, kFill = Facts::fill, kOwnSegments = true;
   static constexpr int kRing = kRingOf<2 * 2 * Dp>;
+  static constexpr Array Call::*kInLanes[] = {&Call::query}, Call::*kWalked[] = {&Call::key, &Call::value};
   static constexpr bool kKeeps = false, kWholeHeads = false;
   static constexpr int kVectors = kMaxVectors;
   static constexpr int kTiles = within(1, (896 << 10) / ((4 + 2) * Dp * kLanes), 16);
@@ -46,13 +47,13 @@ template <class Facts> struct ForwardAmx {
   };
   struct Scratch {
     State tiles[kTiles];
-    alignas(64) char key[kRing / 32 * kSteps * 2 * kTileBytes];    // B tiles [chunk][step][first, second 16 keys]
-    alignas(64) char value[kRing / 32 * kSlices * kTileBytes];     // B tiles [chunk][slice]
-    bool finite[kRing / 32];                                       // whether all of a chunk's values are
+    alignas(64) char key[kRing / 32 * kColumnBytes<Dp>];  // B tiles [chunk][step][first, second 16 keys]
+    alignas(64) char value[kRing / 32 * kPairBytes<Dp>];  // B tiles [chunk][slice]
+    bool finite[kRing / 32];                              // whether all of a chunk's values are
     alignas(64) bfloat16 rows[32 * Dp];
-    alignas(64) char scores[2][4 * kTileBytes];                    // C tiles [group][first, second 16 keys]
-    alignas(64) char p[2 * kBatch][2 * kTileBytes];                // A tiles [group]
-    alignas(64) char clean[2 * kBatch][kSlices * kTileBytes];
+    alignas(64) char scores[2][4 * kTileBytes];           // C tiles [group][first, second 16 keys]
+    alignas(64) char p[2 * kBatch][2 * kTileBytes];       // A tiles [group]
+    alignas(64) char clean[2 * kBatch][kPairBytes<Dp>];
   };
 
   const Call& call;
@@ -66,8 +67,8 @@ template <class Facts> struct ForwardAmx {
   Ahead ahead;
 
   void start(int64_t batch_, int64_t kv_head_, int64_t q_head_) {
-    batch = batch_, kv_head = kv_head_, q_head = q_head_, ahead.clear();
-    scale = (float)(Facts::soft_cap ? call.scale / call.soft_cap : call.scale * kLog2e<double>);
+    batch = batch_, kv_head = kv_head_, q_head = q_head_;
+    scale = (float)lane_factor<Facts>(call);
   }
   int walked_heads() const { return 1; }
   bool in_place(int64_t) const { return false; }
@@ -79,45 +80,34 @@ template <class Facts> struct ForwardAmx {
     memset(s.total[0], 0, sizeof s.total[0]);
     for (int lane = 0; lane < kLanes; ++lane) s.base[lane] = -kInfinity<T>;
     if (first) return;
-    const Scalar* out = at<Scalar>(call.out, batch, q_head + head);
+    take_lanes<D, Dp>(at<Scalar>(call.out, batch, q_head + head), call.out.position, rows, s.sum);
     const T* lse = at<T>(call.lse, batch, q_head + head);
     for (int lane = 0; lane < kLanes; ++lane) {
       const int64_t row = rows.at[lane];
-      memset(s.sum + lane * Dp, 0, Dp * sizeof(float));
       if (row < 0) continue;
-      for (int d = 0; d < D; ++d) s.sum[lane * Dp + d] = to_compute(out[row * call.out.position + d]);
       s.base[lane] = lse[row * call.lse.position] * kLog2e<T>;
       s.total[0][lane * 16] = s.base[lane] == -kInfinity<T> ? 0 : 1;
     }
   }
 
-  void look_ahead_lanes(int head, int64_t from, int64_t step, int64_t count) {
-    ahead.rows<Scalar>(call.query, batch, q_head + head, from, step, count);
-  }
-  void look_ahead_walked(int64_t from, int64_t step, int64_t count) {
-    ahead.rows<Scalar>(call.key, batch, kv_head, from, step, count);
-    ahead.rows<Scalar>(call.value, batch, kv_head, from, step, count);
-  }
-
   void pack(int, int64_t from, int64_t step, int count, int place, int fresh) {
-    char* const keys = memory.key + place / 32 * kSteps * 2 * kTileBytes;
-    char* const values = memory.value + place / 32 * kSlices * kTileBytes;
     for (int n = count - fresh; n < count; n += 32) {
+      const int chunk = (place + n) / 32;
       auto rows = [&](const Array& array) {
-        const Rows here{at<Scalar>(array, batch, kv_head) + (from + step * n) * array.position, step * array.position};
-        return padded<D, Dp>(here, count - n < 32 ? count - n : 32, memory.rows);
+        return chunk_rows<D, Dp>(array, batch, kv_head, from + step * n, step, count - n, memory.rows);
       };
-      rows_to_columns<Dp>(rows(call.key), keys + n / 32 * kSteps * 2 * kTileBytes);
-      memory.finite[(place + n) / 32] = pair_rows<Dp>(rows(call.value), values + n / 32 * kSlices * kTileBytes);
+      rows_to_columns<Dp>(rows(call.key), memory.key + chunk * kColumnBytes<Dp>);
+      memory.finite[chunk] = pair_rows<Dp>(rows(call.value), memory.value + chunk * kPairBytes<Dp>);
     }
-    key = keys, value = values, finite = all_of(memory.finite, place, count);
+    key = memory.key + place / 32 * kColumnBytes<Dp>, value = memory.value + place / 32 * kPairBytes<Dp>;
+    finite = all_of(memory.finite, place, count);
   }
 
   template <bool kEdges, class M>
   void tile(int index, const Span* const (&spans)[kGroups], int from, int to, const M& mask) {
     for (int lane = 0; lane < kLanes; lane += kPart) {
       const Part<M> part(mask, spans, lane, from, to);
-      if (part.begin < part.end) chunks<kEdges>(memory.tiles[index], part, part.begin, part.end);
+      if (part.begin < part.end) chunks<kEdges>(memory.tiles[index], part);
     }
   }
 
@@ -138,7 +128,7 @@ template <class Facts> struct ForwardAmx {
   /// Of the scores of a chunk.
   static constexpr int kScores = 4 * kSteps;
   SPLAT_INLINE void score_product(const State& s, int lane, int chunk, char* to, int n) {
-    score_step<Dp>(s.query + lane * Dp, key + chunk * kSteps * 2 * kTileBytes, to, n);
+    score_step<Dp>(s.query + lane * Dp, key + chunk * kColumnBytes<Dp>, to, n);
   }
 
   /// Chunks that have weights, to be multiplied by their values; `part` columns of 32 have been.
@@ -152,7 +142,7 @@ template <class Facts> struct ForwardAmx {
     if (n / 4 >= batch.count) return;
     const int slot = (batch.chunk + n / 4) % (2 * kBatch);
     const char* const values =
-        finite ? value + (batch.chunk + n / 4) * kSlices * kTileBytes : memory.clean[slot];
+        finite ? value + (batch.chunk + n / 4) * kPairBytes<Dp> : memory.clean[slot];
     sum_step<Dp>(memory.p[slot], values + batch.part * 2 * kTileBytes, s.sum + lane * Dp + batch.part * 32, n,
                  4 * batch.count, batch.is_first);
   }
@@ -194,18 +184,16 @@ template <class Facts> struct ForwardAmx {
     }
   };
 
-  /// Chunks [begin, end) of a part of a tile.
-  template <bool kEdges, class M>
-  __attribute__((noinline)) void chunks(State& s, const Part<M>& part, int begin, int end) {
+  template <bool kEdges, class M> __attribute__((noinline)) void chunks(State& s, const Part<M>& part) {
     const int lane = part.lane, number = lane / kPart;
-    Batch batch = {}, coming = {begin, 0, 0, false};
+    Batch batch = {}, coming = {part.begin, 0, 0, false};
     auto advance = [&] {
       finish(s, lane, batch);
       batch = {coming.chunk, coming.count, 0, !s.summed[number]};
       coming = {coming.chunk + coming.count, 0, 0, false};
     };
-    for (int n = 0; n < kScores; ++n) score_product(s, lane, begin, memory.scores[begin & 1], n);
-    for (int k = begin; k < end; ++k) {
+    for (int n = 0; n < kScores; ++n) score_product(s, lane, part.begin, memory.scores[part.begin & 1], n);
+    for (int k = part.begin; k < part.end; ++k) {
       const int x = part.from + 32 * k, slot = k % (2 * kBatch);
       const bool full = part.is_full(k);
       for (int rows = 0; rows < kRowsAhead; ++rows) ahead.template next<D * (int)sizeof(Scalar)>();
@@ -215,7 +203,7 @@ template <class Facts> struct ForwardAmx {
         const int now = s.current[number];
         Chunk<M> chunk{part, x, s.base + lane, s.total[now] + lane * 16, memory.scores[k & 1], memory.p[slot],
                        s.total[!now] + lane * 16, {}};
-        const int next = !accept && k + 1 < end ? k + 1 : -1;
+        const int next = !accept && k + 1 < part.end ? k + 1 : -1;
         if (full) weights<false, kEdges>(s, chunk, next, batch);
         else weights<true, kEdges>(s, chunk, next, batch);
         if (accept || !any<float>(bits_as<Vec<int32_t>>(chunk.seen & 0x40004000u))) break;
@@ -223,7 +211,7 @@ template <class Facts> struct ForwardAmx {
         raise<kEdges>(s, part, x, full, memory.scores[k & 1]);
       }
       s.current[number] = !s.current[number];
-      if (!finite) clean_pairs<Dp, kEdges>(part, x, value + k * kSlices * kTileBytes, memory.clean[slot]);
+      if (!finite) clean_pairs<Dp, kEdges>(part, x, value + k * kPairBytes<Dp>, memory.clean[slot]);
       ++coming.count;
     }
     advance(), advance();
@@ -291,14 +279,7 @@ template <class Facts> struct ForwardAmx {
   }
 
  public:
-  static void prepare(const Call& call) {
-    if (!kFill) return;
-    for (int64_t b = 0; b < call.batch; ++b) {
-      clear_rows<Scalar, D>(call.out, b, call.num_q_heads, 0, call.q_len);
-      for (int64_t h = 0; h < call.num_q_heads; ++h)
-        for (int64_t i = 0; i < call.q_len; ++i) at<T>(call.lse, b, h)[i * call.lse.position] = -kInfinity<T>;
-    }
-  }
+  static void prepare(const Call& call) { fill_outputs<Facts>(call); }
 };
 
 }  // namespace splat

@@ -4,11 +4,6 @@
 
 namespace splat {
 
-/// The factor of what lies in the lanes, so that their products are scores base 2 (or tanh's argument).
-template <class Facts> SPLAT_INLINE double lane_factor(const Call& call) {
-  return Facts::soft_cap ? call.scale / call.soft_cap : call.scale * kLog2e<double>;
-}
-
 /// Of a gradient, what no pass writes: rows that no tile has, and keys past their sequence's length.
 template <class Facts> void fill_query_gradients(const Call& call) {
   if (!Facts::fill) return;

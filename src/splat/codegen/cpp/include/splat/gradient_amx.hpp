@@ -20,14 +20,17 @@ template <class Facts, bool keys_in_lanes> struct GradientAmx {
   using Scalar = bfloat16;
   using T = float;
   using V = Vec<float>;
-  static constexpr int D = Facts::head_dim, Dp = (D + 31) / 32 * 32, kSteps = Dp / 32, kSlices = Dp / 16;
+  static constexpr int D = Facts::head_dim, Dp = (D + 31) / 32 * 32;
   static constexpr bool kKeysInLanes = keys_in_lanes, kGuard = Facts::guard, kFill = Facts::fill, kOwnSegments = true;
   static constexpr int kRing = kRingOf<(2 + (keys_in_lanes ? 2 : 1)) * 2 * Dp>;
   static constexpr bool kKeeps = false, kWholeHeads = false;
   static constexpr int kVectors = kMaxVectors, kSums = kKeysInLanes ? 2 : 1;
   static constexpr int kTiles = within(1, (768 << 10) / ((2 * 2 + 4 * kSums) * Dp * kLanes), 16);
   static constexpr int kChunk = kChunkOf<(2 + kSums) * 2 * Dp>;
-  static constexpr int kColumns = kSteps * 2 * kTileBytes, kPairs = kSlices * kTileBytes;  // of a chunk's tiles
+  static constexpr Array Call::*kInLanes[] = {keys_in_lanes ? &Call::key : &Call::query,
+                                              keys_in_lanes ? &Call::value : &Call::d_out};
+  static constexpr Array Call::*kWalked[] = {keys_in_lanes ? &Call::query : &Call::key,
+                                             keys_in_lanes ? &Call::d_out : &Call::value};
   static constexpr int kRowsAhead = 8;  // asked for with each chunk: a row tile's four times 64 in some thirty of them
   static constexpr int kBatch = 8;  // chunks of 32 walked rows whose sums are made at once
 
@@ -39,15 +42,15 @@ template <class Facts, bool keys_in_lanes> struct GradientAmx {
   struct Scratch {
     State tiles[kTiles];
     // B tiles of what is walked, `first` being K or Q and `second` V or dO.
-    alignas(64) char first[kRing / 32 * kColumns], second[kRing / 32 * kColumns];
-    alignas(64) char pairs[kSums][kRing / 32 * kPairs];
+    alignas(64) char first[kRing / 32 * kColumnBytes<Dp>], second[kRing / 32 * kColumnBytes<Dp>];
+    alignas(64) char pairs[kSums][kRing / 32 * kPairBytes<Dp>];
     alignas(64) float base[kRing], delta[kRing];  // of queries that are walked
     bool finite[kRing / 32];                      // whether all that is paired of a chunk is
     alignas(64) bfloat16 rows[32 * Dp];
     alignas(64) char scores[2][4 * kTileBytes], slopes[2][4 * kTileBytes];  // C tiles
     // A tiles of dS, and of P, and what they are multiplied by where that is not all finite.
     alignas(64) char weights[kSums][kBatch][2 * kTileBytes];
-    alignas(64) char clean[kSums][kBatch][kSlices * kTileBytes];
+    alignas(64) char clean[kSums][kBatch][kPairBytes<Dp>];
   };
 
   const Call& call;
@@ -62,7 +65,6 @@ template <class Facts, bool keys_in_lanes> struct GradientAmx {
 
   void start(int64_t batch_, int64_t kv_head_, int64_t q_head_) {
     batch = batch_, kv_head = kv_head_, q_head = q_head_, scale = (float)lane_factor<Facts>(call);
-    ahead.clear();
     if (kKeysInLanes) q_head = kv_head * (call.num_q_heads / call.num_kv_heads);
   }
   int walked_heads() const { return kKeysInLanes ? (int)(call.num_q_heads / call.num_kv_heads) : 1; }
@@ -71,7 +73,7 @@ template <class Facts, bool keys_in_lanes> struct GradientAmx {
   void begin(int tile, int head, const LaneRows& rows) {
     State& s = memory.tiles[tile];
     const int64_t h = kKeysInLanes ? kv_head : q_head + head;
-    const Array &first = kKeysInLanes ? call.key : call.query, &second = kKeysInLanes ? call.value : call.d_out;
+    const Array &first = call.*kInLanes[0], &second = call.*kInLanes[1];
     pack_lanes<D, Dp>(at<Scalar>(first, batch, h), first.position, rows, s.first);
     pack_lanes<D, Dp>(at<Scalar>(second, batch, h), second.position, rows, s.second);
     if constexpr (!kKeysInLanes)
@@ -79,38 +81,21 @@ template <class Facts, bool keys_in_lanes> struct GradientAmx {
     for (int n = 0; n < kSums; ++n) take_sums(result(n), h, rows, factor(n), s.sums[n]);
   }
 
-  void look_ahead_lanes(int head, int64_t from, int64_t step, int64_t count) {
-    ahead.rows<Scalar>(kKeysInLanes ? call.key : call.query, batch, kKeysInLanes ? kv_head : q_head + head, from, step,
-                       count);
-    ahead.rows<Scalar>(kKeysInLanes ? call.value : call.d_out, batch, kKeysInLanes ? kv_head : q_head + head, from,
-                       step, count);
-  }
-  void look_ahead_walked(int64_t from, int64_t step, int64_t count) {
-    const int64_t h = kKeysInLanes ? q_head : kv_head;
-    ahead.rows<Scalar>(kKeysInLanes ? call.query : call.key, batch, h, from, step, count);
-    ahead.rows<Scalar>(kKeysInLanes ? call.d_out : call.value, batch, h, from, step, count);
-  }
-
   void pack(int head, int64_t from, int64_t step, int count, int place_, int fresh) {
     const int64_t h = kKeysInLanes ? q_head + head : kv_head;
-    const Array &first = kKeysInLanes ? call.query : call.key, &second = kKeysInLanes ? call.d_out : call.value;
     place = place_;
     for (int n = count - fresh; n < count; n += 32) {
-      const int some = count - n < 32 ? count - n : 32, at = (place + n) / 32;
-      auto rows = [&](const Array& array) {
-        const Rows here{splat::at<Scalar>(array, batch, h) + (from + step * n) * array.position, step * array.position};
-        return padded<D, Dp>(here, some, memory.rows);
-      };
+      const int chunk = (place + n) / 32;
       auto bring = [&](const Array& array, char* columns, char* pairs) {
-        const Rows here = rows(array);
-        rows_to_columns<Dp>(here, columns + at * kColumns);
-        return !pairs || pair_rows<Dp>(here, pairs + at * kPairs);
+        const Rows here = chunk_rows<D, Dp>(array, batch, h, from + step * n, step, count - n, memory.rows);
+        rows_to_columns<Dp>(here, columns + chunk * kColumnBytes<Dp>);
+        return !pairs || pair_rows<Dp>(here, pairs + chunk * kPairBytes<Dp>);
       };
-      memory.finite[at] = bring(first, memory.first, memory.pairs[0]);
-      memory.finite[at] &= bring(second, memory.second, kKeysInLanes ? memory.pairs[kSums - 1] : nullptr);
+      memory.finite[chunk] = bring(call.*kWalked[0], memory.first, memory.pairs[0]);
+      memory.finite[chunk] &= bring(call.*kWalked[1], memory.second, kKeysInLanes ? memory.pairs[kSums - 1] : nullptr);
       if constexpr (kKeysInLanes)
-        for (int k = 0; k < 32; ++k)
-          query_numbers(h, k < some ? from + step * (n + k) : -1, memory.base[at * 32 + k], memory.delta[at * 32 + k]);
+        for (int k = n; k < n + 32; ++k)
+          query_numbers(h, k < count ? from + step * k : -1, memory.base[place + k], memory.delta[place + k]);
     }
     finite = all_of(memory.finite, place, count);
   }
@@ -148,19 +133,18 @@ template <class Facts, bool keys_in_lanes> struct GradientAmx {
 
   /// What earlier passes have added up.
   void take_sums(const Array& from, int64_t head, const LaneRows& rows, float factor, float* sums) const {
-    memset(sums, 0, kLanes * Dp * sizeof *sums);
-    if (is_first_pass || factor == 0) return;
-    for (int lane = 0; lane < kLanes; ++lane) {
-      if (rows.at[lane] < 0) continue;
-      const Scalar* row = at<Scalar>(from, batch, head) + rows.at[lane] * from.position;
-      for (int d = 0; d < D; ++d) sums[lane * Dp + d] = to_compute(row[d]) / factor;
+    if (is_first_pass || factor == 0) {
+      memset(sums, 0, kLanes * Dp * sizeof *sums);
+      return;
     }
+    take_lanes<D, Dp>(at<Scalar>(from, batch, head), from.position, rows, sums);
+    for (int n = 0; n < kLanes * Dp; ++n) sums[n] /= factor;
   }
 
   /// Of the scores and slopes of a chunk, one after the other.
-  static constexpr int kProducts = 8 * kSteps;
+  static constexpr int kProducts = 8 * (Dp / 32);
   SPLAT_INLINE void product(const State& s, int lane, int chunk, int n) {
-    const int64_t columns = (place / 32 + chunk) * kColumns;
+    const int64_t columns = (place / 32 + chunk) * kColumnBytes<Dp>;
     if (n < kProducts / 2) score_step<Dp>(s.first + lane * Dp, memory.first + columns, memory.scores[chunk & 1], n);
     else
       score_step<Dp>(s.second + lane * Dp, memory.second + columns, memory.slopes[chunk & 1], n - kProducts / 2);
@@ -223,7 +207,7 @@ template <class Facts, bool keys_in_lanes> struct GradientAmx {
       else rows<true, kEdges>(s, part, chunk, slot, more);
       if (!finite)
         for (int n = 0; n < kSums; ++n)
-          clean_pairs<Dp, kEdges>(part, part.from + 32 * chunk, memory.pairs[n] + (place / 32 + chunk) * kPairs,
+          clean_pairs<Dp, kEdges>(part, part.from + 32 * chunk, memory.pairs[n] + (place / 32 + chunk) * kPairBytes<Dp>,
                                   memory.clean[n][slot]);
       if (more && slot + 1 < kBatch) continue;
       for (int n = 0; n < kSums; ++n) add(s.sums[n] + part.lane * Dp, n, first, slot + 1);
@@ -236,7 +220,7 @@ template <class Facts, bool keys_in_lanes> struct GradientAmx {
     for (int d = 0; d < Dp; d += 32)
       for (int slot = 0; slot < count; ++slot) {
         const char* const pairs =
-            finite ? memory.pairs[n] + (place / 32 + first + slot) * kPairs : memory.clean[n][slot];
+            finite ? memory.pairs[n] + (place / 32 + first + slot) * kPairBytes<Dp> : memory.clean[n][slot];
         const char* const values = pairs + d / 16 * kTileBytes;
         SPLAT_UNROLL
         for (int k = 0; k < 4; ++k)

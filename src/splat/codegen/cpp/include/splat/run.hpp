@@ -13,7 +13,7 @@
 //   in_place(step)             whether walked rows that many apart are used where they are
 //   pack(head, first, step, count, place, fresh)   brings together walked rows first + step * n from `place` on, of
 //                              which the last `fresh` are missing there; `place` is 0 and all are, but for rings
-//   look_ahead(lanes | walked) what the next row tile will need, where kRing
+//   kInLanes, kWalked, ahead   where kRing: the arrays of either side, and what asks for the next row tile's rows
 //   block<NV>(tile, lane, at, n, x, mask)   works on n of them, from number `at` on, in NV vectors from `lane` on
 //   end(tile, head, rows)
 //   kKeeps                     whether what was packed stays for later units, so that chunks are always whole
@@ -30,6 +30,21 @@ constexpr int64_t floor_to(int64_t a, int64_t b) { return (a >= 0 ? a / b : -cei
 
 /// Most columns in a block: a multiple of the micro-kernel's rows.
 template <int NV> constexpr int kBlock = kBlockColumns / kRows<NV> * kRows<NV>;
+
+/// Columns [low, high) of a walk; none where low >= high.
+struct Columns {
+  int32_t low = 1 << 30, high = -(1 << 30);
+};
+/// All between the first and the last that some of `count` groups have, whose spans are `walks` apart.
+inline Columns hull(const Span* spans, int64_t count, int walks) {
+  Columns all;
+  for (int64_t g = 0; g < count; ++g, spans += walks) {
+    if (spans->x0 >= spans->x3) continue;
+    if (spans->x0 < all.low) all.low = spans->x0;
+    if (spans->x3 > all.high) all.high = spans->x3;
+  }
+  return all;
+}
 
 /// Walks of a pass whose rows may stay.
 constexpr int kMaxRings = 8;
@@ -94,14 +109,23 @@ template <class Kernel, class PassType> struct Runner {
     if (head_of_rings != every_head)
       for (int n = 0; n < kMaxRings; ++n) rings[n] = grid.rings[n];
     head_of_rings = every_head;
+    kernel.ahead.clear();
     const int64_t from = tile * kGroupsOfTile, left = grid.groups_of_residue - from;
     next_group = left > 0 ? residue * grid.groups_of_residue + from : -1;
     next_num_groups = (int)(left < kGroupsOfTile ? left : kGroupsOfTile);
     if constexpr (kStep > 0) {
       const int64_t row = residue + kStep * from * kGroup, count = next_num_groups * kGroup;
       const int64_t rows_left = row < grid.num_rows ? ceil_div(grid.num_rows - row, kStep) : 0;
-      for (int h = 0; h < heads; ++h) kernel.look_ahead_lanes(h, row, kStep, count < rows_left ? count : rows_left);
+      for (int h = 0; h < heads; ++h)
+        look_ahead(Kernel::kInLanes, Kernel::kKeysInLanes ? kernel.kv_head : kernel.q_head + h, row, kStep,
+                   count < rows_left ? count : rows_left);
     }
+  }
+
+  template <size_t n>
+  void look_ahead(Array Call::*const (&arrays)[n], int64_t head, int64_t from, int64_t step, int64_t count) {
+    for (auto array : arrays)
+      kernel.ahead.template rows<typename Kernel::Scalar>(call.*array, kernel.batch, head, from, step, count);
   }
 
   void find_rows(int t, int64_t residue, int64_t tile, int64_t num_rows) {
@@ -145,14 +169,8 @@ template <class Kernel, class PassType> struct Runner {
     const int64_t columns = limit > residue ? ceil_div(limit - residue, kStride) : 0;
     const int32_t stop = (int32_t)(columns < (1 << 30) ? columns : 1 << 30);
     for (int t = 0; t < num_tiles; ++t) {
-      low[t] = 1 << 30, high[t] = -(1 << 30);
-      for (int g = 0; g < num_groups[t]; ++g) {
-        const Span& s = *span(first_group[t] + g, number);
-        if (s.x0 >= s.x3) continue;
-        if (s.x0 < low[t]) low[t] = s.x0;
-        if (s.x3 > high[t]) high[t] = s.x3;
-      }
-      if (high[t] > stop) high[t] = stop;
+      const Columns own = hull(span(first_group[t], number), num_groups[t], PassType::kWalks);
+      low[t] = own.low, high[t] = own.high < stop ? own.high : stop;
       if (low[t] >= high[t]) continue;
       if (low[t] < least) least = low[t];
       if (high[t] > most) most = high[t];
@@ -162,16 +180,12 @@ template <class Kernel, class PassType> struct Runner {
     Ring* const ring = grid.by_tile && !kernel.in_place(kStride) ? &rings[number] : nullptr;
     if constexpr (Kernel::kRing > 0) {
       if (grid.by_tile && next_group >= 0) {
-        int32_t next = 1 << 30, end = 0;
-        for (int g = 0; g < next_num_groups; ++g) {
-          const Span& s = *span(next_group + g, number);
-          if (s.x0 >= s.x3) continue;
-          if (s.x0 < next) next = s.x0;
-          if (s.x3 > end) end = s.x3;
-        }
-        if (next < most) next = most;
-        if (end > stop) end = stop;
-        if (next < end) kernel.look_ahead_walked(residue + kStride * next, kStride, end - next);
+        Columns next = hull(span(next_group, number), next_num_groups, PassType::kWalks);
+        if (next.low < most) next.low = most;
+        if (next.high > stop) next.high = stop;
+        if (next.low < next.high)
+          look_ahead(Kernel::kWalked, Kernel::kKeysInLanes ? kernel.q_head + head : kernel.kv_head,
+                     residue + kStride * next.low, kStride, next.high - next.low);
       }
     }
     for (int64_t base = floor_to(least, size); base < most; base += size) {
@@ -274,14 +288,10 @@ bool lay_out_rings(const int32_t* groups, int64_t num_groups, int64_t groups_of_
     int32_t width = 0;  // of the columns that a row tile has, the most
     for (int64_t n = 0; n < num_groups;) {
       const int64_t left = groups_of_residue - n % groups_of_residue;
-      int32_t low = 1 << 30, high = -(1 << 30);
-      for (int64_t g = 0; g < kGroupsOfTile && g < left; ++g, ++n) {
-        const Span& s = ((const Span*)groups)[n * PassType::kWalks + w];
-        if (s.x0 >= s.x3) continue;
-        if (s.x0 < low) low = s.x0;
-        if (s.x3 > high) high = s.x3;
-      }
-      if (high - low > width) width = high - low;
+      const int64_t count = left < kGroupsOfTile ? left : kGroupsOfTile;
+      const Columns own = hull((const Span*)groups + n * PassType::kWalks + w, count, PassType::kWalks);
+      if (own.high - own.low > width) width = own.high - own.low;
+      n += count;
     }
     rings[w] = {used, (int32_t)ceil_div(width + 63, 64) * 64};
     used += rings[w].rows;
@@ -320,7 +330,8 @@ Grid make_grid(const Call& call, const int32_t* groups, int64_t num_groups, int 
   grid.by_tile = false;
   const bool one_head = !Kernel::kKeysInLanes || call.num_q_heads == call.num_kv_heads;  // is walked
   if constexpr (Kernel::kRing > 0 && PassType::kWalks <= kMaxRings)
-    grid.by_tile = one_head && lay_out_rings<PassType>(groups, num_groups, grid.groups_of_residue, Kernel::kRing, grid.rings);
+    grid.by_tile = one_head && lay_out_rings<PassType>(groups, num_groups, grid.groups_of_residue, Kernel::kRing,
+                                                       grid.rings);
   if (grid.by_tile) wanted = 1;
   grid.tiles_of_unit = wanted < 1 ? 1 : wanted < grid.tiles_of_residue ? wanted : grid.tiles_of_residue;
   grid.units_of_residue = ceil_div(grid.tiles_of_residue, grid.tiles_of_unit);
@@ -334,8 +345,8 @@ Grid make_grid(const Call& call, const int32_t* groups, int64_t num_groups, int 
   return grid;
 }
 
-/// Where unit `index` of all heads lies. Units of one head follow each other, 16 of them where heads are interleaved and
-/// so have the same pages: then those of the other heads do.
+/// Where unit `index` of all heads lies. Those of a head follow each other; where heads are interleaved, and so lie in
+/// the same pages, 16 units of a head are followed by the same 16 of the next one.
 struct HeadUnit {
   int64_t head, unit;
 };

@@ -60,7 +60,7 @@ class Ahead {
 
  private:
   static constexpr int64_t kNear = 2048;
-  static constexpr int kMost = 16;
+  static constexpr int kMost = 34;  // two arrays of 16 heads in the lanes, two that are walked
   struct Range {
     const char* at;
     int64_t step;
@@ -227,11 +227,28 @@ SPLAT_INLINE Compute<Scalar> delta_of(const Call& call, int64_t batch, int64_t h
                         at<Scalar>(call.out, batch, head) + row * call.out.position) - own;
 }
 
+/// The factor of what lies in the lanes, so that their products are scores base 2 (or tanh's argument).
+template <class Facts> SPLAT_INLINE double lane_factor(const Call& call) {
+  return Facts::soft_cap ? call.scale / call.soft_cap : call.scale * kLog2e<double>;
+}
+
 /// Sets the rows of a gradient from `from` on to 0.
 template <class Scalar, int D>
 void clear_rows(const Array& array, int64_t batch, int64_t heads, int64_t from, int64_t to) {
   for (int64_t h = 0; h < heads; ++h)
     for (int64_t i = from; i < to; ++i) memset(at<Scalar>(array, batch, h) + i * array.position, 0, D * sizeof(Scalar));
+}
+
+/// Output and log-sum-exp of rows that no tile has.
+template <class Facts> void fill_outputs(const Call& call) {
+  using Scalar = typename Facts::Scalar;
+  using T = Compute<Scalar>;
+  if (!Facts::fill) return;
+  for (int64_t b = 0; b < call.batch; ++b) {
+    clear_rows<Scalar, Facts::head_dim>(call.out, b, call.num_q_heads, 0, call.q_len);
+    for (int64_t h = 0; h < call.num_q_heads; ++h)
+      for (int64_t i = 0; i < call.q_len; ++i) at<T>(call.lse, b, h)[i * call.lse.position] = -kInfinity<T>;
+  }
 }
 
 }  // namespace splat
