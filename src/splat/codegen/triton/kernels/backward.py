@@ -8,12 +8,18 @@ from splat.codegen.triton.kernels.tiles import LOG2E, head_of, load_lattice, loa
 
 @triton.jit
 def weights(s, lse2, scale, soft_cap, SOFT_CAP: tl.constexpr):
-    """(p, d score / d (scaled q.k)): softmax weights from raw scores; `lse2` is log-sum-exp * log2 e, broadcast."""
+    """(p, d score / d (scaled q.k)): softmax weights from raw scores; `lse2` is log-sum-exp * log2 e, broadcast.
+
+    No weight exceeds 1: of scores in the millions a rounding is more than 1.
+    """
     if SOFT_CAP:
         t = tanh(s * (scale / soft_cap))
-        return tl.exp2(t * (soft_cap * LOG2E) - lse2), 1.0 - t * t
+        exponent = t * (soft_cap * LOG2E) - lse2
+        slope = 1.0 - t * t
     else:
-        return tl.exp2(s * (scale * LOG2E) - lse2), 1.0
+        exponent = s * (scale * LOG2E) - lse2
+        slope = 1.0
+    return tl.exp2(tl.minimum(exponent, 0.0, propagate_nan=tl.PropagateNan.ALL)), slope
 
 
 @triton.jit

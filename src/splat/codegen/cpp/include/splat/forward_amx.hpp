@@ -32,7 +32,7 @@ template <class Facts> struct ForwardAmx {
   static constexpr int kVectors = kMaxVectors;
   static constexpr int kTiles = within(1, (896 << 10) / ((4 + 2) * Dp * kLanes), 16);
   static constexpr int kChunk = kChunkOf<2 * 2 * Dp>;
-  static constexpr float kHeadroom = 40;
+  static constexpr float kHeadroom = 40, kHuge = 1 << 14;
   static constexpr int kRowsAhead = 8;  // asked for with each chunk: a row tile's three times 64 in some twenty of them
 
   struct State {
@@ -43,6 +43,7 @@ template <class Facts> struct ForwardAmx {
     alignas(64) float base[kLanes];  // weights are 2^(score - base)
     // Of each part of the lanes.
     bool known[kLanes / kPart], summed[kLanes / kPart];  // whether `base` is set, and `sum`
+    bool huge[kLanes / kPart];  // whether scores are so large that rounding them shows in the weights
     int current[kLanes / kPart];
   };
   struct Scratch {
@@ -76,7 +77,7 @@ template <class Facts> struct ForwardAmx {
   void begin(int tile, int head, const LaneRows& rows) {
     State& s = memory.tiles[tile];
     pack_lanes<D, Dp>(at<Scalar>(call.query, batch, q_head + head), call.query.position, rows, s.query);
-    for (int part = 0; part < kLanes / kPart; ++part) s.known[part] = s.summed[part] = !first, s.current[part] = 0;
+    for (int part = 0; part < kLanes / kPart; ++part) s.known[part] = s.summed[part] = !first, s.huge[part] = false, s.current[part] = 0;
     memset(s.total[0], 0, sizeof s.total[0]);
     for (int lane = 0; lane < kLanes; ++lane) s.base[lane] = -kInfinity<T>;
     if (first) return;
@@ -159,7 +160,12 @@ template <class Facts> struct ForwardAmx {
     if constexpr (Facts::soft_cap) return tanh<T>(product * scale) * (T)(call.soft_cap * kLog2e<double>);
     else return product * scale;
   }
-  SPLAT_INLINE V weight(V product, V base) const { return exp2<T, true>(score(product) - base); }
+  /// `kRounded`: the score is rounded before the base is subtracted, as it was when it became the base.
+  template <bool kRounded> SPLAT_INLINE V weight(V product, V base) const {
+    V of = score(product);
+    if constexpr (kRounded) asm("" : "+v"(of));
+    return exp2<T, true>(of - base);
+  }
   /// What the weights of a chunk are made of and go to.
   template <class M> struct Chunk {
     const Part<M>& part;
@@ -170,9 +176,11 @@ template <class Facts> struct ForwardAmx {
     float* total;
     Vec<uint32_t> seen;  // all bits of all weights
 
-    template <bool kMasked, bool kEdges> SPLAT_INLINE void row(const ForwardAmx& kernel, int row) {
+    template <bool kMasked, bool kEdges, bool kRounded = false>
+    SPLAT_INLINE void row(const ForwardAmx& kernel, int row) {
       const V of_row = splat_of(base[row]);
-      V a = kernel.weight(score_row(scores, row, 0), of_row), b = kernel.weight(score_row(scores, row, 1), of_row);
+      V a = kernel.template weight<kRounded>(score_row(scores, row, 0), of_row);
+      V b = kernel.template weight<kRounded>(score_row(scores, row, 1), of_row);
       if constexpr (kMasked) {
         a = part.template keep<kEdges>(x, row) ? a : V{};
         b = part.template keep<kEdges>(x + 16, row) ? b : V{};
@@ -199,12 +207,13 @@ template <class Facts> struct ForwardAmx {
       for (int rows = 0; rows < kRowsAhead; ++rows) ahead.template next<D * (int)sizeof(Scalar)>();
       if (coming.count == kBatch) advance();
       if (!s.known[number]) raise<kEdges>(s, part, x, full, memory.scores[k & 1]);
+      const int next = k + 1 < part.end ? k + 1 : -1;
       for (bool accept = false;; accept = true) {
         const int now = s.current[number];
         Chunk<M> chunk{part, x, s.base + lane, s.total[now] + lane * 16, memory.scores[k & 1], memory.p[slot],
                        s.total[!now] + lane * 16, {}};
-        const int next = !accept && k + 1 < part.end ? k + 1 : -1;
-        if (full) weights<false, kEdges>(s, chunk, next, batch);
+        if (accept || s.huge[number]) chunk.seen = rounded_weights<kEdges>(s, chunk, accept ? -1 : next);
+        else if (full) weights<false, kEdges>(s, chunk, next, batch);
         else weights<true, kEdges>(s, chunk, next, batch);
         if (accept || !any<float>(bits_as<Vec<int32_t>>(chunk.seen & 0x40004000u))) break;
         advance(), advance();  // weights against the present base
@@ -235,6 +244,15 @@ template <class Facts> struct ForwardAmx {
     if (sums) ++batch.part;
   }
 
+  /// A chunk's weights from rounded scores, after the scores of chunk `next`, if it is one. All bits of all weights.
+  template <bool kEdges, class M>
+  __attribute__((noinline)) Vec<uint32_t> rounded_weights(const State& s, Chunk<M> chunk, int next) {
+    char* const scores = memory.scores[chunk.scores == memory.scores[0]];
+    for (int n = 0; n < kScores && next >= 0; ++n) score_product(s, chunk.part.lane, next, scores, n);
+    for (int row = 0; row < kPart; ++row) chunk.template row<true, kEdges, true>(*this, row);
+    return chunk.seen;
+  }
+
   /// A base `kHeadroom` above all scores of a chunk; what was summed is scaled down to it.
   template <bool kEdges, class M>
   __attribute__((noinline)) void raise(State& s, const Part<M>& part, int x, bool full, const char* scores) {
@@ -253,6 +271,8 @@ template <class Facts> struct ForwardAmx {
       SPLAT_UNROLL
       for (int n = 0; n < 16; ++n) most = larger<T>(square[n], most);
       float* const base = s.base + part.lane + row;
+      const V size = larger<T>(most, -most);
+      s.huge[number] |= any_greater<T>(size < kInfinity<T> ? size : V{}, splat_of(kHuge));
       const V old = load(base), next = larger<T>(old, most + kHeadroom);
       store(base, next);
       alignas(64) float factor[16];

@@ -19,6 +19,11 @@ template <class Facts> void fill_key_gradients(const Call& call) {
   }
 }
 
+/// A weight, 2^exponent. It is at most 1: of scores in the millions a rounding is more than 1.
+template <class T, bool kShort = false> SPLAT_INLINE Vec<T> probability(Vec<T> exponent) {
+  return exp2<T, kShort>(smaller<T>(Vec<T>{}, exponent));
+}
+
 /// For n rows: p = 2^(score - base) and ds = p * (ds - delta), 0 where masked. `base` and `delta` give the vector of a
 /// row and a vector of lanes; `p` is written only where `kKeep`.
 template <class Facts, int NV, bool kKeep, class T, class M, class Base, class Delta>
@@ -35,7 +40,7 @@ SPLAT_INLINE void differentiate(const Call& call, int n, int x, int lane, const 
         score = t * (T)(call.soft_cap * kLog2e<double>);
         slope *= (T)1 - t * t;
       }
-      Vec<T> weight = exp2<T>(score - base(k, v));
+      Vec<T> weight = probability<T>(score - base(k, v));
       slope *= weight;
       if constexpr (M::kSome) {
         const Vec<Int<T>> keep = mask.keep(x + k, lane + v * W);

@@ -166,7 +166,7 @@ template <class Facts, bool keys_in_lanes> struct GradientAmx {
         score = t * (T)(call.soft_cap * kLog2e<double>);
         slope[half] *= 1.f - t * t;
       }
-      weight[half] = exp2<T, true>(score - base);
+      weight[half] = probability<T, true>(score - base);
       slope[half] *= weight[half];
       if constexpr (kMasked) {
         const Vec<int32_t> keep = part.template keep<kEdges>(part.from + walked, row);

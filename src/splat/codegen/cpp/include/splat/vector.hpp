@@ -88,6 +88,17 @@ template <class T> SPLAT_INLINE Vec<T> larger(Vec<T> a, Vec<T> b) {
 #endif
 }
 
+/// The smaller; the second where one is NaN.
+template <class T> SPLAT_INLINE Vec<T> smaller(Vec<T> a, Vec<T> b) {
+#ifdef SPLAT_AVX512
+  if constexpr (sizeof(T) == 4) asm("vminps %2, %1, %0" : "=v"(a) : "v"(a), "v"(b));
+  else asm("vminpd %2, %1, %0" : "=v"(a) : "v"(a), "v"(b));
+  return a;
+#else
+  return a < b ? a : b;
+#endif
+}
+
 template <class T> SPLAT_INLINE bool any(Vec<Int<T>> mask) {
   Int<T> bits = 0;
   for (int n = 0; n < kWidth<T>; ++n) bits |= mask[n];
