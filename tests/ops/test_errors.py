@@ -52,11 +52,17 @@ REFUSED: list[Any] = [
         ArgumentError,
         "key and value must have one shape, but [2, 6, 2, 16] and [2, 7, 2, 16]",
     ),
-    (call(value=x(2, 6, 2, 8)), ArgumentError, "key and value must have one shape"),
+    (
+        call(value=x(2, 6, 2, 8)),
+        ArgumentError,
+        "key and value must have one shape, but [2, 6, 2, 16] and [2, 6, 2, 8] were given. Where only head dims "
+        "differ, fill the smaller with zeros (jnp.pad; query as key), give scale=16**-0.5 and cut the output.",
+    ),
     (
         call(query=x(3, 8, 4, 16)),
         ArgumentError,
-        "query [3, 8, 4, 16] and key [2, 6, 2, 16] must agree in batch (axis 0)",
+        "query [3, 8, 4, 16] and key [2, 6, 2, 16] must agree in batch (axis 0) and head dim (axis 3). Keys that serve "
+        "every batch entry need jnp.broadcast_to.",
     ),
     (call(query=x(2, 8, 4, 8)), ArgumentError, "must agree in batch (axis 0) and head dim (axis 3)"),
     (
@@ -83,7 +89,8 @@ REFUSED: list[Any] = [
     (
         call(key=x(2, 6, 2, 16, dtype="bfloat16")),
         ArgumentError,
-        "query, key and value must have one dtype, but float32, bfloat16 and float32 were given",
+        "query, key and value must have one dtype, but float32, bfloat16 and float32 were given. Convert them, for "
+        "example with key.astype(query.dtype).",
     ),
     (
         call(query=x(2, 8, 4, 16, dtype="float8_e4m3fn")),
@@ -156,8 +163,16 @@ REFUSED: list[Any] = [
     (call(query_offset=-1), ArgumentError, "query_offset must be in [0, 2**30], but -1 was given"),
     (call(query_offset=x()), ArgumentError, "query_offset must be an int or an integer scalar, but float"),
     (call(query_offset=x(2, dtype="int32")), ArgumentError, "For one offset per sequence use jax.vmap over the batch"),
-    (call(kv_lengths=x(3, dtype="int32")), ArgumentError, "kv_lengths must be integers of shape [2] or [], but int"),
-    (call(kv_lengths=x(2)), ArgumentError, "kv_lengths must be integers of shape [2] or [], but float"),
+    (
+        call(kv_lengths=x(3, dtype="int32")),
+        ArgumentError,
+        "kv_lengths must be integers of shape [2] or [] (2 is the batch size), but int32[3] was given. Give one length "
+        "per sequence, or one for all.",
+    ),
+    (call(kv_lengths=x(2)), ArgumentError, "kv_lengths must be integers of shape [2] or [] (2 is the batch size), but"),
+    (call(kv_lengths=-1), ArgumentError, "kv_lengths must not be negative, but -1 was given. 0 is no position at all;"),
+    (call(kv_lengths=[3, -2]), ArgumentError, "kv_lengths must not be negative, but -2 was given"),
+    (call(kv_lengths=np.array([-128, 3], np.int8)), ArgumentError, "kv_lengths must not be negative, but -128 was"),
     # implementations
     (
         call(implementation="cuda"),
@@ -250,7 +265,9 @@ def test_without_a_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(registry, "_said", set())
     with pytest.warns(UserWarning, match="'cpp' would be faster") as seen:
         found = [splat.attention(**call()) for _ in range(3)]
-    assert [str(one.message) for one in seen] == [f"implementation='cpp' would be faster, but {reason}"]
+    assert [str(one.message) for one in seen] == [
+        f"implementation='xla' serves; 'cpp' would be faster: {reason} To go on without it, say implementation='xla'."
+    ]
     assert seen[0].filename == __file__, "the warning names the caller's line"
     np.testing.assert_array_equal(found[0], splat.attention(**call(implementation="xla")))
     with pytest.raises(UnsupportedError) as caught:

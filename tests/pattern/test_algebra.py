@@ -262,6 +262,22 @@ def test_only_patterns_combine(other: Any) -> None:
             combine()
 
 
+def test_patterns_have_no_truth_value() -> None:
+    """`p and q` would be q alone, in silence."""
+    p, q = splat.window(4), splat.causal()
+    uses: list[Any] = [bool, lambda p: p and q, lambda p: p or q, lambda p: not p, lambda p: all([p, q])]
+    for pattern in (p, p & q, p | q, p - q, ~p, p.T, splat.per_head([p, q]), splat.segments([0, 1])):
+        for use in uses:
+            with pytest.raises(TypeError) as caught:
+                use(pattern)
+            assert str(caught.value) == (
+                "a pattern is neither true nor false, so that `and`, `or` and `not` cannot combine patterns. Use & "
+                "(both), | (either), - (first without second) and ~ (all others); ask whether there is one with "
+                "`is None`."
+            )
+    assert p in [q, splat.window(4)]
+
+
 def test_static_or_not() -> None:
     import jax.numpy as jnp
 

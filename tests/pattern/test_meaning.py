@@ -254,7 +254,14 @@ def test_empty_axes() -> None:
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: splat.window(-1), "window: left must be in [0, 1073741824], but -1 was given"),
+        (
+            lambda: splat.window(-1),
+            "window: left must be in [0, 1073741824], but -1 was given. A side without limit is a large number; leave "
+            "near keys out by a difference: window(9, 0) - window(2, 0).",
+        ),
+        (lambda: splat.window(3, -1), "window: right must be in [0, 1073741824], but -1 was given. A side without"),
+        (lambda: splat.dilated_window(-1, 1, 2), "left must be in [0, 1073741824], but -1 was given. A side without"),
+        (lambda: splat.dilated_window(1, -1, 2), "right must be in [0, 1073741824], but -1 was given. A side without"),
         (lambda: splat.window(1.5), "window: left must be an int, but 1.5 of type float was given"),  # type: ignore[arg-type]
         (lambda: splat.window(True), "window: left must be an int, but True of type bool"),
         (lambda: splat.window(1, -2), "window: right must be in"),
@@ -282,6 +289,16 @@ def test_constructors_refuse(make: Callable[[], Pattern], message: str) -> None:
     with pytest.raises(PatternError) as caught:
         make()
     assert message in str(caught.value)
+
+
+def test_part_of_a_grid() -> None:
+    """Fewer positions than the grid's are those of its beginning, or of a chunk."""
+    whole = splat.neighborhood((8, 9), 3).to_dense(72)
+    np.testing.assert_array_equal(splat.neighborhood((8, 9), 3).to_dense(64), whole[:64, :64])
+    np.testing.assert_array_equal(splat.neighborhood((8, 9), 3).to_dense(8, 72, query_offset=64), whole[64:])
+    for sizes in ((8, 73, 0), (8, 72, 65)):
+        with pytest.raises(PatternError, match="has 72 positions, but the pattern is used up to position 73"):
+            splat.neighborhood((8, 9), 3).to_dense(*sizes[:2], query_offset=sizes[2])
 
 
 def test_too_few_positions_are_refused() -> None:

@@ -144,8 +144,8 @@ GARBAGE = [
     ("causal() window(2)", "invalid syntax"),
     ("causal() +", "invalid syntax"),
     ("causal() + window(2)", "only pattern constructors, & | - ~ .T, integers and lists are understood"),
-    ("causal() and window(2)", "only pattern constructors"),
-    ("not causal()", "only pattern constructors"),
+    ("causal() and window(2)", "write &"),
+    ("not causal()", "write ~"),
     ("causal() ^ window(1)", "only pattern constructors"),
     ("causal() if True else full()", "only pattern constructors"),
     ("-causal()", "only pattern constructors"),
@@ -254,6 +254,30 @@ def test_errors_point_at_the_place(text: str, column: int) -> None:
     _, shown, mark = str(caught.value).split("\n")
     assert shown == "  " + text.strip()
     assert mark == "  " + " " * column + "^"
+
+
+@pytest.mark.parametrize(
+    ("text", "word", "operator", "column"),
+    [
+        ("window(3) and causal()", "and", "&", 10),
+        ("causal() & (sink(1) or (full()) or full())", "or", "|", 20),
+        ("window(4) and windw(3)", "and", "&", 10),
+        ("per_head([not causal()])", "not", "~", 10),
+        ("window(1 and 2)", "and", "&", 9),
+    ],
+)
+def test_words_of_python_are_told_their_operator(text: str, word: str, operator: str, column: int) -> None:
+    with pytest.raises(ParseError) as caught:
+        splat.parse(text)
+    message, shown, mark = str(caught.value).split("\n")
+    assert message == f"cannot read this pattern: {word!r} is for truth values, not for patterns; write {operator}"
+    assert shown == "  " + text
+    assert mark == "  " + " " * column + "^"
+
+
+def test_a_word_on_a_line_of_its_own() -> None:
+    with pytest.raises(ParseError, match="write &\n  full\\(\\)\\)\n  \\^$"):
+        splat.parse("(causal()\nand\nfull())")
 
 
 def test_an_argument_given_twice() -> None:

@@ -182,6 +182,36 @@ def test_traced_ids_of_another_rank() -> None:
         splat.segments(jnp.zeros(4))
 
 
+@pytest.mark.parametrize("dtype", [np.int32, np.int8, np.uint8])
+def test_ids_of_several_stretches_are_refused(dtype: Any) -> None:
+    """Where they are known: NumPy's are served instead."""
+    ids = np.array([4, 4, 0, 0, 7, 4, 0], dtype)
+    assert splat.segments(ids).to_dense(7)[0].tolist() == [True, True, False, False, False, True, False]
+    with pytest.raises(PatternError) as caught:
+        splat.segments(jnp.asarray(ids))
+    assert str(caught.value) == (
+        "segments: each id of a JAX array must be one stretch of positions, but id 0 begins at 2 and again at 6. Give "
+        "NumPy ids, which may recur anywhere, or sort the tokens by id."
+    )
+
+
+def test_traced_ids_are_not_looked_at() -> None:
+    def stretches(ids: Any) -> Any:
+        return [run.count for run in splat.segments(ids).runs(Axis(0, 3), Axis(0, 3))]
+
+    np.testing.assert_array_equal(jax.jit(stretches)(jnp.array([0, 1, 0]))[0], 1)
+    known = jnp.array([0, 1, 0])
+    with pytest.raises(PatternError, match="id 0 begins at 0 and again at 2"):
+        jax.jit(lambda: stretches(known))()
+
+
+@pytest.mark.parametrize("ids", [[], [3], [-1, 5, 5, -1, -1, 2, -1, 0], [-2, -1, -2]])
+def test_padding_may_be_in_several_stretches(ids: list[int]) -> None:
+    known = np.array(ids, np.int32)
+    expected = splat.segments(known).to_dense(len(ids))
+    np.testing.assert_array_equal(splat.segments(jnp.asarray(known)).to_dense(len(ids)), expected)
+
+
 def test_text_of_a_runtime_pattern_says_so() -> None:
     assert (
         repr(splat.causal() & splat.segments(jnp.zeros(4, jnp.int32)))

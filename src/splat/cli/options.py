@@ -10,8 +10,8 @@ import typer
 PatternText = Annotated[
     str, typer.Argument(metavar="PATTERN", help='The pattern, such as "causal() & window(512) | sink(4)".')
 ]
-QLen = Annotated[int, typer.Option(help="Query positions.")]
-KVLen = Annotated[int | None, typer.Option(help="Key positions; as many as queries where not given.")]
+QLen = Annotated[int, typer.Option(min=1, help="Query positions.")]
+KVLen = Annotated[int | None, typer.Option(min=1, help="Key positions; as many as queries where not given.")]
 QueryOffset = Annotated[int, typer.Option(help="Row i is position i + this.")]
 BlockQ = Annotated[int | None, typer.Option(help="Rows of a tile; the cost model chooses where not given.")]
 BlockKV = Annotated[int | None, typer.Option(help="Columns of a tile; the cost model chooses where not given.")]

@@ -53,19 +53,26 @@ def choose(request: Request, name: str | None = None) -> Implementation:
             raise UnsupportedError(f"implementation={name!r} cannot serve this call: {reason}")
         return implementation
     reasons = refusals(request)
+    missing = None
     for candidate in PREFERRED:
         reason = reasons[candidate]
         if reason is None:
+            if missing:
+                _say_once(*missing, candidate)
             return load(candidate)
-        if isinstance(reason, Missing):
-            _say_once(candidate, reason)
+        if missing is None and isinstance(reason, Missing):
+            missing = candidate, reason
     listed = "\n".join(f"  {candidate}: {reason}" for candidate, reason in reasons.items())
     raise UnsupportedError(f"no implementation can serve this call:\n{listed}")
 
 
-def _say_once(name: str, reason: Missing) -> None:
+def _say_once(name: str, reason: Missing, chosen: str) -> None:
     """That a slower implementation serves, because something is not installed."""
     if name not in _said:
         _said.add(name)
         # The caller of the operation, which has called `choose`.
-        warnings.warn(f"implementation={name!r} would be faster, but {reason}", stacklevel=4)
+        warnings.warn(
+            f"implementation={chosen!r} serves; {name!r} would be faster: {reason} To go on without it, say "
+            f"implementation={chosen!r}.",
+            stacklevel=4,
+        )

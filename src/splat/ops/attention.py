@@ -40,7 +40,8 @@ def attention(
       logits_soft_cap: scores become `cap * tanh(score / cap)`.
       query_offset: row i is position `i + query_offset`. An int is planned for; a JAX scalar is a run-time value: no
         re-planning, no recompilation.
-      kv_lengths: int [B], keys at or past it attend to nothing, whatever they hold. A run-time value.
+      kv_lengths: int [B], or [] for all alike; keys at or past it attend to nothing, whatever they hold. More than S
+        means all keys. A run-time value.
       return_lse: also return the log-sum-exp of each row's scores.
       implementation: "triton" (GPUs), "cpp" (CPUs), "xla", or None for the best that can serve. An explicit choice is
         never replaced.

@@ -43,16 +43,20 @@ def check_arrays(query: Any, key: Any, value: Any) -> Sizes:
         check_dtype(name, array)
     if not query.dtype == key.dtype == value.dtype:
         raise ArgumentError(
-            f"query, key and value must have one dtype, but {query.dtype}, {key.dtype} and {value.dtype} were given"
+            f"query, key and value must have one dtype, but {query.dtype}, {key.dtype} and {value.dtype} were "
+            "given. Convert them, for example with key.astype(query.dtype)."
         )
     batch, q_len, num_q_heads, head_dim = query.shape
     if key.shape != value.shape:
         raise ArgumentError(
-            f"key and value must have one shape, but {list(key.shape)} and {list(value.shape)} were given"
+            f"key and value must have one shape, but {list(key.shape)} and {list(value.shape)} were given. Where only "
+            f"head dims differ, fill the smaller with zeros (jnp.pad; query as key), give scale={key.shape[3]}**-0.5 "
+            "and cut the output."
         )
     if key.shape[0] != batch or key.shape[3] != head_dim:
         raise ArgumentError(
-            f"query {list(query.shape)} and key {list(key.shape)} must agree in batch (axis 0) and head dim (axis 3)"
+            f"query {list(query.shape)} and key {list(key.shape)} must agree in batch (axis 0) and head dim "
+            "(axis 3). Keys that serve every batch entry need jnp.broadcast_to."
         )
     kv_len, num_kv_heads = key.shape[1], key.shape[2]
     if kv_len == 0:
@@ -142,14 +146,23 @@ def _static_float(name: str, value: Any) -> float:
 
 
 def check_lengths(name: str, lengths: Any, batch: int, limit: int) -> Any:
-    """Per-sequence lengths as int32 [B] in [0, limit], or None. A scalar serves every sequence."""
+    """Per-sequence lengths as int32 [B] in [0, limit], or None. A scalar serves every sequence.
+
+    One past `limit` means all positions, a sentinel say. A negative one is refused where it is known without waiting
+    for a device, and means none in a JAX array.
+    """
     if lengths is None:
         return None
     # Before any conversion to int32: a length past 2^31 means all positions, not none.
     array = lengths if isinstance(lengths, jax.Array) else np.asarray(lengths)
     if not jnp.issubdtype(array.dtype, jnp.integer) or array.shape not in ((), (batch,)):
         raise ArgumentError(
-            f"{name} must be integers of shape [{batch}] or [], but {array.dtype}{list(array.shape)} was given"
+            f"{name} must be integers of shape [{batch}] or [] ({batch} is the batch size), but "
+            f"{array.dtype}{list(array.shape)} was given. Give one length per sequence, or one for all."
+        )
+    if isinstance(array, np.ndarray) and (array < 0).any():
+        raise ArgumentError(
+            f"{name} must not be negative, but {array.min()} was given. 0 is no position at all; None is all of them."
         )
     wide = array if array.dtype.itemsize >= 4 else array.astype(np.int32)
     return jnp.broadcast_to(jnp.asarray(wide.clip(0, limit), jnp.int32), (batch,))

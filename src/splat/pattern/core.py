@@ -8,7 +8,7 @@ import math
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from functools import cached_property
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 
@@ -254,6 +254,13 @@ class Pattern:
         """The same pairs with queries and keys swapped."""
         return _OPERATIONS["transpose"](self)
 
+    def __bool__(self) -> NoReturn:
+        """Refused: `p and q` would be q alone, `p or q` p alone, and `not p` False."""
+        raise TypeError(
+            "a pattern is neither true nor false, so that `and`, `or` and `not` cannot combine patterns. Use & (both), "
+            "| (either), - (first without second) and ~ (all others); ask whether there is one with `is None`."
+        )
+
     # -- text ----------------------------------------------------------------------------------------------------
 
     #: How tightly the outermost operator binds (Python's order: `|` 1, `&` 2, `-` 3, `~` 4, calls 5).
@@ -283,8 +290,10 @@ def walk(pattern: Pattern) -> Iterator[Pattern]:
         yield from walk(child)
 
 
-def check_int(constructor: str, argument: str, value: Any, minimum: int, maximum: int = MAX_LENGTH) -> int:
-    """`value` as an int in `[minimum, maximum]`, or a `PatternError` naming the argument."""
+def check_int(
+    constructor: str, argument: str, value: Any, minimum: int, maximum: int = MAX_LENGTH, *, remedy: str = ""
+) -> int:
+    """`value` as an int in `[minimum, maximum]`, or a `PatternError` naming the argument, and what to do instead."""
     try:
         number = value.__index__()
     except AttributeError:
@@ -294,7 +303,8 @@ def check_int(constructor: str, argument: str, value: Any, minimum: int, maximum
             f"{constructor}: {argument} must be an int, but {value!r} of type {type(value).__name__} was given"
         )
     if not minimum <= number <= maximum:
-        raise PatternError(f"{constructor}: {argument} must be in [{minimum}, {maximum}], but {number} was given")
+        message = f"{constructor}: {argument} must be in [{minimum}, {maximum}], but {number} was given"
+        raise PatternError(f"{message}. {remedy}" if remedy else message)
     return int(number)
 
 

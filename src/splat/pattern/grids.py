@@ -205,7 +205,8 @@ def neighborhood(
     query's own coordinate and is cut at the edge.
 
     Args:
-      shape: the grid, row-major; its product is the number of positions.
+      shape: the grid, row-major. Positions are the grid's: a use with fewer than its product is part of the grid (a
+        chunk, a prefix), one with more is refused.
       kernel, dilation, causal: one value, or one per dimension; `kernel * dilation <= shape` in every dimension.
 
     Source: Hassani et al., "Neighborhood Attention Transformer", CVPR 2023, arXiv 2204.07143; dilated: 2209.15001.

@@ -274,10 +274,14 @@ def causal() -> Pattern:
     return Causal()
 
 
+#: What a negative side of a window is often meant to be.
+_SIDES = "A side without limit is a large number; leave near keys out by a difference: window(9, 0) - window(2, 0)."
+
+
 def window(left: int, right: int | None = None) -> Pattern:
     """`i - left <= j <= i + right`, both ends included; `right` is `left` where not given."""
-    left = check_int("window", "left", left, 0)
-    return Window(left, left if right is None else check_int("window", "right", right, 0))
+    left = check_int("window", "left", left, 0, remedy=_SIDES)
+    return Window(left, left if right is None else check_int("window", "right", right, 0, remedy=_SIDES))
 
 
 def sliding_window(n: int) -> Pattern:
@@ -287,7 +291,8 @@ def sliding_window(n: int) -> Pattern:
 
 def dilated_window(left: int, right: int, dilation: int) -> Pattern:
     """`j = i + dilation*t` for `-left <= t <= right`."""
-    left, right = check_int("dilated_window", "left", left, 0), check_int("dilated_window", "right", right, 0)
+    left = check_int("dilated_window", "left", left, 0, remedy=_SIDES)
+    right = check_int("dilated_window", "right", right, 0, remedy=_SIDES)
     dilation = check_int("dilated_window", "dilation", dilation, 1)
     reach = MAX_LENGTH // dilation
     return DilatedWindow(min(left, reach), min(right, reach), dilation)
@@ -338,12 +343,13 @@ def segments(ids: Any = None, *, lengths: Any = None) -> Pattern:
     Args:
       ids: int [positions], one id per position; a negative id is padding and attends to nothing. A NumPy array or a
         sequence is static. A JAX array (traced or not) is a run-time value: no re-planning, no recompilation; its ids
-        must be contiguous, each id one stretch of positions.
+        must be contiguous, each id one stretch of positions (padding may be in several): checked here where it is not
+        traced, which waits for its device.
       lengths: int [documents] instead of ids: the lengths of the documents, one after the other; what lies past
         their sum is padding.
 
     Raises:
-      PatternError: neither or both given, wrong rank or dtype, negative lengths.
+      PatternError: neither or both given, wrong rank or dtype, negative lengths, ids in several stretches.
     """
     if (ids is None) == (lengths is None):
         raise PatternError("segments: give either ids (one per position) or lengths (one per document), not both")
@@ -351,7 +357,9 @@ def segments(ids: Any = None, *, lengths: Any = None) -> Pattern:
         _check_int_array("lengths", lengths)
         return SegmentLengths(Frozen(lengths if is_runtime_array(lengths) else np.minimum(lengths, MAX_LENGTH)))
     _check_int_array("ids", ids)
-    if not is_runtime_array(ids):
+    if is_runtime_array(ids):
+        _check_contiguous(ids)
+    else:
         ids = np.asarray(ids)
         if ids.size and not (int(ids.min()) >= -(2**31) and int(ids.max()) < 2**31):  # hashes, say: number them anew
             ids = np.where(ids < 0, -1, np.unique(ids, return_inverse=True)[1])
@@ -367,6 +375,24 @@ def _check_int_array(argument: str, values: Any) -> None:
         )
     if argument == "lengths" and isinstance(array, np.ndarray) and (array < 0).any():
         raise PatternError(f"segments: lengths must not be negative, but {int(array.min())} was given")
+
+
+def _check_contiguous(ids: Array) -> None:
+    """Raises PatternError where a run-time array has an id in several stretches; traced ones cannot be looked at."""
+    try:
+        known = np.asarray(ids)
+    except Exception:  # by the kind of array; jax.errors.TracerArrayConversionError, for one
+        return
+    first = np.append(0, np.flatnonzero(known[1:] != known[:-1]) + 1)[: known.size]
+    first = first[known[first] >= 0]
+    found, stretches = np.unique(known[first], return_counts=True)
+    again = found[stretches > 1]
+    if again.size:
+        one, other = first[known[first] == again[0]][:2]
+        raise PatternError(
+            f"segments: each id of a JAX array must be one stretch of positions, but id {again[0]} begins at {one} and "
+            f"again at {other}. Give NumPy ids, which may recur anywhere, or sort the tokens by id."
+        )
 
 
 @dataclasses.dataclass(frozen=True, repr=False)

@@ -73,10 +73,13 @@ class _Reader:
     def __init__(self, text: str):
         self.text = text
 
-    def fail(self, node: ast.AST, message: str) -> ParseError:
-        column = getattr(node, "col_offset", 0)
-        line = self.text.splitlines()[getattr(node, "lineno", 1) - 1] if self.text else ""
+    def fail(self, node: ast.expr, message: str, column: int | None = None) -> ParseError:
+        column = node.col_offset if column is None else column
+        line = self._line(node)
         return ParseError(f"cannot read this pattern: {message}\n  {line[:200]}\n  {' ' * min(column, 200)}^")
+
+    def _line(self, node: ast.expr) -> str:
+        return self.text.splitlines()[node.lineno - 1]
 
     def pattern(self, node: ast.expr) -> Pattern:
         value = self.value(node)
@@ -106,7 +109,17 @@ class _Reader:
                 return self.pattern(inner).T
             case ast.Call():
                 return self._call(node)
+            case ast.BoolOp(op=op, values=[_, right, *_]):
+                word, operator = ("and", "&") if isinstance(op, ast.And) else ("or", "|")
+                raise self._word(word, operator, right, self._line(right).rfind(word, 0, right.col_offset))
+            case ast.UnaryOp(op=ast.Not()):
+                raise self._word("not", "~", node, node.col_offset)
         raise self.fail(node, "only pattern constructors, & | - ~ .T, integers and lists are understood")
+
+    def _word(self, word: str, operator: str, node: ast.expr, column: int) -> ParseError:
+        """Of Python's words for truth values; `column` is negative where the word is on a line before the node's."""
+        message = f"{word!r} is for truth values, not for patterns; write {operator}"
+        return self.fail(node, message, None if column < 0 else column)
 
     def _int(self, node: ast.expr) -> int:
         value = self.value(node)
