@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
+import tempfile
+import time
 from pathlib import Path
 
 import pytest
@@ -108,7 +111,12 @@ def test_emit_keeps_float64(run, kernel: str) -> None:
         (["plan", "causal()", "--dtype", "int8"], "not int8"),
         (["emit", "causal()", "--target", "fortran"], "target must be one of"),
         (["emit", "causal()", "--kernel", "sddmm", "--scale", "2"], "which has no scale"),
-        (["show", "causal()", "--q-len", "-3"], "q_len must be in"),
+        (["plan", "causal()", "--head-dim", "0"], "head_dim must be in"),
+        (
+            ["emit", "window(8)", "--q-len", "64", "--target", "cpp", "--arch", "sm_90"],
+            "--arch is for GPU kernels, but --target is cpp, which is for CPUs, and --arch sm_90 was given. Drop "
+            "--arch, or use --target triton or ptx.",
+        ),
         (["show", "causal()", "--out", "/no/such/folder/p.png"], "--out must lie in a folder that exists"),
         (["demo", "--out", "/"], "--out must name a file"),
     ],
@@ -118,6 +126,15 @@ def test_errors_are_a_line(run, args: list[str], message: str) -> None:
     assert text.startswith("error: ")
     assert message in text
     assert "Traceback" not in text
+
+
+@pytest.mark.parametrize("command", ["show", "plan", "emit"])
+def test_lengths_name_their_option(run, command: str) -> None:
+    """The one that was given, also where the other has its value."""
+    for option, number in (("--q-len", "0"), ("--q-len", "-3"), ("--kv-len", "0")):
+        text = run(command, "causal()", option, number, code=2)
+        assert f"Invalid value for '{option}'" in text
+        assert ("--q-len" in text, "--kv-len" in text) == (option == "--q-len", option == "--kv-len")
 
 
 def test_debug_raises_the_error(run, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -165,7 +182,7 @@ def test_cache(run, cache_dir: Path) -> None:
     _kept("ab" * 32, "forward_float32_h64")
     _kept("cd" * 32, "backward_float32_h64")
     header, *rows, total = (line.strip() for line in run("cache", "ls").splitlines())
-    assert header.split() == ["name", "size", "age", "compiler", "key"]
+    assert header.split() == ["name", "size", "age", "unused", "compiler", "key"]
     assert [row.split()[0] for row in rows] == ["backward_float32_h64", "forward_float32_h64"]
     assert rows[0].endswith("g++ (Some [system]) 12.2.0  cdcdcdcdcdcd")
     assert "  12 KB  " in rows[0]
@@ -174,6 +191,19 @@ def test_cache(run, cache_dir: Path) -> None:
     assert text.startswith("removed 2 compiled kernels, ")
     assert text.endswith(f" KB freed: {cache_dir}\n")
     assert run("cache", "clear") == f"removed 0 compiled kernels, 0 B freed: {cache_dir}\n"
+
+
+def test_cache_clear_what_is_not_used(run, cache_dir: Path) -> None:
+    _kept("ab" * 32, "forward_float32_h64")
+    old = _kept("cd" * 32, "backward_float32_h64")
+    long_ago = time.time() - 31 * 86400
+    os.utime(old.folder / cache.RECORD, (long_ago, long_ago))
+    assert run("cache", "ls").splitlines()[1].split()[5:7] == ["31", "d"]
+    assert "unused" in run("cache", "clear", "--help")
+    assert run("cache", "clear", "--unused", "32").startswith("removed 0 compiled kernels, 0 B freed")
+    assert run("cache", "clear", "--unused", "31").startswith("removed 1 compiled kernel, ")
+    assert [entry.name for entry in cache.ls()] == ["forward_float32_h64"]
+    assert "--unused" in run("cache", "clear", "--unused", "-1", code=2)
 
 
 def test_cache_clear_keeps_what_is_being_built(run, cache_dir: Path) -> None:
@@ -187,10 +217,15 @@ def test_cache_clear_keeps_what_is_being_built(run, cache_dir: Path) -> None:
     assert said == [f"removed 0 compiled kernels, 0 B freed: {cache_dir} (1 left, being compiled now)\n"]
 
 
-def test_cache_that_cannot_be_read(run, cache_dir: Path) -> None:
+@pytest.mark.parametrize("below", [".", "below/it"])
+def test_cache_where_a_file_is(run, cache_dir: Path, below: str, monkeypatch: pytest.MonkeyPatch) -> None:
     cache_dir.write_text("a file")
+    monkeypatch.setenv("SPLAT_CACHE_DIR", str(cache_dir / below))
     for command in ("ls", "clear"):
-        assert run("cache", command, code=2) == f"error: {cache_dir}: Not a directory\n"
+        assert run("cache", command, code=2) == (
+            f"error: compiled kernels are kept in the folder {cache_dir / below}, but {cache_dir} is a file. Set "
+            "SPLAT_CACHE_DIR to a folder, or remove the file.\n"
+        )
 
 
 def test_sizes_and_ages_for_people() -> None:
@@ -241,8 +276,20 @@ def test_doctor_without_a_compiler(run, cache_dir: Path, monkeypatch: pytest.Mon
     monkeypatch.setenv("CXX", "/no/such/c++")
     cache_dir.write_text("a file")
     text = run("doctor")
-    assert "CXX is '/no/such/c++', but there is no program '/no/such/c++'. Install one" in " ".join(text.split())
+    assert "CXX is '/no/such/c++', but there is no program '/no/such/c++'. Install a compiler" in " ".join(text.split())
     assert doctor.cpp()["kept in"] == f"nowhere: {cache_dir}: Not a directory; set SPLAT_CACHE_DIR"
+
+
+def test_doctor_tries_the_compiler(run, cache_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert "problem" not in doctor.cpp()
+    monkeypatch.setattr(doctor, "PROBE", "raise RuntimeError")
+    monkeypatch.setenv("CXX", "false")
+    text = " ".join(run("doctor").split())
+    assert "three lines of C++ cannot be compiled (exit code 1): (it said nothing). Set CXX to a C++" in text
+    assert "cpp no: the C++ compiler does not work: see C++ kernels, problem" in text
+    assert not cache_dir.exists()
+    monkeypatch.setattr(tempfile, "tempdir", "/no/such/folder")
+    assert doctor.cpp()["not tried"].startswith("no temporary files: No such file or directory; set TMPDIR to a")
 
 
 def test_doctor_asks_for_amx(monkeypatch: pytest.MonkeyPatch) -> None:

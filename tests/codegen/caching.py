@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+
+import pytest
 
 KEY, OTHER = "0123456789abcdef" * 4, "f" * 64
 DATA = bytes(range(256)) * 40
@@ -22,6 +26,19 @@ def builder(folder: Path) -> dict[str, str]:
 
 def must_not_build(folder: Path) -> dict[str, str]:
     raise AssertionError("built again")
+
+
+@contextlib.contextmanager
+def mounted(folder: Path, options: str) -> Iterator[Path]:
+    """The folder on a file system of its own, mounted with these options."""
+    folder.mkdir(exist_ok=True)
+    command = ["mount", "-t", "tmpfs", "-o", options, "splat-test", str(folder)]
+    if shutil.which("mount") is None or subprocess.run(command, capture_output=True, check=False).returncode:
+        pytest.skip("file systems cannot be mounted here")
+    try:
+        yield folder
+    finally:
+        subprocess.run(["umount", "-l", str(folder)], check=True)
 
 
 def python(script: str, *args: object) -> subprocess.Popen[str]:

@@ -212,7 +212,7 @@ cache.load_or_build(KEY, "forward", hang)
 
 
 KILL_AT_EVERY_STEP = """
-import json, signal
+import json, signal, tempfile
 files._LEFT_OVER_S = -1.0
 def watched(at):
     count = 0
@@ -243,6 +243,10 @@ def absent_or_whole():
 
 root, steps, whole = Path(os.environ["SPLAT_CACHE_DIR"]), 0, 0
 damaged = sys.argv[1] == "damaged"
+if sys.argv[1] == "no temporary files":
+    def refuse(*args, **more):
+        raise OSError("refused")
+    tempfile.mkdtemp = refuse
 while True:
     cache.clear()
     assert not root.exists() or not list(root.iterdir()), list(root.iterdir())
@@ -267,7 +271,7 @@ print(json.dumps([steps, whole]))
 """
 
 
-@pytest.mark.parametrize("state", ["empty", "damaged"])
+@pytest.mark.parametrize("state", ["empty", "damaged", "no temporary files"])
 def test_killed_at_every_step(cache_dir: Path, state: str) -> None:
     out, _ = ended(python(KILL_AT_EVERY_STEP, state))
     steps, whole = json.loads(out)
@@ -309,3 +313,48 @@ def test_clear_keeps_what_is_being_built(cache_dir: Path) -> None:
 
     assert cache.load_or_build(KEY, "forward", clearing).intact()
     assert left(cache_dir) == [KEY]
+
+
+DAY_S = 86400
+
+
+def age(path: Path, days: float) -> None:
+    then = time.time() - days * DAY_S
+    os.utime(path, (then, then))
+
+
+def test_clear_what_is_not_used(cache_dir: Path) -> None:
+    for key, days in ((KEY, 40), (OTHER, 20)):
+        made = cache.load_or_build(key, "forward", builder)
+        assert 0 <= made.unused_s < 60
+        age(made.folder / cache.RECORD, days)
+        age(made.folder, 90)
+        assert made.unused_s // DAY_S == days
+    for letter, days in (("a", 40), ("b", 20)):
+        failed = cache.keep_failed(letter * 64, {"a.log": "error"})
+        assert failed is not None
+        age(failed, days)
+    (cache_dir / f"{OTHER}.12345678.tmp").mkdir()
+    assert cache.clear(30 * DAY_S).entries == 1
+    assert left(cache_dir) == ["b" * 64 + ".failed", OTHER]
+    assert cache.clear(30 * DAY_S) == cache.Cleared(0, 0, ())
+    assert cache.clear(0).entries == 1
+    assert left(cache_dir) == []
+
+
+@pytest.mark.parametrize("days", [40, -40])
+def test_what_is_looked_up_counts_as_used(cache_dir: Path, days: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = cache.load_or_build(KEY, "forward", builder)
+    age(made.folder / cache.RECORD, days)
+    assert cache.ls() == [made]
+    assert round(made.unused_s / DAY_S) == days, "to list it is not to use it"
+    cache.load_or_build(KEY, "forward", must_not_build)
+    assert abs(made.unused_s) < 60
+
+    def fail(*_: object) -> None:
+        raise PermissionError
+
+    monkeypatch.setattr(os, "utime", fail)
+    cache.load_or_build(KEY, "forward", must_not_build)
+    monkeypatch.setattr(cache, "USED_S", -1.0)
+    cache.load_or_build(KEY, "forward", must_not_build)

@@ -15,18 +15,14 @@ import pytest
 
 from splat.codegen import cache, files
 from splat.errors import SplatError
-from tests.codegen.caching import DATA, KEY, OTHER, builder, ended, left, must_not_build, python
+from tests.codegen.caching import DATA, KEY, OTHER, builder, ended, left, mounted, must_not_build, python
 
 
 @pytest.fixture
 def small_disk(cache_dir: Path) -> Iterator[Path]:
     """The cache folder on a file system of its own, of 64 KB."""
-    cache_dir.mkdir()
-    command = ["mount", "-t", "tmpfs", "-o", "size=64k", "splat-test", str(cache_dir)]
-    if shutil.which("mount") is None or subprocess.run(command, capture_output=True, check=False).returncode:
-        pytest.skip("file systems cannot be mounted here")
-    yield cache_dir
-    subprocess.run(["umount", "-l", str(cache_dir)], check=True)
+    with mounted(cache_dir, "size=64k"):
+        yield cache_dir
 
 
 def caught(key: str = KEY) -> tuple[cache.Entry, list[str]]:
@@ -34,6 +30,7 @@ def caught(key: str = KEY) -> tuple[cache.Entry, list[str]]:
     with warnings.catch_warnings(record=True) as seen:
         warnings.simplefilter("always")
         made = cache.load_or_build(key, "forward", builder)
+    assert {warning.filename for warning in seen} <= {__file__}, "it does not point to the caller's line"
     return made, [str(warning.message) for warning in seen]
 
 
@@ -44,7 +41,7 @@ def expect_own_folder(cache_dir: Path, reason: str) -> None:
     assert len(said) == 1
     assert said[0] == (
         f"compiled kernels cannot be kept in {cache_dir} ({reason}); this process compiles its own. "
-        "Set SPLAT_CACHE_DIR to a folder that can be written."
+        "Set SPLAT_CACHE_DIR to another folder."
     )
     assert cache_dir not in made.folder.parents
     assert made.intact()
@@ -75,6 +72,38 @@ def test_a_read_only_disk(small_disk: Path) -> None:
     assert built.intact()
     with pytest.raises(OSError, match="Read-only file system"):
         cache.clear()
+
+
+def test_a_noexec_disk(cache_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No library can be loaded from it: entries that lie there are not used either."""
+    with mounted(cache_dir, "size=64k") as disk:
+        cache.load_or_build(KEY, "forward", builder)
+        subprocess.run(["mount", "-o", "remount,noexec", str(disk)], check=True)
+        expect_own_folder(disk, "its file system is mounted noexec")
+        monkeypatch.setattr(cache, "_private", {})
+        monkeypatch.setattr(tempfile, "tempdir", str(disk))
+        with pytest.raises(SplatError, match=r"neither in .* noexec\) nor in the temporary folder .* noexec\)\. Make"):
+            cache.load_or_build(KEY, "forward", builder)
+        assert os.listdir(disk) == [KEY]
+
+
+def test_a_full_temporary_disk(cache_dir: Path) -> None:
+    with mounted(cache_dir.parent / "temporary", "size=4k"):
+        made, said = caught()
+        assert (made.folder.parent, made.intact(), said) == (cache_dir, True, [])
+        assert left(cache_dir) == [KEY]
+
+
+def test_both_disks_full(small_disk: Path) -> None:
+    (small_disk / "filler").write_bytes(bytes(64 << 10))
+    with mounted(small_disk.parent / "temporary", "size=4k") as temporary, pytest.raises(SplatError) as error:
+        caught()
+    assert str(error.value) == (
+        f"compiled kernels can be written neither in the cache folder {small_disk} (No space left on device) nor in "
+        f"the temporary folder {temporary} (No space left on device). Make room there, or set SPLAT_CACHE_DIR, and "
+        "TMPDIR for temporary files, to other folders."
+    )
+    assert os.listdir(small_disk) == ["filler"]
 
 
 def test_a_disk_that_fails(cache_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -147,12 +176,14 @@ def test_nothing_can_be_written(cache_dir: Path, monkeypatch: pytest.MonkeyPatch
         raise OSError(errno.EROFS, os.strerror(errno.EROFS), "/tmp")
 
     monkeypatch.setattr(tempfile, "mkdtemp", fail)
-    with pytest.raises(SplatError, match="cannot be written in a temporary folder \\(Read-only file system\\). Set "):
-        cache.load_or_build(KEY, "forward", builder)
-    assert left(cache_dir) == []
+    assert cache.load_or_build(KEY, "forward", builder).intact()
+    assert left(cache_dir) == [KEY], "it is built in the cache folder"
+    cache.clear()
     cache_dir.rmdir()
     cache_dir.write_text("a file")
-    with pytest.raises(SplatError, match="neither in the cache folder \\(File exists\\) nor in a temporary folder"):
+    with pytest.raises(
+        SplatError, match=r"folder .*/cache \(File exists\) nor in .*/temporary \(Read-only file system\)"
+    ):
         cache.load_or_build(KEY, "forward", builder)
 
 
@@ -171,6 +202,6 @@ cache.load_or_build(KEY, "forward", limited)
 """
     _, err = ended(python(script, when), 1)
     last = err.strip().splitlines()[-1]
-    assert last.startswith("splat.errors.SplatError: compiled kernels cannot be written")
+    assert last.startswith("splat.errors.SplatError: compiled kernels can be written neither in the cache folder")
     assert "File too large" in last
     assert left(cache_dir) == []

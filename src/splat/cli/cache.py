@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from datetime import UTC, datetime
+from pathlib import Path
+from typing import Annotated
 
 import typer
 
 from splat.cli.errors import reported
+from splat.errors import ArgumentError
 
 NAME = "cache"
 
@@ -16,38 +19,51 @@ app = typer.Typer(
 
 
 def ls() -> None:
-    """List the compiled kernels: name, size, age, compiler and the start of the key."""
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
-
-    from splat import config
+    """List the compiled kernels: name, size, age, time since the last use, compiler and the start of the key."""
     from splat.codegen import cache
 
-    console, entries = Console(), cache.ls()
-    if entries:
-        now = datetime.now(UTC)
-        table = Table("name", "size", "age", "compiler", "key", box=None, pad_edge=False, header_style="bold")
-        table.columns[1].justify = table.columns[2].justify = "right"
-        for entry in entries:
-            age = spell_age((now - entry.created).total_seconds())
-            compiler = entry.info.get("compiler", "")
-            cells = (entry.name, spell_bytes(entry.size_bytes), age, compiler, entry.key[:12])
-            table.add_row(*map(Text, cells))
-        console.print(table)
+    folder, entries = cache_folder(), cache.ls()
+    rows = [("name", "size", "age", "unused", "compiler", "key")]
+    for entry in entries:
+        age = (datetime.now(UTC) - entry.created).total_seconds()
+        sizes = (spell_bytes(entry.size_bytes), spell_age(age), spell_age(entry.unused_s))
+        rows.append((entry.name, *sizes, entry.info.get("compiler", ""), entry.key[:12]))
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    align = (str.ljust, str.rjust, str.rjust, str.rjust, str.ljust, str.ljust)
+    for row in rows if entries else ():
+        cells = (to(cell, width) for to, cell, width in zip(align, row, widths, strict=True))
+        typer.echo("  ".join(cells).rstrip())
     total = spell_bytes(sum(entry.size_bytes for entry in entries))
-    console.print(f"{spell_count(len(entries))}, {total}: {config.cache_dir()}", highlight=False, markup=False,
-                  soft_wrap=True)  # fmt: skip
+    typer.echo(f"{spell_count(len(entries))}, {total}: {folder}")
 
 
-def clear() -> None:
+def clear(
+    unused: Annotated[
+        int | None,
+        typer.Option(min=0, metavar="DAYS", help="Remove only those that no process has looked up for so many days."),
+    ] = None,
+) -> None:
     """Remove the compiled kernels, and what interrupted or failed compilations have left."""
-    from splat import config
     from splat.codegen import cache
 
-    done = cache.clear()
-    text = f"removed {spell_count(done.entries)}, {spell_bytes(done.freed_bytes)} freed: {config.cache_dir()}"
+    folder = cache_folder()
+    done = cache.clear(None if unused is None else unused * 86400.0)
+    text = f"removed {spell_count(done.entries)}, {spell_bytes(done.freed_bytes)} freed: {folder}"
     typer.echo(text + (f" ({len(done.busy)} left, being compiled now)" if done.busy else ""))
+
+
+def cache_folder() -> Path:
+    """The folder of compiled kernels, which need not exist. Raises ArgumentError where a file is in its place."""
+    from splat import config
+
+    folder = config.cache_dir()
+    found = next(path for path in (folder, *folder.parents) if path.exists())
+    if not found.is_dir():
+        raise ArgumentError(
+            f"compiled kernels are kept in the folder {folder}, but {found} is a file. Set SPLAT_CACHE_DIR to a "
+            "folder, or remove the file."
+        )
+    return folder
 
 
 def spell_count(kernels: int) -> str:

@@ -71,8 +71,9 @@ def command() -> None:
 
     section("versions", {"splat": splat.__version__, "python": _python(), "numpy": _version("numpy"), **_jax_rows(jax)})
     section("machine", machine())
-    section("C++ kernels", cpp())
-    section("implementations", implementations(jax))
+    compiled = cpp()
+    section("C++ kernels", compiled)
+    section("implementations", implementations(jax, "problem" not in compiled))
     section("optional packages", {name: _optional(name, use) for name, use in OPTIONAL.items()})
     section("settings", settings())
 
@@ -94,8 +95,8 @@ def probe_jax(timeout_s: float = PROBE_S) -> dict[str, Any]:
         return {"error": f"does not work (exit code {done.returncode}): {said[-1]}", "crashed": done.returncode < 0}
 
 
-def implementations(jax: dict[str, Any]) -> dict[str, str]:
-    """For each implementation the dtypes it serves here, or why it serves none."""
+def implementations(jax: dict[str, Any], compiles: bool = True) -> dict[str, str]:
+    """For each implementation the dtypes it serves here, or why it serves none. `compiles`: C++ has been tried."""
     from splat.codegen import registry
     from splat.codegen.base import Request
 
@@ -107,6 +108,8 @@ def implementations(jax: dict[str, Any]) -> dict[str, str]:
             answers = registry.refusals(Request(jax.get("platform", "cpu"), dtype, 64))
         except Exception as error:  # whatever a broken installation raises
             answers = dict.fromkeys(registry.NAMES, f"{type(error).__name__}: {error}")
+        if not compiles:
+            answers["cpp"] = answers["cpp"] or "the C++ compiler does not work: see C++ kernels, problem"
         for name, reason in answers.items():
             reasons[name][dtype] = reason
     out = {}
@@ -154,7 +157,7 @@ def probe_amx() -> str:
 
 
 def cpp() -> dict[str, str]:
-    """The C++ compiler and its flags, how many threads kernels run on, and where they are kept."""
+    """The C++ compiler, its flags and what is wrong with them, how many threads kernels use, where they are kept."""
     from splat import config
     from splat.cli.cache import spell_bytes, spell_count
     from splat.codegen import cache
@@ -166,8 +169,12 @@ def cpp() -> dict[str, str]:
         found = compiler.find()
         rows["compiler"] = f"{shlex.join(found.command)}: {found.version}"
         rows["flags"] = shlex.join(compiler.flags(found))
+        if problem := compiler.trial(found):
+            rows["problem"] = problem
     except SplatError as error:
         rows["compiler"] = str(error)
+    except OSError as error:
+        rows["not tried"] = f"no temporary files: {error.strerror or error}; set TMPDIR to a folder that can be written"
     rows["threads"] = str(threads.count())
     try:
         entries = cache.ls()

@@ -5,7 +5,7 @@ An entry is a folder named by its key, a SHA-256 digest of everything that the a
     <SPLAT_CACHE_DIR>/
       <key>/                 the artifact's files and entry.json, which says what they are and what they must hold
       <key>.lock             held (flock) by the process that builds or removes <key>; dies with it
-      <key>.<random>.tmp/    an entry on its way in or out
+      <key>.<random>.tmp/    an entry on its way in or out, or built here for want of a place for temporary files
       <key>.failed/          what the last build that failed has left, for a report
 
 The contract:
@@ -18,7 +18,10 @@ The contract:
 - A process may be killed at any point. What it leaves is removed by a later build or `clear`, which knows leftovers
   by their lock: nobody holds it.
 - Where the folder cannot be written, a folder of this process's own takes its place, with one warning, and is removed
-  when the process ends. Entries that lie in the unwritable folder already are used.
+  when the process ends. Entries that lie in the unwritable folder already are used; those on a file system that is
+  mounted noexec, from which no library can be loaded, are not.
+- What is built is built where temporary files lie, and once more in the cache folder where they cannot be written.
+- When an entry was last used is the time of its entry.json, brought up to date when it is looked up, once an hour.
 """
 
 from __future__ import annotations
@@ -26,16 +29,19 @@ from __future__ import annotations
 import atexit
 import contextlib
 import dataclasses
+import errno
 import hashlib
 import json
 import os
 import re
 import secrets
 import shutil
+import sys
 import tempfile
 import threading
+import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -48,6 +54,8 @@ RECORD = "entry.json"
 FORMAT = 1
 #: How long to wait for another process that builds the same key, before building it for this process alone.
 WAIT_S = 900.0
+#: By how much the time of an entry's last use may be behind.
+USED_S = 3600.0
 
 _OURS = re.compile(r"(?P<key>[0-9a-f]{64})(?P<kind>\.lock|\.failed|\.[0-9a-f]{8}\.tmp)?")
 
@@ -76,6 +84,11 @@ class Entry:
     def size_bytes(self) -> int:
         return sum(size for size, _ in self.files.values())
 
+    @property
+    def unused_s(self) -> float:
+        """For how many seconds no process has looked it up; up to `USED_S` too many."""
+        return _unused_s(self.folder)
+
     def intact(self) -> bool:
         """Whether every file holds what was recorded."""
         try:
@@ -101,6 +114,7 @@ def entry(key: str) -> Entry | None:
     for root in _roots():
         found = _read(root / key)
         if found is not None and found.key == key and found.intact():
+            _mark_used(found.folder)
             return found
     return None
 
@@ -110,42 +124,40 @@ def load_or_build(key: str, name: str, build: Callable[[Path], dict[str, str]]) 
 
     `build(folder)` writes the artifact's files into an empty folder and returns the entry's `info`. Files in folders
     that it creates there are not kept. It is called by one process and thread at a time for a key. What it raises is
-    passed on, and nothing is left behind; an OSError is taken to mean that the folder cannot be written.
+    passed on, and nothing is left behind; an OSError is taken to mean that the folder cannot be written, and it is
+    called once more with another.
 
-    Raises SplatError where not even a temporary folder can be written.
+    Raises SplatError where neither the cache folder nor a temporary folder can be written.
     """
     found = entry(key)
     if found is not None:
         return found
     with contextlib.ExitStack() as held:
-        root = _lock_somewhere(held, key)
+        root, refused = _lock_somewhere(held, key)
         found = entry(key)
         if found is not None:
             return found
         _remove_leftovers(root, key)
-        try:
-            scratch = held.enter_context(temporary_folder())
-            info = build(scratch)
-        except OSError as error:
-            raise _nowhere(error) from error
+        scratch, info = _build_somewhere(held, root, key, build, refused)
         try:
             return _store(root, key, name, scratch, info)
         except OSError as reason:
-            private = _private_root(reason)
+            private = _private_root(refused or reason)
             try:
                 if private == root:
                     raise
                 with _locked(private, key, WAIT_S):
                     return _store(private, key, name, scratch, info)
             except OSError as error:
-                raise _nowhere(error, reason) from error
+                raise _nowhere(error, refused or reason) from error
 
 
-def _lock_somewhere(held: contextlib.ExitStack, key: str) -> Path:
-    """Locks the key in the cache folder or, where that cannot be done, in this process's own; which one."""
+def _lock_somewhere(held: contextlib.ExitStack, key: str) -> tuple[Path, OSError | None]:
+    """Locks the key in the cache folder or, where that cannot be done, in this process's own; which one, and why."""
     try:
         root = config.cache_dir()
         root.mkdir(mode=0o700, parents=True, exist_ok=True)
+        _check_loadable(root)
         held.enter_context(_locked(root, key, WAIT_S))
     except OSError as reason:
         root = _private_root(reason)
@@ -153,7 +165,28 @@ def _lock_somewhere(held: contextlib.ExitStack, key: str) -> Path:
             held.enter_context(_locked(root, key, WAIT_S))
         except OSError as error:
             raise _nowhere(error, reason) from error
-    return root
+        return root, reason
+    return root, None
+
+
+def _build_somewhere(
+    held: contextlib.ExitStack, root: Path, key: str, build: Callable[[Path], dict[str, str]], refused: OSError | None
+) -> tuple[Path, dict[str, str]]:
+    """Builds where temporary files lie or, where that cannot be done, in the cache folder; the folder, and the info.
+
+    The key is locked in `root`: the cache folder or, where `refused` says why it is not that, a temporary one.
+    """
+    failed = []
+    for place in [temporary_folder()] + ([] if refused else [_staging(root, key)]):
+        try:
+            with contextlib.ExitStack() as until_built:
+                scratch = until_built.enter_context(place)
+                info = build(scratch)
+                held.push(until_built.pop_all())
+                return scratch, info
+        except OSError as error:
+            failed.append(error)
+    raise _nowhere(failed[0], refused or failed[-1]) from failed[0]
 
 
 def keep_failed(key: str, files: dict[str, str]) -> Path | None:
@@ -180,10 +213,11 @@ def ls() -> list[Entry]:
     return sorted((one for one in found if one is not None), key=lambda one: (one.name, one.created, one.key))
 
 
-def clear() -> Cleared:
+def clear(unused_s: float | None = None) -> Cleared:
     """Removes every entry and leftover from the cache folder; neither what is being built now, nor what is not ours.
 
-    A process that uses an entry keeps what it has loaded.
+    With `unused_s`, only entries that nobody has looked up for so many seconds, what builds that failed so long ago
+    have left, and what killed processes have. A process that uses an entry keeps what it has loaded.
     """
     root, entries, freed, busy = config.cache_dir(), 0, 0, []
     names: dict[str, list[str]] = {}
@@ -192,12 +226,17 @@ def clear() -> Cleared:
     for key, mine in names.items():
         try:
             with _locked(root, key, 0.0):
-                entries += (root / key).exists()
-                before = sum(_size_bytes(root / name) for name in mine)
-                _retire(root, key)
-                for name in mine:
+                old = [
+                    name for name in mine
+                    if unused_s is None or name.endswith(".tmp") or _unused_s(root / name) >= unused_s
+                ]  # fmt: skip
+                before = sum(_size_bytes(root / name) for name in old)
+                if key in old:
+                    entries += (root / key).exists()
+                    _retire(root, key)
+                for name in old:
                     shutil.rmtree(root / name, ignore_errors=True)
-                freed += before - sum(_size_bytes(root / name) for name in mine)
+                freed += before - sum(_size_bytes(root / name) for name in old)
         except TimeoutError:
             busy.append(key)
     return Cleared(entries, freed, tuple(busy))
@@ -222,9 +261,7 @@ def _read(folder: Path) -> Entry | None:
 
 def _store(root: Path, key: str, name: str, scratch: Path, info: dict[str, str]) -> Entry:
     """Moves the files in `scratch` into the entry of that key. Its lock is held."""
-    staging = root / f"{key}.{secrets.token_hex(4)}.tmp"
-    try:
-        staging.mkdir()
+    with _staging(root, key) as staging:
         files = {}
         for source in sorted(path for path in scratch.iterdir() if path.is_file()):
             data = source.read_bytes()
@@ -239,10 +276,19 @@ def _store(root: Path, key: str, name: str, scratch: Path, info: dict[str, str])
         _retire(root, key)
         staging.rename(root / key)
         sync_folder(root)
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)  # not there any more, where all went well
     shutil.rmtree(root / f"{key}.failed", ignore_errors=True)
     return made
+
+
+@contextlib.contextmanager
+def _staging(root: Path, key: str) -> Iterator[Path]:
+    """An empty folder beside the entry of that key, removed unless it is renamed. Its lock is held."""
+    folder = root / f"{key}.{secrets.token_hex(4)}.tmp"
+    try:
+        folder.mkdir()
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _retire(root: Path, key: str) -> None:
@@ -256,6 +302,20 @@ def _retire(root: Path, key: str) -> None:
         shutil.rmtree(aside, ignore_errors=True)
     else:
         aside.unlink(missing_ok=True)
+
+
+def _unused_s(folder: Path) -> float:
+    """Seconds since the entry in that folder was used; where there is no record, since the folder was changed."""
+    for path in (folder / RECORD, folder):
+        with contextlib.suppress(OSError):
+            return time.time() - path.stat().st_mtime
+    return 0.0
+
+
+def _mark_used(folder: Path) -> None:
+    if abs(_unused_s(folder)) > USED_S:  # less than 0: the clock has been put back
+        with contextlib.suppress(OSError):  # it may be somebody else's, or read-only
+            os.utime(folder / RECORD)
 
 
 def _digest(data: bytes) -> tuple[int, str]:
@@ -313,10 +373,17 @@ _private: dict[int, Path] = {}  # process id -> its own cache folder; a forked c
 def _roots() -> list[Path]:
     roots = []
     with contextlib.suppress(OSError):
+        _check_loadable(config.cache_dir())
         roots.append(config.cache_dir())
     if os.getpid() in _private:
         roots.append(_private[os.getpid()])
     return roots
+
+
+def _check_loadable(root: Path) -> None:
+    """Raises OSError where libraries in that folder cannot be loaded."""
+    if os.statvfs(root).f_flag & getattr(os, "ST_NOEXEC", 0):  # Linux says so; where nothing does, loading fails
+        raise PermissionError(errno.EACCES, "its file system is mounted noexec", str(root))
 
 
 def _private_root(reason: OSError) -> Path:
@@ -325,28 +392,49 @@ def _private_root(reason: OSError) -> Path:
         root = _private.get(os.getpid())
         if root is not None and root.is_dir():
             return root
-        until_exit = contextlib.ExitStack()
         try:
-            root = _private[os.getpid()] = until_exit.enter_context(temporary_folder())
+            with contextlib.ExitStack() as made:
+                root = made.enter_context(temporary_folder())
+                _check_loadable(root)
+                atexit.register(made.pop_all().close)
         except OSError as error:
             raise _nowhere(error, reason) from error
-        atexit.register(until_exit.close)
-    try:
-        where = str(config.cache_dir())
-    except OSError:
-        where = "the home folder"
+        _private[os.getpid()] = root
     warnings.warn(
-        f"compiled kernels cannot be kept in {where} ({reason.strerror or reason}); this process compiles its own. "
-        "Set SPLAT_CACHE_DIR to a folder that can be written.",
+        f"compiled kernels cannot be kept in {_path(config.cache_dir) or 'the home folder'} "
+        f"({reason.strerror or reason}); this process compiles its own. Set SPLAT_CACHE_DIR to another folder.",
         RuntimeWarning,
-        stacklevel=2,
+        stacklevel=_users_level(),
     )
     return root
 
 
-def _nowhere(error: OSError, reason: OSError | None = None) -> SplatError:
-    first = f"neither in the cache folder ({reason.strerror or reason}) nor " if reason else ""
+def _users_level() -> int:
+    """The `stacklevel` that points to the user's line: the nearest that is neither SPLAT's nor of what calls SPLAT."""
+    frame, level = sys._getframe(1), 1
+    while frame is not None:
+        if frame.f_globals.get("__name__", "").partition(".")[0] not in _CALLERS:
+            return level
+        frame, level = frame.f_back, level + 1
+    return 1  # in a thread that compiles side by side with others
+
+
+_CALLERS = {"splat", "jax", "torch", "concurrent", "threading"}
+
+
+def _nowhere(temporary: OSError, kept: OSError) -> SplatError:
+    """The error where temporary files can be written as little as the cache folder, for these reasons."""
     return SplatError(
-        f"compiled kernels cannot be written {first}in a temporary folder ({error.strerror or error}). Set "
-        "SPLAT_CACHE_DIR, and TMPDIR for temporary files, to folders that can be written."
+        "compiled kernels can be written neither in the cache folder"
+        f"{_path(config.cache_dir, ' ')} ({kept.strerror or kept}) nor in the temporary folder"
+        f"{_path(tempfile.gettempdir, ' ')} ({temporary.strerror or temporary}). Make room there, or set "
+        "SPLAT_CACHE_DIR, and TMPDIR for temporary files, to other folders."
     )
+
+
+def _path(folder: Callable[[], object], before: str = "") -> str:
+    """The path that `folder` returns; nothing where it raises OSError, as there is none."""
+    try:
+        return f"{before}{folder()}"
+    except OSError:
+        return ""

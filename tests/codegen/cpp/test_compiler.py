@@ -168,12 +168,29 @@ def test_missing_starts_no_process(monkeypatch: pytest.MonkeyPatch) -> None:
     assert compiler.missing() is None
 
 
+def test_trial(cache_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert compiler.trial(compiler.find()) is None
+    assert temporary(cache_dir) == []
+    assert not cache_dir.exists(), "nothing is kept"
+    remedy = "Set CXX to a C++ compiler, and check SPLAT_CXXFLAGS."
+    monkeypatch.setenv("CXX", "true")
+    assert compiler.trial(compiler.find()) == (
+        f"three lines of C++ cannot be compiled (it wrote no library): (it said nothing). {remedy}"
+    )
+    monkeypatch.delenv("CXX")
+    monkeypatch.setenv("SPLAT_CXXFLAGS", "-std=c++5")
+    said = compiler.trial(compiler.find()) or ""
+    assert said.startswith("three lines of C++ cannot be compiled (exit code 1): ")
+    assert "c++5" in said
+    assert said.endswith(f". {remedy}")
+
+
 def test_no_compiler(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     said = compiler.missing()
     assert said == (
-        "no C++ compiler (c++, g++ or clang++) is on the PATH. Install one (Debian, Ubuntu: apt install g++; conda: "
-        "conda install -c conda-forge cxx-compiler; macOS: xcode-select --install), or set CXX to one."
+        "no C++ compiler (c++, g++ or clang++) is on the PATH. Install a compiler (Debian, Ubuntu: apt install g++; "
+        "conda: conda install -c conda-forge cxx-compiler; macOS: xcode-select --install), or set CXX to one."
     )
     for call in (compiler.find, lambda: compiler.build("forward", SOURCE), lambda: compiler.load("forward", SOURCE)):
         with pytest.raises(UnsupportedError) as caught:
@@ -194,7 +211,7 @@ def test_cxx_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CXX", "/no/such/c++ -m64")
     said = compiler.missing()
     assert said is not None
-    assert said.startswith("CXX is '/no/such/c++ -m64', but there is no program '/no/such/c++'. Install one (")
+    assert said.startswith("CXX is '/no/such/c++ -m64', but there is no program '/no/such/c++'. Install a compiler (")
     monkeypatch.setenv("CXX", "")
     assert compiler.missing() is None
 

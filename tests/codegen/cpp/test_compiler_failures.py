@@ -19,6 +19,7 @@ from splat.codegen import cache
 from splat.codegen.cpp import compiler
 from splat.codegen.cpp.progress import Progress
 from splat.errors import ArgumentError, CompileError, SplatError
+from tests.codegen.caching import left, mounted
 from tests.codegen.cpp.compiling import REAL, SOURCE, Wrapper, build_elsewhere, temporary, wait_for
 
 pytestmark = [
@@ -91,9 +92,40 @@ def test_a_program_that_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 
 def test_a_full_temporary_folder(wrapper: Wrapper, cache_dir: Path) -> None:
     wrapper.write('echo "fatal error: error writing to a.s: No space left on device" >&2; exit 1')
-    with pytest.raises(SplatError, match="in a temporary folder \\(No space left on device\\)"):
+    with pytest.raises(
+        SplatError, match=r"neither .*/cache \(No space .* nor .*/temporary \(No space left on device\)"
+    ):
         compiler.build("forward", SOURCE)
     assert os.listdir(cache_dir) == temporary(cache_dir) == []
+    assert len(wrapper.calls) == 2
+
+
+#: What the compiler makes of it on the way is larger than the disks of the test.
+LARGE = SOURCE + 'asm(".data\\n.fill 1000000, 1, 7\\n.text");\n'
+
+
+@pytest.mark.parametrize("size", ["8k", "32k", "256k"])
+def test_a_small_temporary_disk(cache_dir: Path, size: str) -> None:
+    """The compiler, real here, finds it full, and no room there to say so."""
+    with mounted(cache_dir.parent / "temporary", f"size={size}"):
+        assert compiler.load("forward", LARGE).answer() == 42
+        assert left(cache_dir) == [cache.ls()[0].key]
+
+
+def test_small_disks(cache_dir: Path) -> None:
+    with mounted(cache_dir, "size=256k"), mounted(cache_dir.parent / "temporary", "size=256k"):
+        with pytest.raises(
+            SplatError, match=r"neither .*/cache \(No space .* nor .*/temporary \(No space left on device\)"
+        ):
+            compiler.build("forward", LARGE)
+        assert left(cache_dir) == []
+        with pytest.raises(CompileError, match="nowhere"):
+            compiler.build("forward", "int first = nowhere;\n")
+
+
+def test_a_noexec_disk(cache_dir: Path) -> None:
+    with mounted(cache_dir, "noexec"), pytest.warns(RuntimeWarning, match=r"\(its file system is mounted noexec\)"):
+        assert compiler.load("forward", SOURCE).answer() == 42
 
 
 def test_a_cache_folder_that_cannot_be_written(cache_dir: Path, wrapper: Wrapper) -> None:

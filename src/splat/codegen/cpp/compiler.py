@@ -23,24 +23,33 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import IO
 
 from splat import config
 from splat.codegen import cache
 from splat.codegen.cpp.progress import Progress
+from splat.codegen.files import temporary_folder
 from splat.errors import CompileError, SplatError, UnsupportedError
 
 #: Raised when libraries of an earlier version must not be found: when what surrounds the source has changed.
 FORMAT = 1
 TIMEOUT_S = 600.0
+TRIAL_S = 10.0
 CANDIDATES = ("c++", "g++", "clang++")
 INCLUDE = Path(__file__).parent / "include"
 FLAGS = ("-std=c++17", "-O2", "-fPIC", "-shared", "-fno-math-errno", "-ffp-contract=fast", "-fvisibility=hidden",
          "-pthread")  # fmt: skip
+#: Written to the log ahead of the compiler, so that it can say there that the disk is full.
+LOG_BYTES = 16 << 10
+TRIAL = """#include <cmath>
+
+extern "C" double trial(double x) { return std::exp(x); }
+"""
 
 INSTALL = (
-    "Install one (Debian, Ubuntu: apt install g++; conda: conda install -c conda-forge cxx-compiler; macOS: "
+    "Install a compiler (Debian, Ubuntu: apt install g++; conda: conda install -c conda-forge cxx-compiler; macOS: "
     "xcode-select --install), or set CXX to one."
 )
 
@@ -130,6 +139,22 @@ def _identify(command: tuple[str, ...], path: str, mtime_ns: int, size: int) -> 
 
 def _environment(**more: str) -> dict[str, str]:
     return {**os.environ, "LC_ALL": "C", **more}
+
+
+def trial(compiler: Compiler) -> str | None:
+    """Why the compiler makes no library of three lines, with the remedy; None where it does. Nothing is kept.
+
+    Raises OSError where it cannot be tried, as no temporary files can be written.
+    """
+    job = _Job("trial", TRIAL, compiler, (*FLAGS, *config.cxxflags()), key="")
+    with temporary_folder() as folder:
+        _, failure, said = _attempt(job, folder, TRIAL_S)
+    if failure is None:
+        return None
+    return (
+        f"three lines of C++ cannot be compiled ({failure}): {_telling(said)[0].strip()}. Set CXX to a C++ compiler, "
+        "and check SPLAT_CXXFLAGS."
+    )
 
 
 # -- flags and key -----------------------------------------------------------------------------------------------------
@@ -304,27 +329,44 @@ def _accepts(compiler: Compiler, some: list[str]) -> bool:
 def _compile(job: _Job, folder: Path) -> dict[str, str]:
     """Compiles into `folder`, as `cache.load_or_build` asks for it."""
     began = time.monotonic()
+    with Progress(job.name, job.compiler.name) as progress:
+        command, failure, said = _attempt(job, folder, TIMEOUT_S, progress.tick)
+    if failure is not None:
+        raise _error(job, command, failure, said)
+    seconds = time.monotonic() - began
+    return {"compiler": job.compiler.version, "command": command, "seconds": f"{seconds:.2f}"}
+
+
+def _attempt(
+    job: _Job, folder: Path, timeout_s: float, tick: Callable[[], None] = lambda: None
+) -> tuple[str, str | None, str]:
+    """Compiles into `folder`: the command, why it failed (or None), and what the compiler has said.
+
+    Raises OSError where the folder cannot be written, or its disk is full.
+    """
     source = folder / f"{job.name}.cpp"
     source.write_text(job.source, encoding="utf-8")
     temporary = folder / "temporary"
     temporary.mkdir()
     includes = [f"-I{path}" for path in include_folders()]
     command = [*job.compiler.command, source.name, "-o", job.library, *includes, *job.flags]
-    with open(temporary / "log", "w+b") as log, Progress(job.name, job.compiler.name) as progress:
-        failure = _run(command, folder, temporary, log, progress)
+    with open(temporary / "log", "wb") as log:
+        log.write(bytes(LOG_BYTES))
         log.seek(0)
-        said = log.read().decode(errors="replace")
+        failure = _run(command, folder, temporary, log, timeout_s, tick)
+        end = os.lseek(log.fileno(), 0, os.SEEK_CUR)  # the compiler's place in the file is ours
+    said = (temporary / "log").read_bytes()[:end].decode(errors="replace")
     if failure is None and not (folder / job.library).is_file():
         failure = "it wrote no library"
-    if failure is not None:
-        if os.strerror(errno.ENOSPC) in said:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(folder))
-        raise _error(job, shlex.join(command), failure, said)
-    seconds = time.monotonic() - began
-    return {"compiler": job.compiler.version, "command": shlex.join(command), "seconds": f"{seconds:.2f}"}
+    for full in (errno.ENOSPC, errno.EDQUOT):
+        if failure is not None and os.strerror(full) in said:
+            raise OSError(full, os.strerror(full), str(folder))
+    return shlex.join(command), failure, said
 
 
-def _run(command: list[str], folder: Path, temporary: Path, log: IO[bytes], progress: Progress) -> str | None:
+def _run(
+    command: list[str], folder: Path, temporary: Path, log: IO[bytes], timeout_s: float, tick: Callable[[], None]
+) -> str | None:
     """Runs the compiler; why it failed, or None.
 
     An exception, as Ctrl-C, ends it; one in the moment of its start leaves it to end by itself, its files removed.
@@ -343,9 +385,9 @@ def _run(command: list[str], folder: Path, temporary: Path, log: IO[bytes], prog
                 code = process.wait(0.2)
                 break
             except subprocess.TimeoutExpired:
-                progress.tick()
-                if time.monotonic() - began > TIMEOUT_S:
-                    return f"it took longer than {TIMEOUT_S:.0f} s"
+                tick()
+                if time.monotonic() - began > timeout_s:
+                    return f"it took longer than {timeout_s:.0f} s"
     finally:
         # The compiler proper is a child of what was started; both are in a session of their own.
         if process.returncode is None:
@@ -357,12 +399,17 @@ def _run(command: list[str], folder: Path, temporary: Path, log: IO[bytes], prog
     return f"exit code {code}" if code else None
 
 
+def _telling(log: str) -> list[str]:
+    """The lines of the log from the first error on; the last 12 where there is none."""
+    lines = log.strip().splitlines() or ["(it said nothing)"]
+    return lines[next((at for at, line in enumerate(lines) if "error" in line.lower()), max(0, len(lines) - 12)) :]
+
+
 def _error(job: _Job, command: str, failure: str, log: str) -> CompileError:
     folder = cache.keep_failed(job.key, {f"{job.name}.cpp": job.source, f"{job.name}.log": f"{command}\n\n{log}"})
-    lines = log.strip().splitlines() or ["(it said nothing)"]
-    first = next((at for at, line in enumerate(lines) if "error" in line.lower()), max(0, len(lines) - 12))
-    shown = lines[first : first + 12]
-    rest = len(lines) - first - len(shown)
+    lines = _telling(log)
+    shown = lines[:12]
+    rest = len(lines) - len(shown)
     told = "\n".join(f"  {line}" for line in shown) + (f"\n  ({rest} more lines in the log)" if rest else "")
     kept = f"source and log: {folder}" if folder else "source and log could be written nowhere"
     return CompileError(
