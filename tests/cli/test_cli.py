@@ -114,8 +114,8 @@ def test_emit_keeps_float64(run, kernel: str) -> None:
         (["plan", "causal()", "--head-dim", "0"], "head_dim must be in"),
         (
             ["emit", "window(8)", "--q-len", "64", "--target", "cpp", "--arch", "sm_90"],
-            "--arch is for GPU kernels, but --target is cpp, which is for CPUs, and --arch sm_90 was given. Drop "
-            "--arch, or use --target triton or ptx.",
+            "arch is for GPU kernels, but the target is 'cpp', which is for CPUs, and 'sm_90' was given. Leave arch "
+            "out, or take the target triton or ptx.",
         ),
         (["show", "causal()", "--out", "/no/such/folder/p.png"], "--out must lie in a folder that exists"),
         (["demo", "--out", "/"], "--out must name a file"),

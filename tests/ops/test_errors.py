@@ -316,6 +316,7 @@ def test_emit_is_text_of_the_program() -> None:
         (dict(target="triton", head_dim=512), UnsupportedError, "serves head dims up to 256, not 512"),
         (dict(target="ptx", arch="sm_75"), ArgumentError, "arch must be one of 'gfx942', 'sm_100', 'sm_80', 'sm_90',"),
         (dict(target="ptx", arch="sm_90", device="a100"), ArgumentError, "device and arch name the same thing"),
+        (dict(target="cpp", arch="sm_90"), ArgumentError, "arch is for GPU kernels, but the target is 'cpp'"),
         (dict(target="xla", kernel="dq"), ArgumentError, "kernel must be 'forward' for target 'xla', or one of sddmm,"),
         (dict(target="triton", kernel="bwd"), ArgumentError, "sddmm, softmax, spmm, spmm_transposed, but 'bwd' was"),
         (dict(kernel="sddmm", scale=0.5, block_q=64), ArgumentError, "an operation on values, which has no scale, blo"),

@@ -9,7 +9,6 @@ import typer
 
 from splat.cli import options
 from splat.cli.errors import check_out
-from splat.errors import ArgumentError
 
 NAME = "emit"
 
@@ -45,11 +44,6 @@ def command(
 ) -> None:
     """Print the program that a pattern becomes, for one generator. Needs no GPU."""
     check_out(out)
-    if target == "cpp" and arch is not None:
-        raise ArgumentError(
-            f"--arch is for GPU kernels, but --target is cpp, which is for CPUs, and --arch {arch} was given. Drop "
-            "--arch, or use --target triton or ptx."
-        )
     import splat
 
     text = splat.emit(

@@ -128,6 +128,11 @@ def _device(implementation: str, device: str | None, arch: str | None) -> str:
     """The planning target that `device` or `arch` names."""
     if arch is None:
         return device or ("h100" if implementation == "triton" else "cpu")
+    if implementation == "cpp":
+        raise ArgumentError(
+            f"arch is for GPU kernels, but the target is 'cpp', which is for CPUs, and {arch!r} was given. Leave arch "
+            "out, or take the target triton or ptx."
+        )
     if device is not None:
         raise ArgumentError(f"device and arch name the same thing, but {device!r} and {arch!r} were given. Give one.")
     named = {one.arch: name for name, one in reversed(TARGETS.items())}

@@ -75,7 +75,7 @@ def check_arrays(query: Any, key: Any, value: Any) -> Sizes:
     if query.dtype != key.dtype or key.dtype != value.dtype:
         raise ArgumentError(
             f"query, key and value must have one dtype, but {name_of(query.dtype)}, {name_of(key.dtype)} and "
-            f"{name_of(value.dtype)} were given"
+            f"{name_of(value.dtype)} were given. Convert them, for example with key.to(query.dtype)."
         )
     if query.device != key.device or key.device != value.device:
         raise ArgumentError(
@@ -86,11 +86,14 @@ def check_arrays(query: Any, key: Any, value: Any) -> Sizes:
     batch, num_q_heads, q_len, head_dim = query.shape
     if key.shape != value.shape:
         raise ArgumentError(
-            f"key and value must have one shape, but {list(key.shape)} and {list(value.shape)} were given"
+            f"key and value must have one shape, but {list(key.shape)} and {list(value.shape)} were given. Where only "
+            f"head dims differ, fill the smaller with zeros (torch.nn.functional.pad; query as key), give "
+            f"scale={key.shape[3]}**-0.5 and cut the output."
         )
     if key.shape[0] != batch or key.shape[3] != head_dim:
         raise ArgumentError(
-            f"query {list(query.shape)} and key {list(key.shape)} must agree in batch (axis 0) and head dim (axis 3)"
+            f"query {list(query.shape)} and key {list(key.shape)} must agree in batch (axis 0) and head dim (axis 3). "
+            "Keys that serve every batch entry need expand."
         )
     num_kv_heads, kv_len = key.shape[1], key.shape[2]
     if kv_len == 0:
