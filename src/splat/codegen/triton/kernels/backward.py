@@ -19,7 +19,7 @@ def weights(s, lse2, scale, soft_cap, SOFT_CAP: tl.constexpr):
     else:
         exponent = s * (scale * LOG2E) - lse2
         slope = 1.0
-    return tl.exp2(tl.minimum(exponent, 0.0, propagate_nan=tl.PropagateNan.ALL)), slope
+    return tl.exp2(tl.where(exponent > 0.0, 0.0, exponent)), slope
 
 
 @triton.jit
