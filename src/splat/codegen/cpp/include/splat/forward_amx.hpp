@@ -77,7 +77,8 @@ template <class Facts> struct ForwardAmx {
   void begin(int tile, int head, const LaneRows& rows) {
     State& s = memory.tiles[tile];
     pack_lanes<D, Dp>(at<Scalar>(call.query, batch, q_head + head), call.query.position, rows, s.query);
-    for (int part = 0; part < kLanes / kPart; ++part) s.known[part] = s.summed[part] = !first, s.huge[part] = false, s.current[part] = 0;
+    for (int part = 0; part < kLanes / kPart; ++part)
+      s.known[part] = s.summed[part] = !first, s.huge[part] = false, s.current[part] = 0;
     memset(s.total[0], 0, sizeof s.total[0]);
     for (int lane = 0; lane < kLanes; ++lane) s.base[lane] = -kInfinity<T>;
     if (first) return;
