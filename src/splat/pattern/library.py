@@ -229,8 +229,7 @@ class Segments(_Symmetric):
         return _between(rows, cols, first[at], xp.where(ids[at] >= 0, stop[at], 0))
 
     def _static_runs(self, rows: Axis, cols: Axis, ids: np.ndarray) -> list[Run]:
-        edges = np.flatnonzero(np.concatenate([[True], ids[1:] != ids[:-1]])) if ids.size else np.zeros(0, int)
-        first = edges.astype(np.int32)
+        first = _starts_of_stretches(ids).astype(np.int32)
         stop = np.append(first[1:], np.int32(ids.size))
         stretch_id = ids[first]
         # k-th stretch of its id: with ids that never recur there is one component.
@@ -377,13 +376,18 @@ def _check_int_array(argument: str, values: Any) -> None:
         raise PatternError(f"segments: lengths must not be negative, but {int(array.min())} was given")
 
 
+def _starts_of_stretches(ids: np.ndarray) -> np.ndarray:
+    """Where each stretch of one id begins."""
+    return np.flatnonzero(np.append(True, ids[1:] != ids[:-1])[: ids.size])
+
+
 def _check_contiguous(ids: Array) -> None:
     """Raises PatternError where a run-time array has an id in several stretches; traced ones cannot be looked at."""
     try:
         known = np.asarray(ids)
     except Exception:  # by the kind of array; jax.errors.TracerArrayConversionError, for one
         return
-    first = np.append(0, np.flatnonzero(known[1:] != known[:-1]) + 1)[: known.size]
+    first = _starts_of_stretches(known)
     first = first[known[first] >= 0]
     found, stretches = np.unique(known[first], return_counts=True)
     again = found[stretches > 1]

@@ -196,9 +196,9 @@ def forward_body(options: Options) -> PassBody:
     return PassBody(init, visit, finish, (0.0, float("-inf")))
 
 
-def _weights(exponent: Array) -> Array:
+def _weights(exponent: Array, keep: Array) -> Array:
     """Softmax weights from scores less log-sum-exps: at most 1, though scores in the millions are rounded by more."""
-    return jnp.exp(jnp.where(exponent > 0, 0, exponent))
+    return jnp.where(keep, jnp.exp(jnp.where(exponent > 0, 0, exponent)), 0)
 
 
 def d_query_body(options: Options) -> PassBody:
@@ -211,7 +211,7 @@ def d_query_body(options: Options) -> PassBody:
     def visit(carry, tiles, tile):
         (q, d_out, lse, delta), (k, v) = tiles, tile.slices
         scores, slope = _scores(options, q, k, "rbkgqh,rbkxh->rbkgqx")
-        p = jnp.where(tile.keep, _weights(scores - lse), 0)
+        p = _weights(scores - lse, tile.keep)
         d_p = jnp.einsum("rbkgqh,rbkxh->rbkgqx", d_out, v, preferred_element_type=carry.dtype)
         d_s = _d_scores(p, d_p - delta, slope, tile.keep)
         return carry + jnp.einsum("rbkgqx,rbkxh->rbkgqh", d_s.astype(k.dtype), k, preferred_element_type=carry.dtype)
@@ -230,7 +230,7 @@ def d_key_value_body(options: Options) -> PassBody:
         (k, v), (q, d_out, lse, delta), (d_k, d_v) = tiles, tile.slices, carry
         scores, slope = _scores(options, k, q, "rbkqh,rbkgxh->rbkgqx")
         lse, delta = jnp.swapaxes(lse, -1, -2), jnp.swapaxes(delta, -1, -2)
-        p = jnp.where(tile.keep, _weights(scores - lse), 0)
+        p = _weights(scores - lse, tile.keep)
         d_p = jnp.einsum("rbkqh,rbkgxh->rbkgqx", v, d_out, preferred_element_type=d_v.dtype)
         d_s = _d_scores(p, d_p - delta, slope, tile.keep)
         to_keys = "rbkgqx,rbkgxh->rbkqh"

@@ -129,8 +129,11 @@ template <class Facts> struct ForwardAmx {
 
   /// Of the scores of a chunk.
   static constexpr int kScores = 4 * kSteps;
-  SPLAT_INLINE void score_product(const State& s, int lane, int chunk, char* to, int n) {
-    score_step<Dp>(s.query + lane * Dp, key + chunk * kColumnBytes<Dp>, to, n);
+  SPLAT_INLINE void score_product(const State& s, int lane, int chunk, int n) {
+    score_step<Dp>(s.query + lane * Dp, key + chunk * kColumnBytes<Dp>, memory.scores[chunk & 1], n);
+  }
+  SPLAT_INLINE void score_chunk(const State& s, int lane, int chunk) {
+    for (int n = 0; n < kScores; ++n) score_product(s, lane, chunk, n);
   }
 
   /// Chunks that have weights, to be multiplied by their values; `part` columns of 32 have been.
@@ -201,7 +204,7 @@ template <class Facts> struct ForwardAmx {
       batch = {coming.chunk, coming.count, 0, !s.summed[number]};
       coming = {coming.chunk + coming.count, 0, 0, false};
     };
-    for (int n = 0; n < kScores; ++n) score_product(s, lane, part.begin, memory.scores[part.begin & 1], n);
+    score_chunk(s, lane, part.begin);
     for (int k = part.begin; k < part.end; ++k) {
       const int x = part.from + 32 * k, slot = k % (2 * kBatch);
       const bool full = part.is_full(k);
@@ -232,11 +235,10 @@ template <class Facts> struct ForwardAmx {
   SPLAT_INLINE void weights(State& s, Chunk<M>& chunk, int next, Batch& batch) {
     const int lane = chunk.part.lane;
     constexpr int kAll = kScores + kSums;
-    char* const scores = memory.scores[chunk.scores == memory.scores[0]];
     const bool sums = batch.part < kSteps;
     SPLAT_UNROLL
     for (int n = 0; n < kAll; ++n) {
-      if (n < kScores && next >= 0) score_product(s, lane, next, scores, n);
+      if (n < kScores && next >= 0) score_product(s, lane, next, n);
       if (n >= kScores && sums) sum_product(s, lane, batch, n - kScores);
       SPLAT_UNROLL
       for (int row = n * kPart / kAll; row < (n + 1) * kPart / kAll; ++row)
@@ -248,8 +250,7 @@ template <class Facts> struct ForwardAmx {
   /// A chunk's weights from rounded scores, after the scores of chunk `next`, if it is one. All bits of all weights.
   template <bool kEdges, class M>
   __attribute__((noinline)) Vec<uint32_t> rounded_weights(const State& s, Chunk<M> chunk, int next) {
-    char* const scores = memory.scores[chunk.scores == memory.scores[0]];
-    for (int n = 0; n < kScores && next >= 0; ++n) score_product(s, chunk.part.lane, next, scores, n);
+    if (next >= 0) score_chunk(s, chunk.part.lane, next);
     for (int row = 0; row < kPart; ++row) chunk.template row<true, kEdges, true>(*this, row);
     return chunk.seen;
   }
