@@ -87,7 +87,7 @@ def test_all_gradients_in_one(
         ("test_holes_are_not_read", ["full()"]),
         ("test_a_query_without_keys_may_hold_anything", []),
         ("test_empty_rows", []),
-        ("test_large_scores_do_not_overflow", ["causal()", 1e4]),
+        ("test_weights_of_large_scores", ["causal()", 1e4]),
         ("test_nothing_past_the_lengths_is_read", [np.nan]),
         ("test_results_are_the_same_every_time", []),
         ("test_vmap", []),
