@@ -42,6 +42,8 @@ CASES = {
     "rows": Case("global_rows(5)", (70, 45), 24, "float32"),
     "few": Case(FEW, (40, 40), 64, "float16", layout="gaps"),
     "blocks": Case("random_blocks(60, 12, 0)", (800, 800), 24, "bfloat16"),
+    "odd": Case("window(9) | strided(7)", (131, 133), 33, "bfloat16", heads=(4, 2), kv_lengths=(53, 0)),
+    "odd rings": Case("window(20, 7)", (530, 530), 33, "bfloat16", batch=1, layout="gaps"),
 }
 BLOCKS = CASES["blocks"]  # 12 walks, and on some machines matrix tiles
 
@@ -61,6 +63,9 @@ PROCESSORS = {
     "-march=x86-64-v3": {"avx2", "bmi2", "f16c", "fma"},
     "-march=x86-64-v4": {"avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl"},
 }
+#: What AMD's processors with products of bfloat16 pairs get by themselves, for any that has them.
+PAIRS = "-mno-amx-bf16 -DSPLAT_PAIRS=1"
+NEEDED = PROCESSORS | {PAIRS: {"avx512_bf16"}}
 
 
 def kernels_of(case: Case) -> list[str]:
@@ -175,10 +180,10 @@ def can_run(flags: str, monkeypatch: pytest.MonkeyPatch) -> None:
         return
     if ARM and flags != BASELINE:
         pytest.skip("for other processors than ARM's")
-    lacking = PROCESSORS[flags] - set(compiler.processor().split())
+    lacking = NEEDED[flags] - set(compiler.processor().split())
     if lacking:
         pytest.skip(f"this processor has no {', '.join(sorted(lacking))}")
-    if not compiler._accepts(compiler.find(), [flags]):
+    if not compiler._accepts(compiler.find(), flags.split()):
         pytest.skip(f"{compiler.find().version} knows no {flags}")
     monkeypatch.setenv("SPLAT_CXXFLAGS", flags)
 
@@ -195,6 +200,11 @@ def test_processors(flags: str, name: str, rng: np.random.Generator, monkeypatch
         library = case.build(kernel)
         jobs += [Job(library, case, kernel, arrays, 1, "after"), Job(library, case, kernel, arrays, 2, "before")]
     check_all(jobs, expected)
+
+
+@pytest.mark.parametrize("name", [name for name, case in CASES.items() if case.dtype == "bfloat16"])
+def test_pairs(name: str, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch) -> None:
+    test_processors(PAIRS, name, rng, monkeypatch)
 
 
 @pytest.mark.parametrize("name", ["window", "union", "tokens", "capped"])

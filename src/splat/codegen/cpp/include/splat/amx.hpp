@@ -137,11 +137,6 @@ SPLAT_INLINE Vec<float> score_row(const char* scores, int row, int half) {
   return load((const float*)(scores + (row / 16 * 2 + half) * kTileBytes) + row % 16 * 16);
 }
 
-/// A row of A tiles: walked rows r and 16 + r side by side, rounded to bfloat16.
-SPLAT_INLINE Vec<uint32_t> paired(Vec<float> a, Vec<float> b) {
-  return ((bits_as<Vec<uint32_t>>(a) + 0x8000u) >> 16) | ((bits_as<Vec<uint32_t>>(b) + 0x8000u) & 0xffff0000u);
-}
-
 /// Step n of `steps`, four for each chunk of 32 walked rows, of sums[lane][32 columns] += weights[lane][walked row] *
 /// values[walked row][32 columns]. `weights` are A tiles of the step's chunk, `values` two of its B tiles as
 /// `pair_rows` leaves them. Before the first step sums count as 0 where `is_first`. n is known to the compiler.

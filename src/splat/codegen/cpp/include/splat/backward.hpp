@@ -127,14 +127,14 @@ template <class Facts> struct Backward {
   __attribute__((noinline)) void block(int tile, int lane, int at, int n, int x, const M& mask) {
     State& s = memory.tiles[tile];
     T *const p = memory.p + lane, *const ds = memory.ds + lane;
-    Vec<T> unused[NV], base[NV], delta[NV];
-    scores<T, D, NV, false>(key + (int64_t)at * D, s.query + lane, n, p, unused);
-    scores<T, D, NV, false>(value + (int64_t)at * D, s.d_out + lane, n, ds, unused);
+    Vec<T> base[NV], delta[NV];
+    scores<T, D, NV>(key + (int64_t)at * D, s.query + lane, n, p);
+    scores<T, D, NV>(value + (int64_t)at * D, s.d_out + lane, n, ds);
     SPLAT_UNROLL
     for (int v = 0; v < NV; ++v) base[v] = load(s.base + lane + v * W), delta[v] = load(s.delta + lane + v * W);
     differentiate<Facts, NV, true>(
         call, n, x, lane, mask, p, ds, [&](int, int v) { return base[v]; }, [&](int, int v) { return delta[v]; });
-    accumulate<T, D, NV>(key + (int64_t)at * D, ds, n, s.sum + lane);
+    accumulate<T, D, NV>(key + (int64_t)at * D, D, ds, n, s.sum + lane);
     spread_rows(p, n, NV * W, s.d_out_rows + lane * Dp, slot->d_value + at * Dp);
     spread_rows(ds, n, NV * W, s.query_rows + lane * Dp, slot->d_key + at * Dp);
   }

@@ -11,18 +11,24 @@ namespace splat {
 template <class Facts> struct DKeyValue {
   using Scalar = typename Facts::Scalar;
   using T = Compute<Scalar>;
-  static constexpr int D = Facts::head_dim, W = kWidth<T>, kVectors = kMaxVectors;
+  using Side = Operands<Facts>;
+  using Element = typename Side::Element;
+  template <int rows> using Queries = typename Side::template Memory<rows, true, true>;
+  static constexpr int D = Facts::head_dim, W = kWidth<T>, kVectors = kMaxVectors, kDepth = Side::kDepth;
   static constexpr bool kKeysInLanes = true, kGuard = Facts::guard, kFill = Facts::fill, kOwnSegments = false;
   static constexpr int kRing = 0;
   static constexpr bool kKeeps = false, kWholeHeads = false;
-  static constexpr int kTiles = kTilesOf<4 * D * kLanes * (int)sizeof(T)>, kChunk = kChunkOf<2 * D * (int)sizeof(T)>;
+  static constexpr int kTiles = kTilesOf<2 * (kDepth + D) * kLanes * (int)sizeof(T)>;
+  static constexpr int kChunk = kChunkOf<2 * Queries<1>::kRowBytes>;
 
   struct State {
-    alignas(64) T key[D * kLanes], value[D * kLanes], d_key[D * kLanes], d_value[D * kLanes];  // [d][lane]
+    alignas(64) Element key[kDepth * kLanes], value[kDepth * kLanes];  // [d][lane]
+    alignas(64) T d_key[D * kLanes], d_value[D * kLanes];              // [d][lane]
   };
   struct Scratch {
     State tiles[kTiles];
-    alignas(64) T query[kChunk * D], d_out[kChunk * D], base[kChunk], delta[kChunk];
+    Queries<kChunk> query, d_out;
+    alignas(64) T base[kChunk], delta[kChunk];
     alignas(64) T p[kBlockColumns * kLanes], ds[kBlockColumns * kLanes];
   };
 
@@ -30,7 +36,7 @@ template <class Facts> struct DKeyValue {
   Scratch& memory;
   const bool first;
   int64_t batch, kv_head, q_head;
-  const T *query, *d_out;
+  Walked<Element> query, d_out;
 
   void start(int64_t batch_, int64_t kv_head_, int64_t) {
     batch = batch_, kv_head = kv_head_, q_head = kv_head_ * (call.num_q_heads / call.num_kv_heads);
@@ -40,9 +46,8 @@ template <class Facts> struct DKeyValue {
 
   void begin(int tile, int, const LaneRows& rows) {
     State& s = memory.tiles[tile];
-    rows_to_lanes<Scalar, D>(at<Scalar>(call.key, batch, kv_head), call.key.position, rows,
-                             (T)lane_factor<Facts>(call), s.key);
-    rows_to_lanes<Scalar, D>(at<Scalar>(call.value, batch, kv_head), call.value.position, rows, (T)1, s.value);
+    Side::lanes(call.key, batch, kv_head, rows, (T)lane_factor<Facts>(call), s.key);
+    Side::lanes(call.value, batch, kv_head, rows, (T)1, s.value);
     if (first) {
       memset(s.d_key, 0, sizeof s.d_key);
       memset(s.d_value, 0, sizeof s.d_value);
@@ -55,8 +60,8 @@ template <class Facts> struct DKeyValue {
 
   void pack(int head, int64_t from, int64_t step, int count, int, int) {
     const int64_t h = q_head + head;
-    query = walked_rows<Scalar, D>(call.query, batch, h, from, step, count, count, memory.query);
-    d_out = walked_rows<Scalar, D>(call.d_out, batch, h, from, step, count, count, memory.d_out);
+    query = Side::bring(call.query, batch, h, from, step, count, 0, count, memory.query);
+    d_out = Side::bring(call.d_out, batch, h, from, step, count, 0, count, memory.d_out);
     for (int n = 0; n < count; ++n) {
       const int64_t row = from + step * n;
       memory.base[n] = base_of(at<T>(call.lse, batch, h)[row * call.lse.position]);
@@ -69,14 +74,14 @@ template <class Facts> struct DKeyValue {
     State& s = memory.tiles[tile];
     T *const p = memory.p + lane, *const ds = memory.ds + lane;
     const T *base = memory.base + from, *delta = memory.delta + from;
-    Vec<T> unused[NV];
-    scores<T, D, NV, false>(query + (int64_t)from * D, s.key + lane, n, p, unused);
-    scores<T, D, NV, false>(d_out + (int64_t)from * D, s.value + lane, n, ds, unused);
+    scores<T, kDepth, NV>(query.rows + (int64_t)from * kDepth, s.key + lane, n, p);
+    scores<T, kDepth, NV>(d_out.rows + (int64_t)from * kDepth, s.value + lane, n, ds);
     differentiate<Facts, NV, true>(
         call, n, x, lane, mask, p, ds, [&](int k, int) { return splat_of(base[k]); },
         [&](int k, int) { return splat_of(delta[k]); });
-    accumulate<T, D, NV>(d_out + (int64_t)from * D, p, n, s.d_value + lane);
-    accumulate<T, D, NV>(query + (int64_t)from * D, ds, n, s.d_key + lane);
+    const Element *const d_outs = d_out.sums + (int64_t)from * D, *const queries = query.sums + (int64_t)from * D;
+    Side::template sum<NV>(d_outs, Side::template weights<NV>(p, n), n, s.d_value + lane);
+    Side::template sum<NV>(queries, Side::template weights<NV>(ds, n), n, s.d_key + lane);
   }
 
   void end(int tile, int, const LaneRows& rows) {

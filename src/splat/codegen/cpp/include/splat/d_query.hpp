@@ -11,41 +11,48 @@ namespace splat {
 template <class Facts> struct DQuery {
   using Scalar = typename Facts::Scalar;
   using T = Compute<Scalar>;
-  static constexpr int D = Facts::head_dim, W = kWidth<T>, kVectors = kMaxVectors;
+  using Side = Operands<Facts>;
+  using Element = typename Side::Element;
+  template <int rows> using Keys = typename Side::template Memory<rows, true, true>;
+  template <int rows> using Values = typename Side::template Memory<rows, true, false>;
+  static constexpr int D = Facts::head_dim, W = kWidth<T>, kVectors = kMaxVectors, kDepth = Side::kDepth;
   static constexpr bool kKeysInLanes = false, kGuard = Facts::guard, kFill = Facts::fill, kOwnSegments = false;
   static constexpr int kRing = 0;
   static constexpr bool kKeeps = false, kWholeHeads = false;
-  static constexpr int kTiles = kTilesOf<3 * D * kLanes * (int)sizeof(T)>, kChunk = kChunkOf<2 * D * (int)sizeof(T)>;
+  static constexpr int kTiles = kTilesOf<(2 * kDepth + D) * kLanes * (int)sizeof(T)>;
+  static constexpr int kChunk = kChunkOf<Keys<1>::kRowBytes + Values<1>::kRowBytes>;
 
   struct State {
-    alignas(64) T query[D * kLanes], d_out[D * kLanes], sum[D * kLanes];  // [d][lane]
+    alignas(64) Element query[kDepth * kLanes], d_out[kDepth * kLanes];  // [d][lane]
+    alignas(64) T sum[D * kLanes];                                       // [d][lane]
     alignas(64) T base[kLanes], delta[kLanes];
   };
   struct Scratch {
     State tiles[kTiles];
-    alignas(64) T key[kChunk * D], value[kChunk * D], p[kBlockColumns * kLanes], ds[kBlockColumns * kLanes];
+    Keys<kChunk> key;
+    Values<kChunk> value;
+    alignas(64) T p[kBlockColumns * kLanes], ds[kBlockColumns * kLanes];
   };
 
   const Call& call;
   Scratch& memory;
   const bool first;
   int64_t batch, kv_head, q_head;
-  const T *key, *value;
+  Walked<Element> key, value;
 
   void start(int64_t batch_, int64_t kv_head_, int64_t q_head_) {
     batch = batch_, kv_head = kv_head_, q_head = q_head_;
   }
   int walked_heads() const { return 1; }
   bool in_place(int64_t step) const {
-    return step == 1 && is_packed<Scalar, D>(call.key) && is_packed<Scalar, D>(call.value);
+    return Side::in_place(call.key, step) && Side::in_place(call.value, step);
   }
 
   void begin(int tile, int head, const LaneRows& rows) {
     State& s = memory.tiles[tile];
     const int64_t h = q_head + head;
-    rows_to_lanes<Scalar, D>(at<Scalar>(call.query, batch, h), call.query.position, rows, (T)lane_factor<Facts>(call),
-                             s.query);
-    rows_to_lanes<Scalar, D>(at<Scalar>(call.d_out, batch, h), call.d_out.position, rows, (T)1, s.d_out);
+    Side::lanes(call.query, batch, h, rows, (T)lane_factor<Facts>(call), s.query);
+    Side::lanes(call.d_out, batch, h, rows, (T)1, s.d_out);
     for (int lane = 0; lane < kLanes; ++lane) {
       const int64_t row = rows.at[lane];
       s.base[lane] = row < 0 ? kInfinity<T> : base_of(at<T>(call.lse, batch, h)[row * call.lse.position]);
@@ -58,22 +65,22 @@ template <class Facts> struct DQuery {
   }
 
   void pack(int, int64_t from, int64_t step, int count, int, int) {
-    key = walked_rows<Scalar, D>(call.key, batch, kv_head, from, step, count, count, memory.key);
-    value = walked_rows<Scalar, D>(call.value, batch, kv_head, from, step, count, count, memory.value);
+    key = Side::bring(call.key, batch, kv_head, from, step, count, 0, count, memory.key);
+    value = Side::bring(call.value, batch, kv_head, from, step, count, 0, count, memory.value);
   }
 
   template <int NV, class M>
   __attribute__((noinline)) void block(int tile, int lane, int from, int n, int x, const M& mask) {
     State& s = memory.tiles[tile];
     T *const p = memory.p + lane, *const ds = memory.ds + lane;
-    Vec<T> unused[NV], base[NV], delta[NV];
-    scores<T, D, NV, false>(key + (int64_t)from * D, s.query + lane, n, p, unused);
-    scores<T, D, NV, false>(value + (int64_t)from * D, s.d_out + lane, n, ds, unused);
+    Vec<T> base[NV], delta[NV];
+    scores<T, kDepth, NV>(key.rows + (int64_t)from * kDepth, s.query + lane, n, p);
+    scores<T, kDepth, NV>(value.rows + (int64_t)from * kDepth, s.d_out + lane, n, ds);
     SPLAT_UNROLL
     for (int v = 0; v < NV; ++v) base[v] = load(s.base + lane + v * W), delta[v] = load(s.delta + lane + v * W);
     differentiate<Facts, NV, false>(
         call, n, x, lane, mask, p, ds, [&](int, int v) { return base[v]; }, [&](int, int v) { return delta[v]; });
-    accumulate<T, D, NV>(key + (int64_t)from * D, ds, n, s.sum + lane);
+    Side::template sum<NV>(key.sums + (int64_t)from * D, Side::template weights<NV>(ds, n), n, s.sum + lane);
   }
 
   void end(int tile, int head, const LaneRows& rows) {

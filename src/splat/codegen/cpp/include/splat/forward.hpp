@@ -1,5 +1,6 @@
 // Attention: out = softmax(scale * Q K^T) V over the pairs of the plan, and the rows' log-sum-exp.
 #pragma once
+#include "splat/operands.hpp"
 #include "splat/run.hpp"
 #ifdef SPLAT_AMX
 #include "splat/forward_amx.hpp"
@@ -11,27 +12,35 @@ namespace splat {
 template <class Facts> struct Forward {
   using Scalar = typename Facts::Scalar;
   using T = Compute<Scalar>;
-  static constexpr int D = Facts::head_dim, W = kWidth<T>, kVectors = kMaxVectors;
+  using Side = Operands<Facts>;
+  using Element = typename Side::Element;
+  template <int rows> using Keys = typename Side::template Memory<rows, true, false>;
+  template <int rows> using Values = typename Side::template Memory<rows, false, true>;
+  static constexpr int D = Facts::head_dim, W = kWidth<T>, kVectors = kMaxVectors, kDepth = Side::kDepth;
+  static constexpr int kRowBytes = Keys<1>::kRowBytes + Values<1>::kRowBytes;
   static constexpr bool kKeysInLanes = false, kGuard = Facts::guard, kFill = Facts::fill, kOwnSegments = false;
   static constexpr bool kKeeps = false, kWholeHeads = false;
-  static constexpr int kTiles = kTilesOf<2 * D * kLanes * (int)sizeof(T)>, kChunk = kChunkOf<2 * D * (int)sizeof(T)>;
-  static constexpr int kRing = kRingOf<2 * D * (int)sizeof(T)>;
+  static constexpr int kTiles = kTilesOf<(kDepth + D) * kLanes * (int)sizeof(T)>, kChunk = kChunkOf<kRowBytes>;
+  static constexpr int kRing = kRingOf<kRowBytes>;
   static constexpr Array Call::*kInLanes[] = {&Call::query}, Call::*kWalked[] = {&Call::key, &Call::value};
 
   struct State {
-    alignas(64) T query[D * kLanes], sum[D * kLanes];  // [d][lane]; `sum` is not divided by `total` yet
+    alignas(64) Element query[kDepth * kLanes];        // [d][lane]
+    alignas(64) T sum[D * kLanes];                     // [d][lane], not divided by `total` yet
     alignas(64) T most[kLanes], total[kLanes];         // base 2
   };
   struct Scratch {
     State tiles[kTiles];
-    alignas(64) T key[kRing * D], value[kRing * D], p[kBlockColumns * kLanes];
+    Keys<kRing> key;
+    Values<kRing> value;
+    alignas(64) T p[kBlockColumns * kLanes];
   };
 
   const Call& call;
   Scratch& memory;
   const bool first;  // of the passes
   int64_t batch, kv_head, q_head;
-  const T *key, *value;  // [walked rows][D]
+  const Element *key, *value;  // of walked rows, for scores and for sums
   Ahead ahead;
 
   void start(int64_t batch_, int64_t kv_head_, int64_t q_head_) {
@@ -39,13 +48,12 @@ template <class Facts> struct Forward {
   }
   int walked_heads() const { return 1; }
   bool in_place(int64_t step) const {
-    return step == 1 && is_packed<Scalar, D>(call.key) && is_packed<Scalar, D>(call.value);
+    return Side::in_place(call.key, step) && Side::in_place(call.value, step);
   }
 
   void begin(int tile, int head, const LaneRows& rows) {
     State& s = memory.tiles[tile];
-    rows_to_lanes<Scalar, D>(at<Scalar>(call.query, batch, q_head + head), call.query.position, rows,
-                             (T)lane_factor<Facts>(call), s.query);
+    Side::lanes(call.query, batch, q_head + head, rows, (T)lane_factor<Facts>(call), s.query);
     if (first) {
       memset(s.sum, 0, sizeof s.sum);
       for (int lane = 0; lane < kLanes; ++lane) s.most[lane] = -kInfinity<T>, s.total[lane] = 0;
@@ -60,8 +68,8 @@ template <class Facts> struct Forward {
   }
 
   void pack(int, int64_t from, int64_t step, int count, int place, int fresh) {
-    key = walked_rows<Scalar, D>(call.key, batch, kv_head, from, step, count, fresh, memory.key + place * D);
-    value = walked_rows<Scalar, D>(call.value, batch, kv_head, from, step, count, fresh, memory.value + place * D);
+    key = Side::bring(call.key, batch, kv_head, from, step, count, place, fresh, memory.key).rows;
+    value = Side::bring(call.value, batch, kv_head, from, step, count, place, fresh, memory.value).sums;
   }
 
   template <int NV, class M>
@@ -73,7 +81,12 @@ template <class Facts> struct Forward {
     SPLAT_UNROLL
     for (int v = 0; v < NV; ++v) most[v] = splat_of(-kInfinity<T>);
     constexpr bool kPlain = !M::kSome && !Facts::soft_cap;
-    scores<T, D, NV, kPlain>(key + (int64_t)from * D, s.query + lane, n, p, most, [&]() SPLAT_INLINED {
+    const T factor = (T)lane_factor<Facts>(call);
+    auto made = [&](int v, Vec<T>& score) SPLAT_INLINED {
+      score = Side::scaled(score, factor);
+      if constexpr (kPlain) most[v] = larger<T>(most[v], score);
+    };
+    scores<T, kDepth, NV>(key + (int64_t)from * kDepth, s.query + lane, n, p, made, [&]() SPLAT_INLINED {
       for (int rows = 0; rows < kRowsAhead; ++rows) ahead.next<D * (int)sizeof(Scalar)>();
     });
     if constexpr (!kPlain)
@@ -101,19 +114,16 @@ template <class Facts> struct Forward {
       total[v] = load(at_total + v * W);
       base[v] = larger<T>(base[v], splat_of((T)-1e30));  // finite: a lane without any column yet has -infinity
     }
-    for (int k = 0; k < n; ++k) {
-      SPLAT_UNROLL
-      for (int v = 0; v < NV; ++v) {
-        const Vec<T> weight = exp2<T>(load(p + k * kLanes + v * W) - base[v]);
-        total[v] += weight;
-        store(p + k * kLanes + v * W, weight);
-      }
-    }
+    const Element* const weights = Side::template weights<NV>(p, n, [&](int k, int v) SPLAT_INLINED {
+      const Vec<T> weight = exp2<T, kPaired<Facts>>(load(p + k * kLanes + v * W) - base[v]);
+      total[v] += weight;
+      return weight;
+    });
     SPLAT_UNROLL
     for (int v = 0; v < NV; ++v) store(at_total + v * W, total[v]);
-    const T* const rows = value + (int64_t)from * D;
-    if (M::kSome && n == kGroup) accumulate<T, D, NV, kGroup>(rows, p, n, sum);  // edges of bands
-    else accumulate<T, D, NV>(rows, p, n, sum);
+    const Element* const rows = value + (int64_t)from * D;
+    if (M::kSome && n == kGroup) Side::template sum<NV, kGroup>(rows, weights, n, sum);  // edges of bands
+    else Side::template sum<NV>(rows, weights, n, sum);
   }
 
   void end(int tile, int head, const LaneRows& rows) {

@@ -1,5 +1,6 @@
 // What the kernels of the gradients share: from scores and dO V^T to probabilities and the derivative of scores.
 #pragma once
+#include "splat/operands.hpp"
 #include "splat/run.hpp"
 
 namespace splat {
@@ -30,17 +31,18 @@ template <class Facts, int NV, bool kKeep, class T, class M, class Base, class D
 SPLAT_INLINE void differentiate(const Call& call, int n, int x, int lane, const M& mask, T* p, T* ds, Base&& base,
                                 Delta&& delta) {
   constexpr int W = kWidth<T>;
+  const T factor = (T)lane_factor<Facts>(call);
   for (int k = 0; k < n; ++k) {
     SPLAT_UNROLL
     for (int v = 0; v < NV; ++v) {
       const int at = k * kLanes + v * W;
-      Vec<T> score = load(p + at), slope = load(ds + at) - delta(k, v);
+      Vec<T> score = Operands<Facts>::scaled(load(p + at), factor), slope = load(ds + at) - delta(k, v);
       if constexpr (Facts::soft_cap) {
         const Vec<T> t = tanh<T>(score);
         score = t * (T)(call.soft_cap * kLog2e<double>);
         slope *= (T)1 - t * t;
       }
-      Vec<T> weight = probability<T>(score - base(k, v));
+      Vec<T> weight = probability<T, kPaired<Facts>>(score - base(k, v));
       slope *= weight;
       if constexpr (M::kSome) {
         const Vec<Int<T>> keep = mask.keep(x + k, lane + v * W);

@@ -28,13 +28,21 @@ constexpr int kRows = kRegisters == 32 ? (NV == 4 ? 6 : NV == 3 ? 8 : NV == 2 ? 
 template <class T> struct Strided {
   const T* data;
   int64_t row, step;
-  SPLAT_INLINE T operator()(int r, int k) const { return data[r * row + k * step]; }
+  SPLAT_INLINE const T& operator()(int r, int k) const { return data[r * row + k * step]; }
 };
 
-/// C[r][lane] (+)= sum_k a(r, k) * b[k][lane], in R rows and NV vectors; see(v, sum) is told of each. kN: what n always
+template <class T> SPLAT_INLINE void multiply_add(Vec<T>& sum, T x, Vec<T> lane) { sum += x * lane; }
+#ifdef SPLAT_PAIRS
+/// Two bfloat16 each: both products are added, in float.
+SPLAT_INLINE void multiply_add(Vec<float>& sum, const uint32_t& x, Vec<uint32_t> lane) {
+  asm("vdpbf16ps %2%{1to16%}, %1, %0" : "+v"(sum) : "v"(lane), "m"(x));
+}
+#endif
+
+/// C[r][lane] (+)= sum_k a(r, k) * b[k][lane], in R rows and NV vectors; see(v, sum) may change each. kN: what n always
 /// is, so that the processor learns where this loop ends; 0: it varies.
-template <class T, int R, int NV, bool kAdd, int kN = 0, class A, class See>
-SPLAT_INLINE void product(const A& a, const T* b, int64_t b_row, int n, T* c, int64_t c_row, See&& see) {
+template <class T, int R, int NV, bool kAdd, int kN = 0, class A, class B, class See>
+SPLAT_INLINE void product(const A& a, const B* b, int64_t b_row, int n, T* c, int64_t c_row, See&& see) {
   constexpr int W = kWidth<T>;
   Vec<T> sum[R][NV];
   SPLAT_UNROLL
@@ -45,27 +53,27 @@ SPLAT_INLINE void product(const A& a, const T* b, int64_t b_row, int n, T* c, in
   if (kN > 0) n = kN;
   SPLAT_UNROLL2
   for (int k = 0; k < n; ++k) {
-    Vec<T> lane[NV];
+    Vec<B> lane[NV];
     SPLAT_UNROLL
     for (int v = 0; v < NV; ++v) lane[v] = load(b + k * b_row + v * W);
     SPLAT_UNROLL
     for (int r = 0; r < R; ++r) {
-      const T x = a(r, k);
+      const B& x = a(r, k);
       SPLAT_UNROLL
-      for (int v = 0; v < NV; ++v) sum[r][v] += x * lane[v];
+      for (int v = 0; v < NV; ++v) multiply_add(sum[r][v], x, lane[v]);
     }
   }
   SPLAT_UNROLL
   for (int r = 0; r < R; ++r) {
     SPLAT_UNROLL
     for (int v = 0; v < NV; ++v) {
-      store(c + r * c_row + v * W, sum[r][v]);
       see(v, sum[r][v]);
+      store(c + r * c_row + v * W, sum[r][v]);
     }
   }
 }
-template <class T, int R, int NV, bool kAdd, int kN = 0, class A>
-SPLAT_INLINE void product(const A& a, const T* b, int64_t b_row, int n, T* c, int64_t c_row) {
+template <class T, int R, int NV, bool kAdd, int kN = 0, class A, class B>
+SPLAT_INLINE void product(const A& a, const B* b, int64_t b_row, int n, T* c, int64_t c_row) {
   product<T, R, NV, kAdd, kN>(a, b, b_row, n, c, c_row, [](int, Vec<T>) SPLAT_INLINED {});
 }
 
@@ -78,31 +86,29 @@ template <int R, class Body> SPLAT_INLINE void in_rows(int n, Body&& body) {
   for (; r < n; ++r) body(Constant<1>{}, r);
 }
 
-/// `most` becomes the largest score of each lane where `kMax`; between() is called before each few rows.
-template <class T, int D, int NV, bool kMax, class Between>
-SPLAT_INLINE void scores(const T* walked, const T* lanes, int n, T* out, Vec<T> (&most)[NV], Between&& between) {
+/// Rows of D elements each; made(v, score) may change each vector of scores; between() is called before each few rows.
+template <class T, int D, int NV, class B, class Made, class Between>
+SPLAT_INLINE void scores(const B* walked, const B* lanes, int n, T* out, Made&& made, Between&& between) {
   in_rows<kRows<NV>>(n, [&](auto rows, int r) SPLAT_INLINED {
     between();
-    product<T, rows, NV, false>(Strided<T>{walked + r * D, D, 1}, lanes, kLanes, D, out + r * kLanes, kLanes,
-                                [&](int v, Vec<T> sum) SPLAT_INLINED {
-                                  if constexpr (kMax) most[v] = larger<T>(most[v], sum);
-                                });
+    product<T, rows, NV, false>(Strided<B>{walked + r * D, D, 1}, lanes, kLanes, D, out + r * kLanes, kLanes, made);
   });
 }
 
-template <class T, int D, int NV, bool kMax>
-SPLAT_INLINE void scores(const T* walked, const T* lanes, int n, T* out, Vec<T> (&most)[NV]) {
-  scores<T, D, NV, kMax>(walked, lanes, n, out, most, []() SPLAT_INLINED {});
+template <class T, int D, int NV, class B>
+SPLAT_INLINE void scores(const B* walked, const B* lanes, int n, T* out) {
+  scores<T, D, NV>(walked, lanes, n, out, [](int, Vec<T>&) SPLAT_INLINED {}, []() SPLAT_INLINED {});
 }
 
-template <class T, int D, int NV, int kN = 0>
-SPLAT_INLINE void accumulate(const T* walked, const T* p, int n, T* out) {
+/// D columns; `step` elements from one walked row to the next.
+template <class T, int D, int NV, int kN = 0, class B>
+SPLAT_INLINE void accumulate(const B* walked, int64_t step, const B* p, int n, T* out) {
   constexpr int R = kRows<NV>, rest = D % R;
   int d = 0;
   for (; d + R <= D; d += R)
-    product<T, R, NV, true, kN>(Strided<T>{walked + d, 1, D}, p, kLanes, n, out + d * kLanes, kLanes);
+    product<T, R, NV, true, kN>(Strided<B>{walked + d, 1, step}, p, kLanes, n, out + d * kLanes, kLanes);
   if constexpr (rest > 0)
-    product<T, rest, NV, true, kN>(Strided<T>{walked + d, 1, D}, p, kLanes, n, out + d * kLanes, kLanes);
+    product<T, rest, NV, true, kN>(Strided<B>{walked + d, 1, step}, p, kLanes, n, out + d * kLanes, kLanes);
 }
 
 /// D is a multiple of the vectors' width.

@@ -346,7 +346,7 @@ Grid make_grid(const Call& call, const int32_t* groups, int64_t num_groups, int 
 }
 
 /// Where unit `index` of all heads lies. Those of a head follow each other; where heads are interleaved, and so lie in
-/// the same pages, 16 units of a head are followed by the same 16 of the next one.
+/// the same pages, which hold up the products, 16 units of a head are followed by the same 16 of the next one.
 struct HeadUnit {
   int64_t head, unit;
 };
@@ -378,7 +378,7 @@ void run_pass(const Call& call, Pool& pool, const int32_t* const*& tables, const
   const int64_t all = Kernel::kWholeHeads ? heads : heads * units;
   // Neighbouring row tiles have walked rows in common: a thread takes some one after the other.
   const int64_t least = grid.by_tile ? within(1, (int)(all / (16 * pool.num_threads)), 4) : 0;
-  const bool interleaved = grid.by_tile && call.key.head < call.key.position;
+  const bool interleaved = kPagesHoldUp && grid.by_tile && call.key.head < call.key.position;
   parallel_runs(pool, all, least, [&](int64_t from, int64_t to) {
     auto* memory = (typename Kernel::Scratch*)scratch(sizeof(typename Kernel::Scratch));
     Runner<Kernel, PassType> runner{call, grid, groups, bounds, map, Kernel{call, *memory, first}};

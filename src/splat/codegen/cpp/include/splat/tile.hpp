@@ -35,14 +35,22 @@ struct Ring {
   }
 };
 
+/// Whether finding the page of a row that was asked for holds up what is computed meanwhile. Not on AMD's processors.
+#ifdef SPLAT_ZEN
+constexpr bool kPagesHoldUp = false;
+#else
+constexpr bool kPagesHoldUp = true;
+#endif
+
 /// Rows that will be needed soon, asked for one at a time, so that they come while something else is computed.
 class Ahead {
  public:
   void clear() { count_ = done_ = 0; }
-  /// `count` rows, `step` bytes apart. Rows in pages of their own are not asked for: finding the page holds up the
-  /// products as long as waiting for the row would.
+  /// `count` rows, `step` bytes apart. Where `kPagesHoldUp`, rows in pages of their own are not asked for: that would
+  /// take as long as waiting for them.
   void add(const void* first, int64_t step, int64_t count) {
-    if (count > 0 && step <= kNear && count_ < kMost) ranges_[count_++] = {(const char*)first, step, (int32_t)count};
+    if (count > 0 && (step <= kNear || !kPagesHoldUp) && count_ < kMost)
+      ranges_[count_++] = {(const char*)first, step, (int32_t)count};
   }
   /// Rows `from + step * n` of an array's head.
   template <class Scalar>

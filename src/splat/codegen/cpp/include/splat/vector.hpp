@@ -14,10 +14,17 @@
 
 namespace splat {
 
+#if defined(__znver2__) || defined(__znver3__) || defined(__znver4__) || defined(__znver5__) || defined(__znver6__)
+#define SPLAT_ZEN 1  // AMD's processors; compilers may know them by an older one's name
+#endif
+
 #if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512DQ__) && defined(__AVX512VL__)
 #define SPLAT_AVX512 1
 #if defined(__AVX512BF16__) && defined(__AMX_BF16__)
 #define SPLAT_AMX 1
+#endif
+#if defined(__AVX512BF16__) && !defined(SPLAT_AMX) && defined(SPLAT_ZEN) && !defined(SPLAT_PAIRS)
+#define SPLAT_PAIRS 1  // products of bfloat16 pairs have twice the rate of float's; on Intel's processors half of it
 #endif
 constexpr int kVectorBytes = 64, kRegisters = 32;
 #elif defined(__AVX2__)
@@ -280,6 +287,11 @@ template <class Scalar> SPLAT_INLINE void store_as(Scalar* to, Vec<Compute<Scala
     for (int n = 0; n < kWidth<float>; ++n) to[n] = from_compute<Scalar>(v[n]);
 #endif
   }
+}
+
+/// Two numbers of each lane, rounded: the first in the lower half.
+SPLAT_INLINE Vec<uint32_t> paired(Vec<float> first, Vec<float> second) {
+  return ((bits_as<Vec<uint32_t>>(first) + 0x8000u) >> 16) | ((bits_as<Vec<uint32_t>>(second) + 0x8000u) & 0xffff0000u);
 }
 
 // -- transposition ---------------------------------------------------------------------------------------------------
