@@ -345,17 +345,15 @@ Grid make_grid(const Call& call, const int32_t* groups, int64_t num_groups, int 
   return grid;
 }
 
-/// Where unit `index` of all heads lies. Those of a head follow each other; where heads are interleaved, and so lie in
-/// the same pages, which hold up the products, 16 units of a head are followed by the same 16 of the next one.
+/// Where unit `index` of all heads lies: `together` units of a head are followed by the same ones of the next head.
 struct HeadUnit {
   int64_t head, unit;
 };
-inline HeadUnit head_unit(int64_t index, int64_t units, int64_t heads, bool interleaved) {
-  constexpr int64_t kTogether = 16;
+inline HeadUnit head_unit(int64_t index, int64_t units, int64_t heads, int64_t together) {
   const int64_t batch = index / (heads * units), here = index % (heads * units);
-  const int64_t whole = interleaved ? units / kTogether * kTogether : 0;
+  const int64_t whole = units / together * together;
   const bool is_whole = here < whole * heads;
-  const int64_t size = is_whole ? kTogether : units - whole, first = is_whole ? here / (size * heads) * size : whole;
+  const int64_t size = is_whole ? together : units - whole, first = is_whole ? here / (size * heads) * size : whole;
   const int64_t of_block = here - first * heads;
   return {batch * heads + of_block / size, first + of_block % size};
 }
@@ -378,7 +376,11 @@ void run_pass(const Call& call, Pool& pool, const int32_t* const*& tables, const
   const int64_t all = Kernel::kWholeHeads ? heads : heads * units;
   // Neighbouring row tiles have walked rows in common: a thread takes some one after the other.
   const int64_t least = grid.by_tile ? within(1, (int)(all / (16 * pool.num_threads)), 4) : 0;
-  const bool interleaved = kPagesHoldUp && grid.by_tile && call.key.head < call.key.position;
+  // Heads that are interleaved lie in the same pages: the next head comes when units have nothing more in common, and
+  // where `kPagesHoldUp` after some.
+  const bool interleaved = grid.by_tile && call.key.head < call.key.position;
+  const int64_t common = PassType::kStep > 1 ? grid.units_of_residue : units;
+  const int64_t together = !interleaved ? units : kPagesHoldUp && common > 16 ? 16 : common;
   parallel_runs(pool, all, least, [&](int64_t from, int64_t to) {
     auto* memory = (typename Kernel::Scratch*)scratch(sizeof(typename Kernel::Scratch));
     Runner<Kernel, PassType> runner{call, grid, groups, bounds, map, Kernel{call, *memory, first}};
@@ -389,7 +391,7 @@ void run_pass(const Call& call, Pool& pool, const int32_t* const*& tables, const
         for (int64_t unit = 0; unit < units; ++unit) runner.unit(head, unit);
         runner.kernel.close();
       } else {
-        const HeadUnit at = head_unit(index, units, call.num_kv_heads, interleaved);
+        const HeadUnit at = head_unit(index, units, call.num_kv_heads, together);
         runner.unit(at.head, at.unit);
       }
     }
