@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import platform
 import subprocess
 import sys
 import tempfile
@@ -17,6 +18,7 @@ import splat
 from splat.cli import app, demo, doctor
 from splat.cli import cache as cache_command
 from splat.codegen import cache
+from splat.codegen.cpp import compiler
 from splat.planning import Plan
 
 PNG = b"\x89PNG\r\n\x1a\n"
@@ -290,6 +292,24 @@ def test_doctor_tries_the_compiler(run, cache_dir: Path, monkeypatch: pytest.Mon
     assert not cache_dir.exists()
     monkeypatch.setattr(tempfile, "tempdir", "/no/such/folder")
     assert doctor.cpp()["not tried"].startswith("no temporary files: No such file or directory; set TMPDIR to a")
+
+
+def test_doctor_on_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
+    if compiler.missing():
+        pytest.skip(f"nothing can be compiled here: {compiler.missing()}")
+    found = compiler.find()
+    assert compiler.bfloat16_by(found) in doctor.BFLOAT16_BY
+    assert doctor.cpp()["bfloat16"] in doctor.BFLOAT16_BY.values()
+    monkeypatch.setattr(compiler, "bfloat16_by", lambda found: "matrix tiles")
+    monkeypatch.setattr(doctor, "probe_amx", lambda: "refused (Invalid argument)")
+    assert doctor.cpp()["bfloat16"] == doctor.BFLOAT16_BY["float32"]
+    monkeypatch.undo()
+    for flags, by in (("-march=x86-64-v4", "float32"), ("-march=sapphirerapids", "matrix tiles"),
+                      ("-march=znver3 -mavx512bf16 -mavx512bw -mavx512dq -mavx512vl", "pairs"),
+                      ("-march=cooperlake", "float32"), ("-march=nonsense", "")):  # fmt: skip
+        monkeypatch.setenv("SPLAT_CXXFLAGS", flags)
+        if platform.machine() == "x86_64":
+            assert compiler.bfloat16_by(found) == by, flags
 
 
 def test_doctor_asks_for_amx(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -38,6 +38,12 @@ FEATURES = (
     "sse4_2", "avx", "avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512_bf16", "avx512_fp16", "avx_vnni",
     "amx_tile", "amx_bf16", "amx_int8", "neon", "asimd", "asimdhp", "bf16", "sve", "sve2", "sme",
 )  # fmt: skip
+#: How kernels multiply bfloat16.
+BFLOAT16_BY = {
+    "matrix tiles": "on matrix tiles (AMX)",
+    "pairs": "in pairs (AVX512-BF16)",
+    "float32": "as float32: this processor has nothing faster that the kernels know",
+}
 OPTIONAL = {
     "torch": "PyTorch front end, benchmarks' peers",
     "triton": "GPU kernels",
@@ -171,6 +177,9 @@ def cpp() -> dict[str, str]:
         rows["flags"] = shlex.join(compiler.flags(found))
         if problem := compiler.trial(found):
             rows["problem"] = problem
+        elif by := compiler.bfloat16_by(found):
+            refused = by == "matrix tiles" and probe_amx() != "granted"
+            rows["bfloat16"] = BFLOAT16_BY["float32" if refused else by]
     except SplatError as error:
         rows["compiler"] = str(error)
     except OSError as error:

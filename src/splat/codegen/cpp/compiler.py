@@ -177,6 +177,17 @@ def _native(compiler: Compiler, given: list[str]) -> list[str]:
     return [flag for flag in wanted if (compiler.identity, flag) not in _refused][:1]
 
 
+def bfloat16_by(compiler: Compiler) -> str:
+    """What makes bfloat16 products with `flags`: "matrix tiles", "pairs" or "float32"; "" where it cannot be told."""
+    command = [*compiler.command, *flags(compiler), f"-I{INCLUDE}", "-x", "c++", "-E", "-dM", "-"]
+    with contextlib.suppress(OSError, subprocess.SubprocessError):
+        text = b'#include "splat/vector.hpp"\n'
+        done = subprocess.run(command, input=text, capture_output=True, timeout=60, check=True, env=_environment())
+        macros = {line.split()[1] for line in done.stdout.splitlines() if line.startswith(b"#define SPLAT_")}
+        return "matrix tiles" if b"SPLAT_AMX" in macros else "pairs" if b"SPLAT_PAIRS" in macros else "float32"
+    return ""
+
+
 def include_folders() -> list[Path]:
     """Ours, and that of XLA's FFI where jaxlib is installed; jaxlib is not imported."""
     folders = [INCLUDE]
