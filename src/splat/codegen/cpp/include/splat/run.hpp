@@ -225,12 +225,14 @@ template <class Kernel, class PassType> struct Runner {
         segments<WalkType::kFull, WalkType::kEdges>(
             spans, from, to, [&](int x, int end, int group, int count, bool masked) {
               const int index = t * heads + h, lane = group * kGroup, lanes = count * kGroup;
-              if (!masked) {
-                if constexpr (WalkType::kFull || !WalkType::kEdges) blocks(index, lane, lanes, from, x, end, NoMask());
+              // Without a mask, but not all lanes: so rare where there are edges that they are no code of their own.
+              if (!WalkType::kEdges || (!masked && lanes == kGroupsOfTile * kGroup)) {
+                if constexpr (WalkType::kFull || !WalkType::kEdges)
+                  blocks<WalkType::kEdges>(index, lane, lanes, from, x, end, NoMask());
               } else if constexpr (WalkType::kEdges) {
                 if (!gathered) mask.gather(bounds, grid.num_rows, rows[t], n), gathered = true;
                 if constexpr (Kernel::kGuard) kept_blocks(index, lane, lanes, from, x, end, mask);
-                else blocks(index, lane, lanes, from, x, end, mask);
+                else blocks<false>(index, lane, lanes, from, x, end, mask);
               }
             });
     }
@@ -248,32 +250,34 @@ template <class Kernel, class PassType> struct Runner {
       while (x < end && !kept(x)) ++x;
       int next = x;
       while (next < end && kept(next)) ++next;
-      if (x < next) blocks(index, lane, lanes, from, x, next, mask);
+      if (x < next) blocks<false>(index, lane, lanes, from, x, next, mask);
       x = next;
     }
   }
 
-  template <class M>
+  /// `kWhole`: these are all lanes that a row tile may have.
+  template <bool kWhole, class M>
   SPLAT_INLINE void blocks(int index, int lane, int lanes, int from, int x, int end, const M& mask) {
+    constexpr int kAll = kGroupsOfTile * kGroup / kWidth<T>, kMost = kAll < Kernel::kVectors ? kAll : Kernel::kVectors;
     for (int done = 0; done < lanes;) {
       const int vectors = (lanes - done) / kWidth<T>;
-      const int taken = vectors < Kernel::kVectors ? vectors : Kernel::kVectors;
-      with_vectors<Kernel::kVectors>(taken, index, lane + done, from, x, end, mask);
+      const int taken = vectors < kMost ? vectors : kMost;
+      with_vectors<kMost, kWhole>(taken, index, lane + done, from, x, end, mask);
       done += taken * kWidth<T>;
     }
   }
 
-  template <int NV, class M>
+  template <int NV, bool kWhole, class M>
   SPLAT_INLINE void with_vectors(int vectors, int index, int lane, int from, int x, int end, const M& mask) {
     constexpr int kOfGroup = kGroup / kWidth<T> > 0 ? kGroup / kWidth<T> : 1;
     if constexpr (NV > 0) {
-      if (NV == vectors && (NV % kOfGroup == 0 || NV == Kernel::kVectors)) {
+      if (kWhole || (NV == vectors && (NV % kOfGroup == 0 || NV == Kernel::kVectors))) {
         const int length = end - x, parts = (length + kBlock<NV> - 1) / kBlock<NV>;
         const int even = (length + parts - 1) / parts, size = (even + kRows<NV> - 1) / kRows<NV> * kRows<NV>;
         for (; x < end; x += size)
           kernel.template block<NV>(index, lane, x - from, x + size < end ? size : end - x, x, mask);
-      } else {
-        with_vectors<NV - 1>(vectors, index, lane, from, x, end, mask);
+      } else if constexpr (!kWhole) {
+        with_vectors<NV - 1, false>(vectors, index, lane, from, x, end, mask);
       }
     }
   }
