@@ -33,7 +33,7 @@ template <class Facts, bool = kPaired<Facts>> struct Operands {
 
   static bool in_place(const Array& array, int64_t step) { return step == 1 && is_packed<Scalar, D>(array); }
 
-  /// lanes[d][lane] of an array's head; its scores are to be multiplied by `factor`.
+  /// lanes[d][lane] of an array's head. `factor` is multiplied into them here, or by `scaled` into their scores.
   static SPLAT_INLINE void lanes(const Array& array, int64_t batch, int64_t head, const LaneRows& rows, T factor,
                                  T* to) {
     rows_to_lanes<Scalar, D>(at<Scalar>(array, batch, head), array.position, rows, factor, to);
