@@ -97,18 +97,12 @@ template <int Dp> SPLAT_INLINE void rows_to_columns(Rows rows, char* tiles) {
 /// B tiles of 32 rows, [Dp / 16]: element [r][2 d], [r][2 d + 1] is that of rows r and 16 + r. Returns whether all
 /// of them are finite.
 template <int Dp> SPLAT_INLINE bool pair_rows(Rows rows, char* tiles) {
-  typedef uint16_t Half __attribute__((vector_size(32)));
   typedef uint16_t Halves __attribute__((vector_size(64)));
   Halves largest = {};  // magnitude
   for (int r = 0; r < 16; ++r)
     SPLAT_UNROLL
     for (int d = 0; d < Dp; d += 16) {
-      Half a, b;
-      memcpy(&a, rows.at + r * rows.step + d, sizeof a);
-      memcpy(&b, rows.at + (16 + r) * rows.step + d, sizeof b);
-      const Vec<uint32_t> low = __builtin_convertvector(a, Vec<uint32_t>);
-      const Vec<uint32_t> high = __builtin_convertvector(b, Vec<uint32_t>) << 16;
-      const Vec<uint32_t> pair = low | high;
+      const Vec<uint32_t> pair = paired(rows.at + r * rows.step + d, rows.at + (16 + r) * rows.step + d);
       const Halves magnitude = bits_as<Halves>(pair) & 0x7fff;
       largest = largest > magnitude ? largest : magnitude;
       memcpy(tiles + d / 16 * kTileBytes + r * 64, &pair, sizeof pair);

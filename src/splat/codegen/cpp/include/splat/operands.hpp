@@ -122,12 +122,13 @@ template <class Facts> struct Operands<Facts, true> {
       uint32_t* to = memory.sums + (place + missing) * D;
       if (place + missing > 0 && fresh > 0) {  // what is there may be of another chunk, which never reads this half
         uint32_t* const before = to - D;
-        for (int d = 0; d < whole; d += W) store(before + d, (load(before + d) & 0xffff) | halves(from + d) << 16);
+        for (int d = 0; d < whole; d += W)
+          store(before + d, (load(before + d) & 0xffff) | lower_halves(from + d) << 16);
         for (int d = whole; d < D; ++d) before[d] = (before[d] & 0xffff) | (uint32_t)from[d].bits << 16;
       }
       for (int n = 0; n < fresh; ++n, to += D) {
         const bfloat16 *const row = from + n * next, *const other = n + 1 < fresh ? row + next : none;
-        for (int d = 0; d < whole; d += W) store(to + d, halves(row + d) | halves(other + d) << 16);
+        for (int d = 0; d < whole; d += W) store(to + d, paired(row + d, other + d));
         for (int d = whole; d < D; ++d) to[d] = row[d].bits | (uint32_t)other[d].bits << 16;
       }
     }
@@ -162,12 +163,6 @@ template <class Facts> struct Operands<Facts, true> {
 
   static SPLAT_INLINE uint32_t row_pair(const bfloat16* row, int d) {
     return row[2 * d].bits | (2 * d + 1 < D ? (uint32_t)row[2 * d + 1].bits << 16 : 0);
-  }
-  static SPLAT_INLINE Vec<uint32_t> halves(const bfloat16* from) {
-    typedef uint16_t Half __attribute__((vector_size(32)));
-    Half half;
-    memcpy(&half, from, sizeof half);
-    return __builtin_convertvector(half, Vec<uint32_t>);
   }
   /// What the last row adds, without the next one.
   template <int NV>

@@ -239,16 +239,21 @@ template <class Scalar> SPLAT_INLINE Scalar from_compute(Compute<Scalar> x) {
 
 template <class To, class From> SPLAT_INLINE auto converted(From v) { return __builtin_convertvector(v, To); }
 
+/// kWidth numbers, each in the lower half of its lane.
+SPLAT_INLINE Vec<uint32_t> lower_halves(const bfloat16* from) {
+  typedef uint16_t Half __attribute__((vector_size(kVectorBytes / 2)));
+  Half half;
+  memcpy(&half, from, sizeof half);
+  return __builtin_convertvector(half, Vec<uint32_t>);
+}
+
 /// kWidth elements in the compute type.
 template <class Scalar> SPLAT_INLINE Vec<Compute<Scalar>> load_as(const Scalar* from) {
   using T = Compute<Scalar>;
   if constexpr (sizeof(Scalar) >= 4) {
     return load<T>(from);
   } else if constexpr (__is_same(Scalar, bfloat16)) {
-    typedef uint16_t Half __attribute__((vector_size(kVectorBytes / 2)));
-    Half half;
-    memcpy(&half, from, sizeof half);
-    return bits_as<Vec<T>>(__builtin_convertvector(half, Vec<uint32_t>) << 16);
+    return bits_as<Vec<T>>(lower_halves(from) << 16);
   } else {
 #ifdef SPLAT_AVX512
     Vec<T> v;
@@ -289,6 +294,10 @@ template <class Scalar> SPLAT_INLINE void store_as(Scalar* to, Vec<Compute<Scala
   }
 }
 
+/// kWidth numbers of either, side by side: the first in the lower half.
+SPLAT_INLINE Vec<uint32_t> paired(const bfloat16* first, const bfloat16* second) {
+  return lower_halves(first) | lower_halves(second) << 16;
+}
 /// Two numbers of each lane, rounded: the first in the lower half.
 SPLAT_INLINE Vec<uint32_t> paired(Vec<float> first, Vec<float> second) {
   return ((bits_as<Vec<uint32_t>>(first) + 0x8000u) >> 16) | ((bits_as<Vec<uint32_t>>(second) + 0x8000u) & 0xffff0000u);
