@@ -652,37 +652,6 @@ class AttentionSuite:
         found = jax.grad(lambda q: read.call(q, k, v).sum())(q)
         np.testing.assert_allclose(found, jax.grad(lambda q: run(q, k, v).sum())(q), atol=1e-5)
 
-    def test_shard_map(self) -> None:
-        """Over the batch and over heads, on two devices: no communication, the same numbers; forward and backward."""
-        printed = in_subprocess(
-            f"""
-            import jax, jax.numpy as jnp, numpy as np, splat
-            from jax.sharding import PartitionSpec as P
-
-            assert jax.device_count() == 2
-            rng = np.random.default_rng(0)
-            q, k, v = (jnp.asarray(rng.standard_normal((2, 24, n, 8)), jnp.float32) for n in (4, 2, 2))
-            for pattern in (splat.causal() & splat.window(5) | splat.sink(1), splat.window(2) - splat.window(2)):
-                attend = lambda q, k, v: splat.attention(q, k, v, pattern, implementation={self.implementation!r})
-                loss = lambda q, k, v: (attend(q, k, v) ** 2).sum()
-                for spec in (P("x"), P(None, None, "x")):
-                    mesh = jax.make_mesh((2,), ("x",), axis_types=(jax.sharding.AxisType.Explicit,))
-                    with jax.set_mesh(mesh):
-                        sharded = jax.shard_map(attend, in_specs=(spec,) * 3, out_specs=spec)
-                        args = [jax.device_put(x, jax.NamedSharding(mesh, spec)) for x in (q, k, v)]
-                        out = jax.jit(sharded)(*args)
-                        grads = jax.jit(jax.grad(lambda *x: (sharded(*x) ** 2).sum(), (0, 1, 2)))(*args)
-                        text = jax.jit(sharded).lower(*args).compile().as_text()
-                    assert not any(name in text for name in ("all-reduce", "all-gather", "all-to-all"))
-                    np.testing.assert_allclose(out, attend(q, k, v), atol=1e-6)
-                    for a, b in zip(grads, jax.grad(loss, (0, 1, 2))(q, k, v)):
-                        np.testing.assert_allclose(a, b, atol=1e-5)
-                    print(spec)
-            """,
-            XLA_FLAGS="--xla_force_host_platform_device_count=2",
-        )
-        assert len(printed.splitlines()) == 4
-
     # -- memory --------------------------------------------------------------------------------------------------------
 
     @pytest.mark.parametrize("text", ["window(8) | strided(32) | global_tokens(3)", "causal()", "full()"])

@@ -19,6 +19,7 @@ import splat
 from splat.acsr import ACSR
 from splat.errors import UnsupportedError
 from splat.ops.values import without
+from tests.attention_suite import in_subprocess
 from tests.strategies import Case, cases
 
 Array = np.ndarray[Any, Any]
@@ -75,6 +76,8 @@ class ValuesSuite:
     #: Whether the paper's specialisations can be switched off, and rows of a matrix that shows it.
     switches: bool = True
     switched_rows: int = 250
+    #: Whether XLA can be told how to split it over devices.
+    splits: bool = True
 
     def sddmm(self, query: Any, key: Any, acsr: ACSR, layout: str = "rows") -> Any:
         return splat.sddmm(query, key, acsr, layout=layout, implementation=self.implementation)
@@ -258,3 +261,41 @@ class ValuesSuite:
         values = self.sddmm(q, k, acsr)
         assert values.shape == (3, 2, 11, acsr.width)
         np.testing.assert_allclose(values[2, 1], self.sddmm(q[2, 0], k[1], acsr), atol=1e-6)
+
+    @pytest.mark.parametrize("kind", ["Auto", "Explicit", "shard_map"])
+    def test_sharded(self, kind: str) -> None:
+        """Over all leading axes: the same numbers and gradients, and nothing is gathered.
+
+        Where XLA is not told how to split (mesh axes of type Auto), the numbers are all there is to see. Keys without
+        leading axes are on every device; of type Explicit, where JAX would gather their gradient, there are none.
+        """
+        printed = in_subprocess(
+            f"""
+            import re, jax, jax.numpy as jnp, numpy as np, splat
+            from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
+
+            rng = np.random.default_rng(0)
+            acsr = splat.build(splat.causal() & splat.window(3) | splat.sink(1), 9)
+            spec, keys = P("data", "model"), {kind != "Explicit"}
+            shapes, specs = ((2, 2, 9, 4), (9, 4) if keys else (2, 2, 9, 4)), (spec, P() if keys else spec, spec)
+            arrays = [jnp.asarray(rng.standard_normal(shape), jnp.float32) for shape in (*shapes, shapes[0])]
+
+            def run(q, k, v):
+                weights = splat.softmax(splat.sddmm(q, k, acsr, implementation=name), acsr, implementation=name)
+                return splat.spmm(weights, acsr, v, implementation=name)
+
+            name, kind = {self.implementation!r}, getattr(AxisType, {kind!r}, AxisType.Auto)
+            mesh = jax.make_mesh((2, 2), ("data", "model"), axis_types=(kind, kind))
+            split = jax.shard_map(run, mesh=mesh, in_specs=specs, out_specs=spec) if {kind == "shard_map"} else run
+            gradients = lambda run: jax.grad(lambda *arrays: (run(*arrays) ** 2).sum(), (0, 1, 2))
+            given = [jax.device_put(x, NamedSharding(mesh, one)) for x, one in zip(arrays, specs)]
+            with jax.set_mesh(mesh):
+                compiled = jax.jit(gradients(split)).lower(*given).compile()
+            for a, b in zip(compiled(*given), gradients(run)(*arrays)):
+                np.testing.assert_allclose(a, b, atol=1e-5)
+            print("moved:", *set(re.findall(r"all-gather|all-to-all|collective-permute", compiled.as_text())))
+            """,
+            XLA_FLAGS="--xla_force_host_platform_device_count=4",
+        )
+        assert printed.startswith("moved:")
+        assert printed == "moved:\n" or (kind == "Auto" and not self.splits)

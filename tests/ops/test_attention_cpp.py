@@ -12,13 +12,14 @@ import splat
 from splat.codegen.cpp import bind_jax, compiler
 from splat.errors import UnsupportedError
 from tests.attention_suite import AttentionSuite, draw_inputs
+from tests.sharding_suite import ShardingSuite
 
 pytestmark = pytest.mark.skipif(
     compiler.missing() is not None, reason=f"nothing can be compiled here: {compiler.missing()}"
 )
 
 
-class TestCpp(AttentionSuite):
+class TestCpp(AttentionSuite, ShardingSuite):
     implementation = "cpp"
 
     def test_forward_over_reverse(self, rng: np.random.Generator) -> None:  # type: ignore[override]

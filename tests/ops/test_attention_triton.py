@@ -12,12 +12,14 @@ import pytest
 import splat
 from splat.errors import UnsupportedError
 from tests.attention_suite import AttentionSuite, draw_inputs
+from tests.sharding_suite import ShardingSuite
 
 pytest.importorskip("triton", reason="triton is not installed: the interpreted kernels are untested here")
 
 
-class TestTriton(AttentionSuite):
+class TestTriton(AttentionSuite, ShardingSuite):
     implementation = "triton"
+    splits = False  # interpreted kernels call back into Python, and XLA gathers for them
 
     # What the interpreter cannot show: a callback cannot be exported, and 65,536 positions would take it an hour.
     # tests/codegen/triton/test_lowering.py exports; test_no_score_matrix holds here too.

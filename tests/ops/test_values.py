@@ -17,6 +17,7 @@ from tests.values_suite import ValuesSuite
 
 class TestXla(ValuesSuite):
     implementation = "xla"
+    splits = False
     switches = False
 
 
@@ -32,6 +33,7 @@ class TestTriton(ValuesSuite):
     """Interpreted."""
 
     implementation = "triton"
+    splits = False
     dtypes = ("float32", "bfloat16", "float16")
     leading = (2,)
     switched_rows = 100

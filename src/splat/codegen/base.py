@@ -88,6 +88,9 @@ class Implementation(Protocol):
 
     name: str
 
+    #: Whether it calls kernels, which XLA cannot look into, and so not split over devices by itself.
+    opaque: bool
+
     def refusal(self, request: Request) -> str | None:
         """Why this implementation cannot serve the request, as one sentence with the remedy; None if it can."""
         ...

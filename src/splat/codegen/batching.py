@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Hashable
+import math
+from collections.abc import Callable, Hashable, Sequence
+from functools import partial
 from typing import Any
 
 import jax
@@ -11,29 +13,33 @@ import jax.numpy as jnp
 from jax import lax
 from jax.custom_batching import custom_vmap
 
+from splat.codegen.partitioning import Axes, explicit, partitioned
+
 Array = Any
+Function = Callable[[Any, Any, Any], Any]
 
 
-def vmappable(function: Callable[[Any, Any, Any], Any]) -> Callable[[Any, Any, Any], Any]:
-    """Lets a function made of calls of kernels be mapped by `jax.vmap`, any number of times.
+def vmappable(axes: str) -> Callable[[Function], Function]:
+    """Lets a function made of calls of kernels be mapped by `jax.vmap`, any number of times, and split over devices.
 
-    Args:
-      function: (static, batched, shared) -> results. `static` is hashable. `batched` and `shared` are pytrees of arrays
-        (None is an empty one); each array of `batched` and each result has a leading axis B, the same for all. The
-        function takes B from the arrays, and uses no traced array but its arguments.
-
-    Returns:
-      the function, to be called as `function` is. Mapped over batched arrays, it folds the mapped axis into B: one
-      call for all; arrays of `batched` that are not mapped are repeated. Mapped over arrays of `shared` too, it
-      runs one after another.
+    The function: (static, batched, shared) -> results. `static` is hashable; `batched` is a tuple of arrays and None,
+    whose first axis is B; `shared` is a pytree of arrays. It uses no traced array but its arguments. What is made of it
+    is to be called alike. Mapped over batched arrays, it makes one call for all; arrays of `batched` that are not
+    mapped are repeated. Mapped over arrays of `shared` too, it runs one after another.
 
     Differentiation goes outside: use it in the forward and the backward function of a `jax.custom_vjp`.
-    """
 
+    Args:
+      axes: of the arrays of `batched` and of the results, as in "BTNH BSKH BSKH -> BTNH BTN": see `partitioning.Axes`.
+    """
+    return partial(_vmappable, Axes.parse(axes))
+
+
+def _vmappable(axes: Axes, function: Function) -> Function:
     @functools.lru_cache(maxsize=256)
     def bound(static: Hashable) -> Any:
         def run(batched: Any, shared: Any) -> Any:
-            return function(static, batched, shared)
+            return spread(partial(function, static), axes, batched, shared)
 
         call: Any = custom_vmap(run)
 
@@ -43,8 +49,7 @@ def vmappable(function: Callable[[Any, Any, Any], Any]) -> Callable[[Any, Any, A
             if any(jax.tree.leaves(shared_mapped)):
                 results = _one_by_one(call, (batched, shared), (batched_mapped, shared_mapped))
             else:
-                folded = jax.tree.map(functools.partial(fold, size), batched, batched_mapped)
-                results = jax.tree.map(functools.partial(unfold, size), call(folded, shared))
+                results = call(jax.tree.map(partial(repeat, size), batched, batched_mapped), shared)
             return results, jax.tree.map(lambda _: True, results)
 
         return call
@@ -56,16 +61,33 @@ def vmappable(function: Callable[[Any, Any, Any], Any]) -> Callable[[Any, Any, A
     return wrapper
 
 
-def fold(size: int, array: Array, mapped: bool) -> Array:
-    """[size, B, ...], or [B, ...] where not mapped, as [size * B, ...]."""
-    if not mapped:
-        array = jnp.broadcast_to(array, (size, *array.shape))
-    return array.reshape(size * array.shape[1], *array.shape[2:])
+def spread(
+    function: Callable[[Any, Any], Any], axes: Axes, batched: Sequence[Any], shared: Any = None, *, opaque: bool = True
+) -> tuple[Array, ...]:
+    """`function(batched, shared)`, over devices, where arrays have any number of axes in place of B.
+
+    Args:
+      function: takes and gives arrays with B; uses no traced array but its arguments.
+      axes: of `batched` and of the results.
+      batched: arrays, and None for those that are not there.
+      shared: a pytree of arrays, whole on every device.
+      opaque: whether the function calls kernels, so that XLA cannot see how to split it.
+    """
+    count, axes = axes.count(batched[0]), axes.of(batched)
+    given, tree = jax.tree.flatten((tuple(batched), shared))
+
+    def part(*given: Array) -> tuple[Array, ...]:
+        batched, shared = tree.unflatten(given)
+        sizes = given[0].shape[:count]
+        folded = tuple(None if x is None else x.reshape(math.prod(sizes), *x.shape[count:]) for x in batched)
+        return tuple(x.reshape(*sizes, *x.shape[1:]) for x in function(folded, shared))
+
+    return explicit(partial(partitioned, part, axes) if opaque else part, axes, *given)
 
 
-def unfold(size: int, array: Array) -> Array:
-    """[size * B, ...] as [size, B, ...]."""
-    return array.reshape(size, array.shape[0] // size, *array.shape[1:])
+def repeat(size: int, array: Array, mapped: bool) -> Array:
+    """[size, ...]; [...] where not mapped."""
+    return array if mapped else jnp.broadcast_to(array, (size, *array.shape))
 
 
 def _one_by_one(call: Callable[..., Any], arguments: Any, mapped: Any) -> Any:
@@ -80,4 +102,4 @@ def _one_by_one(call: Callable[..., Any], arguments: Any, mapped: Any) -> Any:
     return lax.map(step, [x for x, flag in zip(leaves, flags, strict=True) if flag])
 
 
-__all__ = ["fold", "unfold", "vmappable"]
+__all__ = ["repeat", "spread", "vmappable"]

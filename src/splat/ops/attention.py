@@ -11,10 +11,18 @@ from jax.core import Tracer
 
 from splat.codegen import Options, Request, choose
 from splat.codegen.devices import platform_of
+from splat.codegen.partitioning import Axes, explicit
 from splat.errors import ArgumentError, UnsupportedError
 from splat.ops import validate
 from splat.pattern import Pattern, PerHead, causal, from_mask, full, window
+from splat.pattern.core import is_runtime_array, run_time_arrays, with_arrays
 from splat.planning import Problem, make_plan
+
+#: Of query, key, value and key lengths, and of output and log-sum-exp: see `partitioning.Axes`.
+AXES = Axes.parse("BTNH BSKH BSKH B -> BTNH BTN")
+
+#: Where heads differ, devices need all.
+HEADS_WHOLE = Axes.parse("BTWH BSWH BSWH B -> BTWH BTW")
 
 
 def attention(
@@ -72,17 +80,10 @@ def attention(
     request = Request(platform_of(query), str(query.dtype), sizes.head_dim)
     chosen = choose(request, implementation)
 
-    def run(query: Any, key: Any, value: Any, pattern: Pattern) -> tuple[Any, Any]:
-        problem = Problem(
-            pattern,
-            sizes.q_len,
-            sizes.kv_len,
-            sizes.head_dim,
-            query.shape[2],
-            key.shape[2],
-            sizes.batch,
-            str(query.dtype),
-        )
+    def run(pattern: Pattern, offset: Any, query: Any, key: Any, value: Any, lengths: Any) -> tuple[Any, Any]:
+        batch, q_len, num_q_heads, head_dim = query.shape
+        kv_len, num_kv_heads = key.shape[1:3]
+        problem = Problem(pattern, q_len, kv_len, head_dim, num_q_heads, num_kv_heads, batch, str(query.dtype))
         plan = make_plan(problem, implementation=chosen.name, target=chosen.target(), query_offset=offset)
         try:
             return chosen.attention(plan, options, query, key, value, lengths)
@@ -98,14 +99,22 @@ def attention(
 
     if query.size == 0:
         out, lse = query, jnp.zeros(query.shape[:-1], jnp.promote_types(query.dtype, jnp.float32))
-    elif isinstance(pattern, PerHead):
-        out, lse = _by_head(run, query, key, value, pattern)
     else:
-        out, lse = run(query, key, value, pattern)
+        given = {"query": query, "key": key, "value": value, "kv_lengths": lengths}
+        inside = run_time_arrays(pattern), [offset] if is_runtime_array(offset) else []
+        arrays, tree = jax.tree.flatten((tuple(given.values()), inside))
+
+        def of_part(*arrays: Any) -> tuple[Any, Any]:
+            own, (inside, offsets) = tree.unflatten(arrays)
+            here, at = with_arrays(pattern, inside), offsets[0] if offsets else offset
+            return _by_head(run, here, at, *own) if isinstance(here, PerHead) else run(here, at, *own)
+
+        axes = (HEADS_WHOLE if isinstance(pattern, PerHead) else AXES).of(list(given.values()))
+        out, lse = explicit(of_part, axes, *arrays, names=list(given))
     return (out, lse) if return_lse else out
 
 
-def _by_head(run, query, key, value, pattern: PerHead) -> tuple[Any, Any]:
+def _by_head(run, pattern: PerHead, offset, query, key, value, lengths) -> tuple[Any, Any]:
     """Heads with equal patterns together; the results put back in the heads' order."""
     share = query.shape[2] // key.shape[2]
     parts, order = [], []
@@ -114,7 +123,7 @@ def _by_head(run, query, key, value, pattern: PerHead) -> tuple[Any, Any]:
         if kv_heads == [kv for kv in dict.fromkeys(kv_heads) for _ in range(share)]:  # whole groups share their keys
             kv_heads = list(dict.fromkeys(kv_heads))
         at, kv_at = np.array(heads), np.array(kv_heads)
-        parts.append(run(query[:, :, at], key[:, :, kv_at], value[:, :, kv_at], one))
+        parts.append(run(one, offset, query[:, :, at], key[:, :, kv_at], value[:, :, kv_at], lengths))
         order += heads
     back = np.argsort(order)
     out, lse = (jnp.concatenate([part[n] for part in parts], axis=2)[:, :, back] for n in range(2))

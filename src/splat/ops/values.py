@@ -14,22 +14,22 @@ from __future__ import annotations
 import contextlib
 import contextvars
 import dataclasses
-import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import lru_cache, partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.core import ShapedArray
-from jax.extend.core import Primitive
+from jax.core import Tracer
+from jax.extend.core import ClosedJaxpr, Primitive, jaxpr_as_fun
 from jax.interpreters import ad, batching, mlir
 
 from splat.acsr import ACSR
 from splat.codegen import Request, choose
-from splat.codegen.base import USUAL, How, accumulator
-from splat.codegen.batching import fold, unfold
+from splat.codegen.base import OPERATIONS, USUAL, How, accumulator
+from splat.codegen.batching import repeat, spread
 from splat.codegen.devices import platform_of
+from splat.codegen.partitioning import Axes, alike
 from splat.codegen.registry import load
 from splat.errors import ArgumentError
 from splat.ops import validate
@@ -90,9 +90,8 @@ def softmax(values: Any, acsr: ACSR, *, layout: str = "rows", implementation: st
     (values,) = _arrays(values=values)
     values = values.astype(accumulator(values.dtype))
     static = _choose(values, str(values.dtype), 1, acsr, layout, implementation)
-    leading = values.shape[: -_check_values(values, static)]
-    flat = values.reshape(math.prod(leading), *values.shape[len(leading) :])
-    return _softmax(static, flat).reshape(values.shape)
+    _check_values(values, static)
+    return _softmax(static, values)
 
 
 def spmm(values: Any, acsr: ACSR, dense: Any, *, layout: str = "rows", implementation: str | None = None) -> Array:
@@ -188,7 +187,7 @@ def _choose(array: Array, dtype: str, head_dim: int, acsr: ACSR, layout: str, im
     if how != USUAL:
         size = chosen.num_values(acsr, how)
         shape = (size,) if layout == "tiles" else shape
-    return _Static(acsr, chosen.name, how, shape)
+    return _Static(acsr, chosen.name, chosen.target(), how, shape)
 
 
 def _bind(
@@ -202,15 +201,11 @@ def _bind(
         raise ArgumentError(
             f"the leading axes of {names[0]} {list(left.shape)} and {names[1]} {list(right.shape)} must broadcast"
         ) from None
-    left, right = (
-        jnp.broadcast_to(x, (*leading, *x.shape[-n:])).reshape(math.prod(leading), *x.shape[-n:])
-        for x, n in ((left, own), (right, 2))
-    )
-    out = primitive.bind(left, right, static=static)
-    return out.reshape(*leading, *out.shape[1:])
+    left, right = (jnp.broadcast_to(x, (*leading, *x.shape[-n:])) for x, n in ((left, own), (right, 2)))
+    return _call(primitive, static, left, right, names=names)
 
 
-# -- primitives: operands and results have one batch axis --------------------------------------------------------------
+# -- primitives: operands and results have the same leading axes -------------------------------------------------------
 
 
 @dataclasses.dataclass(frozen=True)
@@ -218,82 +213,115 @@ class _Static:
     """What is static about a call.
 
     Attributes:
+      target: of the implementation, which may change what it makes.
       values_shape: of one batch entry.
     """
 
     acsr: ACSR
     implementation: str
+    target: str
     how: How
     values_shape: tuple[int, ...]
 
 
+def _axes(name: str, static: _Static) -> Axes:
+    values = "BTW" if len(static.values_shape) == 2 else "BW"
+    return Axes.parse(
+        {
+            "sddmm": f"BTH BSH -> {values}",
+            "softmax": f"{values} -> {values}",
+            "spmm": f"{values} BSH -> BTH",
+            "spmm_transposed": f"{values} BTH -> BSH",
+        }[name]
+    )
+
+
 def _run(name: str, static: _Static, *arrays: Array) -> Array:
     """What the implementation computes; zeros where there is nothing to compute."""
-    result = _shape(name, static, *arrays)
-    if 0 in result.shape or not static.acsr.nnz:
-        return jnp.zeros(result.shape, result.dtype)
-    how = () if static.how == USUAL else (static.how,)
-    return getattr(load(static.implementation), name)(static.acsr, *arrays, *how)
+    zeros = _zeros(name, static, *arrays)
+    if 0 in zeros.shape or not static.acsr.nnz:
+        return zeros
+    implementation, how = load(static.implementation), () if static.how == USUAL else (static.how,)
+
+    def operation(arrays: Sequence[Array], _: None) -> tuple[Array]:
+        return (getattr(implementation, name)(static.acsr, *arrays, *how),)
+
+    return spread(operation, _axes(name, static), arrays, opaque=implementation.opaque)[0]
 
 
-def _shape(name: str, static: _Static, *arrays: Any) -> jax.ShapeDtypeStruct:
-    last = arrays[-1]
+def _zeros(name: str, static: _Static, *arrays: Any) -> Array:
+    """Zeros of the result's type."""
+    axes, last = _axes(name, static), arrays[-1]
+    own = dict(zip("TS", static.acsr.shape, strict=True)) | {"H": last.shape[-1]}
     if name in ("sddmm", "softmax"):
-        return jax.ShapeDtypeStruct((last.shape[0], *static.values_shape), jnp.dtype(accumulator(last.dtype)))
-    rows = static.acsr.shape[0 if name == "spmm" else 1]
-    return jax.ShapeDtypeStruct((last.shape[0], rows, last.shape[-1]), last.dtype)
+        shape, dtype = static.values_shape, accumulator(last.dtype)
+    else:
+        shape, dtype = tuple(own[letter] for letter in axes.results[0][1:]), last.dtype
+    zeros = jnp.zeros((*last.shape[: axes.count(arrays[0])], *shape), dtype)
+    return alike(axes.of(arrays), *arrays, zeros)[-1]
+
+
+@lru_cache(maxsize=256)
+def _jitted(name: str, static: _Static) -> Any:
+    return jax.jit(partial(_run, name, static))
 
 
 def _primitive(name: str) -> Primitive:
-    """A primitive `splat_<name>` that calls the implementation's method `name`."""
+    """A primitive `splat_<name>` that calls the implementation's method `name`.
+
+    It holds the program that it becomes, so that JAX finds in there what is split over devices.
+    """
     primitive = Primitive(f"splat_{name}")
 
-    @lru_cache(maxsize=256)
-    def jitted(static: _Static) -> Any:
-        return jax.jit(partial(_run, name, static))
-
-    def batch(arrays: Any, axes: Any, *, static: _Static) -> tuple[Array, int]:
+    def batch(arrays: Any, axes: Any, *, static: _Static, program: ClosedJaxpr) -> tuple[Array, int]:
+        del program
         size = next(x.shape[axis] for x, axis in zip(arrays, axes, strict=True) if axis is not None)
-        folded = [
-            fold(size, x if axis is None else jnp.moveaxis(x, axis, 0), axis is not None)
-            for x, axis in zip(arrays, axes, strict=True)
-        ]
-        return unfold(size, primitive.bind(*folded, static=static)), 0
+        mapped = (x if axis is None else jnp.moveaxis(x, axis, 0) for x, axis in zip(arrays, axes, strict=True))
+        repeated = (repeat(size, x, axis is not None) for x, axis in zip(mapped, axes, strict=True))
+        return _call(primitive, static, *repeated), 0
 
-    def abstract(*avals: Any, static: _Static) -> Any:
-        shape = _shape(name, static, *avals)
-        return ShapedArray(shape.shape, shape.dtype)
+    def lowered(*arrays: Array, static: _Static, program: ClosedJaxpr) -> Array:
+        del static
+        return jaxpr_as_fun(program)(*arrays)[0]
 
-    primitive.def_impl(lambda *arrays, static: jitted(static)(*arrays))
-    primitive.def_abstract_eval(abstract)
+    primitive.def_impl(lambda *arrays, static, program: _jitted(name, static)(*arrays))
+    primitive.def_abstract_eval(lambda *avals, static, program: program.out_avals[0])
     batching.primitive_batchers[primitive] = batch
-    lowered = mlir.lower_fun(lambda *arrays, static: _run(name, static, *arrays), multiple_results=False)
-    mlir.register_lowering(primitive, lowered)
+    mlir.register_lowering(primitive, mlir.lower_fun(lowered, multiple_results=False))
     return primitive
 
 
-_sddmm_p, _softmax_p, _spmm_p, _spmm_transposed_p = map(_primitive, ("sddmm", "softmax", "spmm", "spmm_transposed"))
+def _call(primitive: Primitive, static: _Static, *arrays: Array, names: Sequence[str] = ()) -> Array:
+    """The operation; who gives the arrays knows them by their `names`."""
+    name = primitive.name.removeprefix("splat_")
+    arrays = alike(_axes(name, static).of(arrays), *arrays, names=names)
+    if not any(isinstance(x, Tracer) for x in arrays):
+        return _jitted(name, static)(*arrays)
+    return primitive.bind(*arrays, static=static, program=jax.make_jaxpr(_jitted(name, static))(*arrays))
+
+
+_sddmm_p, _softmax_p, _spmm_p, _spmm_transposed_p = map(_primitive, OPERATIONS)
 
 ad.defbilinear(
     _sddmm_p,
-    lambda ct, query, key, *, static: _spmm_p.bind(ct, key, static=static),
-    lambda ct, query, key, *, static: _spmm_transposed_p.bind(ct, query, static=static),
+    lambda ct, query, key, *, static, program: _call(_spmm_p, static, ct, key),
+    lambda ct, query, key, *, static, program: _call(_spmm_transposed_p, static, ct, query),
 )
 ad.defbilinear(
     _spmm_p,
-    lambda ct, values, dense, *, static: _sddmm_p.bind(ct, dense, static=static),
-    lambda ct, values, dense, *, static: _spmm_transposed_p.bind(values, ct, static=static),
+    lambda ct, values, dense, *, static, program: _call(_sddmm_p, static, ct, dense),
+    lambda ct, values, dense, *, static, program: _call(_spmm_transposed_p, static, values, ct),
 )
 ad.defbilinear(
     _spmm_transposed_p,
-    lambda ct, values, dense, *, static: _sddmm_p.bind(dense, ct, static=static),
-    lambda ct, values, dense, *, static: _spmm_p.bind(values, ct, static=static),
+    lambda ct, values, dense, *, static, program: _call(_sddmm_p, static, dense, ct),
+    lambda ct, values, dense, *, static, program: _call(_spmm_p, static, values, ct),
 )
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(0,))
 def _softmax(static: _Static, values: Array) -> Array:
-    return _softmax_p.bind(values, static=static)
+    return _call(_softmax_p, static, values, names=("values",))
 
 
 @_softmax.defjvp
@@ -308,8 +336,8 @@ def _sums_of_rows(static: _Static, values: Array) -> Array:
     """The sum of each row, where each of its values is (or to be broadcast there)."""
     if static.how.layout == "rows":
         return jnp.sum(values, axis=-1, keepdims=True)
-    ones = jnp.ones((values.shape[0], static.acsr.shape[1], 1), values.dtype)
-    return _sddmm_p.bind(_spmm_p.bind(values, ones, static=static), ones, static=static)
+    ones = jnp.ones((*values.shape[:-1], static.acsr.shape[1], 1), values.dtype)
+    return _call(_sddmm_p, static, _call(_spmm_p, static, values, ones), ones)
 
 
 __all__ = ["sddmm", "softmax", "spmm", "spmm_transposed", "without"]

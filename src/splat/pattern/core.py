@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextvars import ContextVar
 from functools import cached_property
 from typing import Any, NoReturn
@@ -288,6 +288,28 @@ def walk(pattern: Pattern) -> Iterator[Pattern]:
     yield pattern
     for child in pattern.children:
         yield from walk(child)
+
+
+def run_time_arrays(pattern: Pattern) -> list[Array]:
+    """The traced and device arrays inside a pattern, each once."""
+    own = (getattr(one, field.name) for one in walk(pattern) for field in dataclasses.fields(one))
+    found = {id(x.array): x.array for x in own if isinstance(x, Frozen) and not x.is_static}
+    return list(found.values())
+
+
+def with_arrays(pattern: Pattern, arrays: Iterable[Array]) -> Pattern:
+    """The pattern with other arrays in the places of its `run_time_arrays`."""
+    new = {id(old): Frozen(array) for old, array in zip(run_time_arrays(pattern), arrays, strict=True)}
+
+    def changed(value: Any) -> Any:
+        if isinstance(value, Frozen):
+            return value if value.is_static else new[id(value.array)]
+        if isinstance(value, Pattern):
+            fields = dataclasses.fields(value)
+            return dataclasses.replace(value, **{field.name: changed(getattr(value, field.name)) for field in fields})
+        return tuple(map(changed, value)) if isinstance(value, tuple) else value
+
+    return changed(pattern) if new else pattern
 
 
 def check_int(

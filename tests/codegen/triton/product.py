@@ -62,13 +62,13 @@ def product_launch(program: Program, x: Any, w: Any, rows: Any, *, transposed: b
     )
 
 
-@bind_jax.vmappable
+@bind_jax.vmappable("BTH BHW -> BTW BT")
 def _forward(program: Program, batched: Any, shared: Any) -> Any:
     (x, w), (rows, _) = batched, shared
     return tuple(bind_jax.launch(product_launch(program, x, w, rows)))
 
 
-@bind_jax.vmappable
+@bind_jax.vmappable("BTH BHW BTW -> BTH BHW")
 def _backward(program: Program, batched: Any, shared: Any) -> Any:
     (x, w, d_y), (rows, inverse) = batched, shared
     d_x, _ = bind_jax.launch(product_launch(program, d_y, w, inverse, transposed=True))

@@ -221,18 +221,18 @@ def test_two_devices_and_large_arrays() -> None:
 def test_absent_arrays_and_every_batch(rng: np.random.Generator) -> None:
     """None is an empty pytree, batched and shared alike; the static argument is handed on."""
 
-    @bind_jax.vmappable
+    @bind_jax.vmappable("BTH BS -> BTH")
     def scaled(factor: int, batched: Any, shared: Any) -> Any:
-        seen.append(batched[0].shape)
+        seen.add(batched[0].shape)
         assert batched[1] is None
         assert shared is None
-        return dict(y=factor * batched[0])
+        return (factor * batched[0],)
 
-    seen: list[tuple[int, ...]] = []
+    seen: set[tuple[int, ...]] = set()
     x = jnp.asarray(rng.standard_normal((4, 3, 0, 2)))
-    assert jax.vmap(lambda x: scaled(3, (x, None), None))(x)["y"].shape == (4, 3, 0, 2)
-    assert seen == [(3, 0, 2), (12, 0, 2)]
-    assert jax.vmap(lambda x: scaled(3, (x, None), None))(x[:, :0])["y"].shape == (4, 0, 0, 2)
+    assert jax.vmap(lambda x: scaled(3, (x, None), None)[0])(x).shape == (4, 3, 0, 2)
+    assert seen == {(3, 0, 2), (12, 0, 2)}
+    assert jax.vmap(lambda x: scaled(3, (x, None), None)[0])(x[:, :0]).shape == (4, 0, 0, 2)
 
 
 def test_import_is_light() -> None:

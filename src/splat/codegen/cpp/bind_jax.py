@@ -18,7 +18,7 @@ import numpy as np
 from splat.codegen.base import Options
 from splat.codegen.cpp import compiler
 from splat.codegen.cpp.generate import KernelFacts, library_name, source
-from splat.codegen.xla.kernels import vary_like
+from splat.codegen.partitioning import vary_like
 from splat.errors import UnsupportedError
 
 Array = Any

@@ -16,7 +16,7 @@ from splat.codegen.cpp import bind_jax, compiler, generate, threads, values
 from splat.codegen.cpp.call import kernel_facts
 from splat.codegen.cpp.generate import KernelFacts
 from splat.codegen.cpp.lower import SCHEDULES, UNKNOWN, Holes, Lowered, PassFacts, Tables, holes_of, lower, passes_of
-from splat.codegen.xla.kernels import vary_like
+from splat.codegen.partitioning import vary_like
 from splat.errors import ArgumentError, SplatError, UnsupportedError
 from splat.planning import Plan, check_blocks
 
@@ -30,6 +30,7 @@ class CppImplementation:
     """See `splat.codegen.base.Implementation`."""
 
     name = "cpp"
+    opaque = True
 
     def refusal(self, request: Request) -> str | None:
         if request.platform != "cpu":
@@ -214,7 +215,7 @@ def _first_order(function: Any) -> Any:
     return once
 
 
-@vmappable
+@vmappable("BTNH BSKH BSKH B -> BTNH BTN")
 def _forward(call: _Call, batched: Any, tables: Any) -> Any:
     query, key, value, lengths = batched
     out = jax.ShapeDtypeStruct(query.shape, query.dtype)
@@ -225,7 +226,7 @@ def _forward(call: _Call, batched: Any, tables: Any) -> Any:
     return tuple(results)
 
 
-@vmappable
+@vmappable("BTNH BSKH BSKH B BTNH BTN BTNH BTN -> BTNH BSKH BSKH")
 def _backward(call: _Call, batched: Any, tables: Any) -> Any:
     query, key, value, lengths, *rest = batched
     operands, made = [query, key, value, *rest], []

@@ -13,7 +13,7 @@ from splat.acsr import ACSR, Component
 from splat.codegen.base import USUAL, How, accumulator
 from splat.codegen.cpp import bind_jax
 from splat.codegen.cpp.generate import translation_unit
-from splat.codegen.xla.kernels import vary_like
+from splat.codegen.partitioning import vary_like
 from splat.codegen.xla.values import rows_by_residue
 from splat.errors import UnsupportedError
 

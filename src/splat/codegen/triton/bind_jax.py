@@ -24,9 +24,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from splat.codegen.batching import vmappable
+from splat.codegen.partitioning import vary_like
 from splat.codegen.triton import interpret
 from splat.codegen.triton.launch import Launch
-from splat.codegen.xla.kernels import vary_like
 
 Array = Any
 

@@ -29,6 +29,7 @@ class TritonImplementation:
     """See `splat.codegen.base.Implementation`."""
 
     name = "triton"
+    opaque = True
 
     def refusal(self, request: Request) -> str | None:
         if request.platform not in ("gpu", "cuda", "rocm") and not self._without_a_gpu(request):
@@ -214,13 +215,13 @@ def _first_order(function: Any) -> Any:
     return once
 
 
-@bind_jax.vmappable
+@bind_jax.vmappable("BTNH BSKH BSKH B -> BTNH BNT")
 def _forward(call: _Call, batched: Any, tables: Any) -> Any:
     query, key, value, lengths = batched
     return _program(call, query, key).forward(_passes(call, tables, "forward"), query, key, value, lengths)
 
 
-@bind_jax.vmappable
+@bind_jax.vmappable("BTNH BSKH BSKH B BTNH BNT BTNH BNT -> BTNH BSKH BSKH")
 def _backward(call: _Call, batched: Any, tables: Any) -> Any:
     query, key, value, lengths, *rest = batched
     passes, transposed = (_passes(call, tables, which) for which in _SCHEDULES[1:])

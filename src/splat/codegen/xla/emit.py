@@ -45,6 +45,7 @@ class XlaImplementation:
     """See `splat.codegen.base.Implementation`."""
 
     name = "xla"
+    opaque = False
 
     def refusal(self, request: Request) -> str | None:
         if request.dtype not in DTYPES:

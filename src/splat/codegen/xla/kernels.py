@@ -14,11 +14,11 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 from jax import lax
 
 from splat.codegen.base import Options
+from splat.codegen.partitioning import vary_like
 from splat.codegen.xla.tables import PassSpec, Tables, WalkSpec
 
 Array = Any
@@ -36,17 +36,6 @@ class Tile(NamedTuple):
 
     slices: list[Array]  # each [R, B, K, (G,) X, width]
     keep: Array  # bool [R, B or 1, 1, 1, Q, X]
-
-
-def _varying(value: Array) -> frozenset[str]:
-    """The mesh axes over which `value` varies inside shard_map; jax 0.10 and later."""
-    return getattr(getattr(jax.typeof(value), "mat", None), "varying", frozenset())
-
-
-def vary_like(value: Array, *others: Array) -> Array:
-    """`value` marked as varying over the mesh axes that `others` vary over (inside shard_map; else unchanged)."""
-    missing = tuple(frozenset().union(*map(_varying, others)) - _varying(value))
-    return lax.pcast(value, missing, to="varying") if missing else value
 
 
 def run_pass(

@@ -22,6 +22,7 @@ from jax import lax
 from splat.acsr import ACSR
 from splat.acsr.format import Component
 from splat.codegen.base import USUAL, How, accumulator
+from splat.codegen.partitioning import vary_like
 from splat.errors import UnsupportedError
 
 Array = Any
@@ -207,7 +208,7 @@ def spmm(acsr: ACSR, values: Array, dense: Array, how: How = USUAL) -> Array:
 
 def spmm_transposed(acsr: ACSR, values: Array, dense: Array, how: How = USUAL) -> Array:
     """See `Implementation.spmm_transposed`."""
-    total = jnp.zeros((values.shape[0], acsr.shape[1], dense.shape[-1]), values.dtype)
+    total = vary_like(jnp.zeros((values.shape[0], acsr.shape[1], dense.shape[-1]), values.dtype), values, dense)
     for number in _components(acsr):
         read = _reader(acsr, number, values, how)
 
