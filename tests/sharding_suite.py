@@ -139,3 +139,35 @@ class ShardingSuite:
         assert "query is sharded as P(None, 'x', None, None)" in lines[0]
         assert "jax.sharding.reshard(query, P(None, None, None, None))" in lines[0]
         assert "jax.sharding.reshard(key, P('x', None, None, None))" in lines[1]
+
+    def test_positions_over_devices(self) -> None:
+        """A device's queries attend to everyone's keys from where they are; gradients come back to their parts."""
+        printed = in_subprocess(
+            f"""
+            import jax, jax.numpy as jnp, numpy as np, splat
+            from jax.sharding import NamedSharding, PartitionSpec as P
+
+            pattern = splat.causal() & splat.window(9) | splat.sink(2)
+            rng = np.random.default_rng(0)
+            arrays = [jnp.asarray(rng.standard_normal((1, 32, 2, 8)), jnp.float32) for _ in range(3)]
+
+            def attend(q, k, v, offset=0):
+                return splat.attention(q, k, v, pattern, query_offset=offset, implementation={self.implementation!r})
+
+            def part(q, k, v):
+                k, v = (jax.lax.all_gather(x, "context", axis=1, tiled=True) for x in (k, v))
+                return attend(q, k, v, jax.lax.axis_index("context") * q.shape[1])
+
+            spec, mesh = P(None, "context"), jax.make_mesh((2,), ("context",))
+            gradients = lambda run: jax.grad(lambda *arrays: (run(*arrays) ** 2).sum(), (0, 1, 2))
+            with jax.set_mesh(mesh):
+                given = [jax.device_put(x, NamedSharding(mesh, spec)) for x in arrays]
+                found = jax.jit(gradients(jax.shard_map(part, in_specs=(spec,) * 3, out_specs=spec)))(*given)
+            for a, b, x in zip(found, gradients(attend)(*arrays), given):
+                np.testing.assert_allclose(a, b, atol=1e-5)
+                assert a.sharding.is_equivalent_to(x.sharding, x.ndim)
+            print("same")
+            """,
+            XLA_FLAGS="--xla_force_host_platform_device_count=2",
+        )
+        assert printed == "same\n"
