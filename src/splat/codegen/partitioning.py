@@ -1,9 +1,16 @@
 """Functions of arrays that lie on several devices: every device computes its own batch entries and heads.
 
 XLA cannot look into a kernel: if it is not told how to split one, it gathers what is sharded, and every device computes
-everything. Shardings reach us in two ways. `partitioned` answers XLA's partitioner, which knows them when it compiles
-(mesh axes of type Auto); `explicit` reads them off the arrays' types (axes of type Explicit). Inside `jax.shard_map`
-arrays are a device's part already.
+everything. What happens follows from the axes of the mesh:
+
+    all Auto                 `partitioned`: XLA's partitioner, which knows the shardings, asks how to split
+    some Explicit            `explicit`: the arrays' types say how they are sharded, and a shard_map follows them
+    all of a shard_map's     arrays are a device's part already
+    some of a shard_map's,   the same, and what is sharded over Auto axes XLA gathers: JAX cannot ask us about
+      or Explicit              some of the axes of a mesh
+
+`explicit` is met twice. Planning is a part of attention, and of run-time patterns it is arithmetic with arrays, so all
+of `splat.attention` is inside; and where `jax.vmap` hides a sharded axis from that, it is the kernels' first one.
 """
 
 from __future__ import annotations
@@ -39,8 +46,10 @@ BATCH = "BACDEFGIJLMOPQRUVXYZ"
 class Axes:
     """A letter for each axis of a function's operands and results, as in "BTNH BSKH BSKH -> BTNH BTN".
 
-    Those in WHOLE are not split, others may be. B is batch entries, N query heads and K key heads: query head n uses
-    key head n // (N / K).
+    Those in WHOLE are not split, others may be, wherever they stand alike. B is batch entries. N is query heads and K
+    key heads, split together: query head n uses key head n // (N / K). With 8 query heads, 2 key heads and a query
+    sharded as P("x", None, "y"), where y is 4 devices, B is split over x and N over y; each device has both key heads,
+    and uses one.
     """
 
     operands: tuple[str, ...]
@@ -80,7 +89,7 @@ class Split:
         one of them, as others do. Else None.
     """
 
-    over: Mapping[str, tuple[str, ...]]
+    over: Mapping[str, tuple[str, ...]] = dataclasses.field(hash=False)
     parts: int
     lent: int | None
 
@@ -164,7 +173,7 @@ def partitioned(function: Function, axes: Axes, *arrays: Array) -> tuple[Array, 
         `jax.vmap` go outside.
       axes: of the first arrays and of all results. Further arrays are whole on every device.
     """
-    if jax.sharding.get_abstract_mesh().manual_axes:  # inside shard_map
+    if any(kind != AxisType.Auto for kind in jax.sharding.get_abstract_mesh().axis_types):
         return tuple(function(*arrays))
     program = jax.make_jaxpr(lambda *given: tuple(function(*given)))(*arrays)
     if _calls_back(program.jaxpr):  # into Python, as interpreted kernels do: what is called is not kept alive in a part
@@ -221,13 +230,16 @@ def _rule(axes: Axes, arrays: Sequence[Array]) -> tuple[str, tuple[str, ...]]:
 # -- mesh axes of type Explicit ----------------------------------------------------------------------------------------
 
 
-def explicit(function: Function, axes: Axes, *arrays: Array, names: Sequence[str] = ()) -> tuple[Array, ...]:
+def explicit(
+    function: Function, axes: Axes, *arrays: Array, names: Sequence[str] = (), keep: bool = False
+) -> tuple[Array, ...]:
     """`function(*arrays)`, split as the arrays' types say they are sharded.
 
     Args:
       function: of a device's parts; uses no traced array but its arguments. It may be differentiated.
       axes: of the first arrays and of all results. Further arrays are whole on every device.
       names: of the first arrays, for who gives them.
+      keep: whether the function is hashable, and what it is compiled to may be kept for calls outside `jax.jit`.
 
     Raises:
       ArgumentError: an axis is sharded that devices need whole.
@@ -236,16 +248,27 @@ def explicit(function: Function, axes: Axes, *arrays: Array, names: Sequence[str
     if found is None:
         return tuple(function(*arrays))
     mesh, how = found
+    letters = axes.letters(len(arrays))
+    run = (_kept if keep else _shard_map)(function, axes, mesh, how, letters)
+    return tuple(run(*_resharded(mesh, how, letters, arrays)))
+
+
+def _shard_map(function: Function, axes: Axes, mesh: Any, how: Split, letters: tuple[str, ...]) -> Function:
     kinds = dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
     over = {name for name, kind in kinds.items() if kind == AxisType.Explicit}
-    run = jax.shard_map(
+    return jax.shard_map(
         partial(how.run, function, axes),
         mesh=mesh,
-        in_specs=tuple(map(how.spec, axes.letters(len(arrays)))),
+        in_specs=tuple(map(how.spec, letters)),
         out_specs=tuple(map(how.spec, axes.results)),
-        axis_names=over if len(over) < len(kinds) else set(),  # none are all, but those that vmap has taken
+        # None stands for all. They are not named: inside `jax.vmap` over a sharded axis, JAX wants that axis left out.
+        axis_names=over if len(over) < len(kinds) else set(),
     )
-    return run(*_resharded(mesh, how, axes.letters(len(arrays)), arrays))
+
+
+@lru_cache(maxsize=64)
+def _kept(*of: Any) -> Function:
+    return jax.jit(_shard_map(*of))
 
 
 def alike(axes: Axes, *arrays: Array, names: Sequence[str] = ()) -> tuple[Array, ...]:
@@ -264,15 +287,15 @@ def alike(axes: Axes, *arrays: Array, names: Sequence[str] = ()) -> tuple[Array,
 
 
 def _explicit_split(axes: Axes, arrays: Sequence[Array], names: Sequence[str]) -> tuple[Any, Split] | None:
-    """The mesh that the operands lie on, and how; None where no axis is sharded."""
-    types = [jax.typeof(x).sharding for x in arrays[: len(axes.operands)]]
-    specs = [one.spec for one in types]
+    """The mesh that the arrays lie on, and how its axes split the operands; None where no array is sharded."""
+    types = [jax.typeof(x).sharding for x in arrays]
     mesh = next((one.mesh for one in types if any(one.spec)), None)
     if mesh is None:
         return None
+    specs = [one.spec for one in types[: len(axes.operands)]]
     how = Split.find(axes, arrays, specs, mesh.shape)
     for name, letters, spec in zip(names, axes.operands, specs, strict=False):
-        _check_whole(name, letters, spec, how)
+        _check_kept(name, letters, spec, how)
     return mesh, how
 
 
@@ -281,13 +304,23 @@ def _resharded(mesh: Any, how: Split, letters: Sequence[str], arrays: Sequence[A
     return tuple(jax.sharding.reshard(x, sharding) for x, sharding in zip(arrays, wanted, strict=False))
 
 
-def _check_whole(name: str, letters: str, spec: PartitionSpec, how: Split) -> None:
-    for letter, entry in zip(letters, spec, strict=False):
-        if _names(entry) and _names(entry) != how.over.get("N" if letter == "K" else letter):
+#: Why an axis has to be whole on every device.
+REASONS = {
+    "T": "positions cannot be split (but see docs/ops.md, Several devices)",
+    "S": "positions cannot be split (but see docs/ops.md, Several devices)",
+    "H": "elements of heads cannot be split",
+    "W": "heads whose patterns differ, and values of rows, cannot be split",
+    "N": "heads are split into equal parts that share no key head, over the same devices in all arrays",
+}
+
+
+def _check_kept(name: str, letters: str, spec: PartitionSpec, how: Split) -> None:
+    for letter, entry in zip(letters.replace("K", "N"), spec, strict=False):
+        if _names(entry) and _names(entry) != how.over.get(letter):
+            why = REASONS.get(letter, "batch entries are split into equal parts, over the same devices in all arrays")
             raise ArgumentError(
-                f"{name} is sharded as {spec}, but devices can have parts of batch entries and of heads only: equal "
-                "parts, the same of all arrays, and none of heads whose patterns differ. Give "
-                f"jax.sharding.reshard({name}, {how.spec(letters)}), or use mesh axes of type Auto."
+                f"{name} is sharded as {spec}, but {why}. Give jax.sharding.reshard({name}, {how.spec(letters)}), or "
+                "use mesh axes of type Auto."
             )
 
 

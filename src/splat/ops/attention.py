@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import jax
@@ -12,6 +13,7 @@ from jax.core import Tracer
 from splat.codegen import Options, Request, choose
 from splat.codegen.devices import platform_of
 from splat.codegen.partitioning import Axes, explicit
+from splat.codegen.registry import load
 from splat.errors import ArgumentError, UnsupportedError
 from splat.ops import validate
 from splat.pattern import Pattern, PerHead, causal, from_mask, full, window
@@ -80,13 +82,51 @@ def attention(
     request = Request(platform_of(query), str(query.dtype), sizes.head_dim)
     chosen = choose(request, implementation)
 
-    def run(pattern: Pattern, offset: Any, query: Any, key: Any, value: Any, lengths: Any) -> tuple[Any, Any]:
+    if query.size == 0:
+        out, lse = query, jnp.zeros(query.shape[:-1], jnp.promote_types(query.dtype, jnp.float32))
+    else:
+        given = {"query": query, "key": key, "value": value, "kv_lengths": lengths}
+        inside = run_time_arrays(pattern), [offset] if is_runtime_array(offset) else []
+        arrays, tree = jax.tree.flatten((tuple(given.values()), inside))
+        part = _Part(pattern, None if inside[1] else offset, options, chosen.name, chosen.target(), tree)
+        axes = (HEADS_WHOLE if isinstance(pattern, PerHead) else AXES).of(list(given.values()))
+        keep = not any(isinstance(x, Tracer) for x in inside[0])
+        out, lse = explicit(part, axes, *arrays, names=list(given), keep=keep)
+    return (out, lse) if return_lse else out
+
+
+@dataclasses.dataclass(frozen=True)
+class _Part:
+    """Attention of what one device has, once more with run-time arrays as arguments.
+
+    Attributes:
+      pattern: other arrays take the places of its run-time ones.
+      offset: None where it is a run-time value.
+      target: of the implementation.
+      tree: of the arguments: ((query, key, value, lengths), (arrays of the pattern, run-time offset)).
+    """
+
+    pattern: Pattern
+    offset: int | None
+    options: Options
+    implementation: str
+    target: str
+    tree: Any
+
+    def __call__(self, *arrays: Any) -> tuple[Any, Any]:
+        (query, key, value, lengths), (inside, offsets) = self.tree.unflatten(arrays)
+        pattern, offset = with_arrays(self.pattern, inside), offsets[0] if offsets else self.offset
+        if isinstance(pattern, PerHead):
+            return self._by_head(pattern, offset, query, key, value, lengths)
+        return self._run(pattern, offset, query, key, value, lengths)
+
+    def _run(self, pattern: Pattern, offset: Any, query: Any, key: Any, value: Any, lengths: Any) -> tuple[Any, Any]:
         batch, q_len, num_q_heads, head_dim = query.shape
         kv_len, num_kv_heads = key.shape[1:3]
         problem = Problem(pattern, q_len, kv_len, head_dim, num_q_heads, num_kv_heads, batch, str(query.dtype))
-        plan = make_plan(problem, implementation=chosen.name, target=chosen.target(), query_offset=offset)
+        plan = make_plan(problem, implementation=self.implementation, target=self.target, query_offset=offset)
         try:
-            return chosen.attention(plan, options, query, key, value, lengths)
+            return load(self.implementation).attention(plan, self.options, query, key, value, lengths)
         except TypeError as error:
             if "forward-mode" not in str(error):
                 raise
@@ -97,37 +137,24 @@ def attention(
                 "jax.nn.dot_product_attention with mask=pattern.to_dense(...)."
             ) from error
 
-    if query.size == 0:
-        out, lse = query, jnp.zeros(query.shape[:-1], jnp.promote_types(query.dtype, jnp.float32))
-    else:
-        given = {"query": query, "key": key, "value": value, "kv_lengths": lengths}
-        inside = run_time_arrays(pattern), [offset] if is_runtime_array(offset) else []
-        arrays, tree = jax.tree.flatten((tuple(given.values()), inside))
-
-        def of_part(*arrays: Any) -> tuple[Any, Any]:
-            own, (inside, offsets) = tree.unflatten(arrays)
-            here, at = with_arrays(pattern, inside), offsets[0] if offsets else offset
-            return _by_head(run, here, at, *own) if isinstance(here, PerHead) else run(here, at, *own)
-
-        axes = (HEADS_WHOLE if isinstance(pattern, PerHead) else AXES).of(list(given.values()))
-        out, lse = explicit(of_part, axes, *arrays, names=list(given))
-    return (out, lse) if return_lse else out
-
-
-def _by_head(run, pattern: PerHead, offset, query, key, value, lengths) -> tuple[Any, Any]:
-    """Heads with equal patterns together; the results put back in the heads' order."""
-    share = query.shape[2] // key.shape[2]
-    parts, order = [], []
-    for one, heads in pattern.groups().items():
-        kv_heads = [head // share for head in heads]
-        if kv_heads == [kv for kv in dict.fromkeys(kv_heads) for _ in range(share)]:  # whole groups share their keys
-            kv_heads = list(dict.fromkeys(kv_heads))
-        at, kv_at = np.array(heads), np.array(kv_heads)
-        parts.append(run(one, offset, query[:, :, at], key[:, :, kv_at], value[:, :, kv_at], lengths))
-        order += heads
-    back = np.argsort(order)
-    out, lse = (jnp.concatenate([part[n] for part in parts], axis=2)[:, :, back] for n in range(2))
-    return out, lse
+    def _by_head(
+        self, pattern: PerHead, offset: Any, query: Any, key: Any, value: Any, lengths: Any
+    ) -> tuple[Any, Any]:
+        """Heads with equal patterns together; the results put back in the heads' order."""
+        share = query.shape[2] // key.shape[2]
+        parts, order = [], []
+        for one, heads in pattern.groups().items():
+            kv_heads = [head // share for head in heads]
+            if kv_heads == [
+                kv for kv in dict.fromkeys(kv_heads) for _ in range(share)
+            ]:  # whole groups share their keys
+                kv_heads = list(dict.fromkeys(kv_heads))
+            at, kv_at = np.array(heads), np.array(kv_heads)
+            parts.append(self._run(one, offset, query[:, :, at], key[:, :, kv_at], value[:, :, kv_at], lengths))
+            order += heads
+        back = np.argsort(order)
+        out, lse = (jnp.concatenate([part[n] for part in parts], axis=2)[:, :, back] for n in range(2))
+        return out, lse
 
 
 def dot_product_attention(
