@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -105,3 +106,37 @@ def test_mixed_meshes_and_parts_that_are_all_alike() -> None:
         XLA_FLAGS="--xla_force_host_platform_device_count=4",
     )
     assert printed.split() == ["same"] * 6
+
+
+def test_programs_that_jax_keeps(tmp_path: Path) -> None:
+    """Found again where addresses are left out of the keys, by whoever computes the same, and by nobody else."""
+
+    def entries(scale: float) -> set[str]:
+        printed = in_subprocess(
+            f"""
+            import jax, jax.numpy as jnp, numpy as np, splat
+            from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
+
+            def loss(x):
+                return (splat.attention(x, x, x, splat.window(3), scale={scale}) ** 2).sum()
+
+            # Four heads are enough for both threads, a device's one head is not: it takes other kernels.
+            x = jnp.asarray(np.random.default_rng(0).standard_normal((4, 16, 1, 8)), jnp.float32)
+            wanted = jax.grad(loss)(x)
+            mesh = jax.make_mesh((4,), ("x",), axis_types=(AxisType.Auto,))
+            found = jax.jit(jax.grad(loss))(jax.device_put(x, NamedSharding(mesh, P("x"))))
+            np.testing.assert_allclose(found, wanted, atol=1e-5)
+            print("same")
+            """,
+            XLA_FLAGS="--xla_force_host_platform_device_count=4",
+            JAX_COMPILATION_CACHE_DIR=str(tmp_path),
+            JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS="0",
+            JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES="-1",
+            JAX_REMOVE_CUSTOM_PARTITIONING_PTR_FROM_CACHE_KEY="1",
+        )
+        assert printed == "same\n"
+        return {path.name for path in tmp_path.iterdir() if not path.name.endswith("-atime")}
+
+    first = entries(0.3)
+    assert entries(0.3) == first
+    assert len(entries(0.4)) > len(first)

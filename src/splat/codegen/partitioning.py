@@ -16,6 +16,7 @@ of `splat.attention` is inside; and where `jax.vmap` hides a sharded axis from t
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache, partial
@@ -23,6 +24,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.experimental.custom_partitioning import custom_partitioning
 from jax.extend.core import ClosedJaxpr, Jaxpr, jaxpr_as_fun, subjaxprs
@@ -178,12 +180,14 @@ def partitioned(function: Function, axes: Axes, *arrays: Array) -> tuple[Array, 
     program = jax.make_jaxpr(lambda *given: tuple(function(*given)))(*arrays)
     if _calls_back(program.jaxpr):  # into Python, as interpreted kernels do: what is called is not kept alive in a part
         return tuple(jaxpr_as_fun(program)(*arrays))
-    # custom_partitioning takes no constants, so that they become operands.
-    count, everything = len(arrays), (*arrays, *program.consts)
+    # custom_partitioning takes no constants, so they become operands. So does the program's text: what XLA is given
+    # holds nothing of it but an address, which users may leave out of the key of JAX's persistent compilation cache.
+    text = np.frombuffer(hashlib.sha256(str(program).encode()).digest(), np.uint32)
+    count, everything = len(arrays), (*arrays, *program.consts, jnp.asarray(text))
     operands = axes.letters(len(everything))
 
     def whole(*given: Array) -> tuple[Array, ...]:
-        return tuple(jaxpr_as_fun(ClosedJaxpr(program.jaxpr, given[count:]))(*given[:count]))
+        return tuple(jaxpr_as_fun(ClosedJaxpr(program.jaxpr, given[count:-1]))(*given[:count]))
 
     def find(mesh: Mesh, given: Sequence[Any]) -> Split:
         return Split.find(axes, given, [getattr(x.sharding, "spec", None) for x in given], mesh.shape)

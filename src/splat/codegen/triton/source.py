@@ -29,9 +29,10 @@ def load(name: str, body: str) -> Kernel:
     """The function that a text defines. Triton reads its source again, so it is known to `linecache` under a name."""
     body = "\n".join(_wrap(line) for line in body.split("\n"))
     source = f"{_imports(body)}\n\n\n{body}"
-    file = f"<splat {name} {hashlib.sha256(source.encode()).hexdigest()[:12]}>"
+    digest = hashlib.sha256(source.encode()).hexdigest()[:12]
+    file = f"<splat {name} {digest}>"
     linecache.cache[file] = (len(source), None, source.splitlines(True), file)
-    namespace: dict[str, Any] = {"__name__": f"splat.codegen.triton.generated.{name}"}
+    namespace: dict[str, Any] = {"__name__": f"splat.codegen.triton.generated.{name}_{digest}"}
     exec(compile(source, file, "exec"), namespace)
     return Kernel(name, source, namespace[name])
 
