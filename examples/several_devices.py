@@ -12,6 +12,7 @@ import argparse
 import os
 import re
 from collections import Counter
+from collections.abc import Callable
 from typing import Any
 
 #: Before JAX is imported, and of no effect on GPUs.
@@ -60,6 +61,15 @@ def step(parameters: dict[str, Any], x: Any, wanted: Any) -> tuple[dict[str, Any
     return jax.tree.map(lambda weight, gradient: weight - 10 * gradient, parameters, gradients), value
 
 
+def train(run: Callable[..., Any], parameters: dict[str, Any], arrays: tuple[Any, Any], steps: int) -> list[float]:
+    """The loss before each step."""
+    losses = []
+    for _ in range(steps):
+        parameters, value = run(parameters, *arrays)
+        losses.append(float(value))
+    return losses
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="few steps")
@@ -73,21 +83,13 @@ def main(argv: list[str] | None = None) -> int:
     parameters = weights(jax.random.key(0))
     x, wanted = (jax.random.normal(key, (4 * over_batch, length, WIDTH)) for key in jax.random.split(jax.random.key(1)))
 
-    alone, losses_alone = parameters, []
-    one = jax.jit(step)
-    for _ in range(steps):
-        alone, value = one(alone, x, wanted)
-        losses_alone.append(float(value))
+    losses_alone = train(jax.jit(step), parameters, (x, wanted), steps)
 
     shardings = {name: NamedSharding(mesh, spec) for name, spec in SPECS.items()}
-    data = NamedSharding(mesh, PartitionSpec("data"))
     placed = jax.device_put(parameters, shardings)
-    arrays = jax.device_put((x, wanted), data)
+    arrays = jax.device_put((x, wanted), NamedSharding(mesh, PartitionSpec("data")))
     compiled = jax.jit(step, out_shardings=(shardings, None)).lower(placed, *arrays).compile()
-    losses = []
-    for _ in range(steps):
-        placed, value = compiled(placed, *arrays)
-        losses.append(float(value))
+    losses = train(compiled, placed, arrays, steps)
 
     calls = r"(all-gather|all-to-all|all-reduce|collective-permute)(?:-start)?\("
     said = Counter(re.findall(calls, compiled.as_text() or ""))

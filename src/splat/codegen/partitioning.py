@@ -279,15 +279,15 @@ def alike(axes: Axes, *arrays: Array, names: Sequence[str] = ()) -> tuple[Array,
     """The arrays as operands of one operation: sharded alike, and varying over the same axes inside shard_map.
 
     Args:
-      axes: of the operation. Its operands' letters are looked at, and after them its results'.
-      names: of the first arrays, for who gives them.
+      axes: of the operation.
+      names: of the arrays, for who gives them.
 
     Raises:
       ArgumentError: an axis is sharded that devices need whole.
     """
     arrays = tuple(vary_like(x, *arrays) for x in arrays)
     found = _explicit_split(axes, arrays, names)
-    return arrays if found is None else _resharded(*found, axes.operands + axes.results, arrays)
+    return arrays if found is None else _resharded(*found, axes.operands, arrays)
 
 
 def _explicit_split(axes: Axes, arrays: Sequence[Array], names: Sequence[str]) -> tuple[Any, Split] | None:
@@ -305,13 +305,12 @@ def _explicit_split(axes: Axes, arrays: Sequence[Array], names: Sequence[str]) -
 
 def _resharded(mesh: Any, how: Split, letters: Sequence[str], arrays: Sequence[Array]) -> tuple[Array, ...]:
     wanted = (NamedSharding(mesh, how.spec(one)) for one in letters)
-    return tuple(jax.sharding.reshard(x, sharding) for x, sharding in zip(arrays, wanted, strict=False))
+    return tuple(jax.sharding.reshard(x, sharding) for x, sharding in zip(arrays, wanted, strict=True))
 
 
 #: Why an axis has to be whole on every device.
-REASONS = {
-    "T": "positions cannot be split (but see docs/ops.md, Several devices)",
-    "S": "positions cannot be split (but see docs/ops.md, Several devices)",
+_REASONS = {
+    **dict.fromkeys("TS", "positions cannot be split (but see docs/ops.md, Several devices)"),
     "H": "elements of heads cannot be split",
     "W": "heads whose patterns differ, and values of rows, cannot be split",
     "N": "heads are split into equal parts that share no key head, over the same devices in all arrays",
@@ -321,7 +320,7 @@ REASONS = {
 def _check_kept(name: str, letters: str, spec: PartitionSpec, how: Split) -> None:
     for letter, entry in zip(letters.replace("K", "N"), spec, strict=False):
         if _names(entry) and _names(entry) != how.over.get(letter):
-            why = REASONS.get(letter, "batch entries are split into equal parts, over the same devices in all arrays")
+            why = _REASONS.get(letter, "batch entries are split into equal parts, over the same devices in all arrays")
             raise ArgumentError(
                 f"{name} is sharded as {spec}, but {why}. Give jax.sharding.reshard({name}, {how.spec(letters)}), or "
                 "use mesh axes of type Auto."
@@ -342,4 +341,4 @@ def _varying(value: Array) -> frozenset[str]:
     return getattr(getattr(jax.typeof(value), "mat", None), "varying", frozenset())
 
 
-__all__ = ["BATCH", "WHOLE", "Axes", "Split", "alike", "explicit", "partitioned", "vary_like"]
+__all__ = ["Axes", "Split", "alike", "explicit", "partitioned", "vary_like"]

@@ -115,7 +115,8 @@ class _Part:
 
     def __call__(self, *arrays: Any) -> tuple[Any, Any]:
         (query, key, value, lengths), (inside, offsets) = self.tree.unflatten(arrays)
-        pattern, offset = with_arrays(self.pattern, inside), offsets[0] if offsets else self.offset
+        pattern = with_arrays(self.pattern, inside) if inside else self.pattern
+        offset = offsets[0] if offsets else self.offset
         if isinstance(pattern, PerHead):
             return self._by_head(pattern, offset, query, key, value, lengths)
         return self._run(pattern, offset, query, key, value, lengths)
@@ -145,10 +146,9 @@ class _Part:
         parts, order = [], []
         for one, heads in pattern.groups().items():
             kv_heads = [head // share for head in heads]
-            if kv_heads == [
-                kv for kv in dict.fromkeys(kv_heads) for _ in range(share)
-            ]:  # whole groups share their keys
-                kv_heads = list(dict.fromkeys(kv_heads))
+            once = list(dict.fromkeys(kv_heads))
+            if kv_heads == [kv for kv in once for _ in range(share)]:  # whole groups share their keys
+                kv_heads = once
             at, kv_at = np.array(heads), np.array(kv_heads)
             parts.append(self._run(one, offset, query[:, :, at], key[:, :, kv_at], value[:, :, kv_at], lengths))
             order += heads

@@ -29,7 +29,7 @@ from splat.codegen import Request, choose
 from splat.codegen.base import OPERATIONS, USUAL, How, accumulator
 from splat.codegen.batching import repeat, spread
 from splat.codegen.devices import platform_of
-from splat.codegen.partitioning import Axes, alike
+from splat.codegen.partitioning import Axes, alike, vary_like
 from splat.codegen.registry import load
 from splat.errors import ArgumentError
 from splat.ops import validate
@@ -238,27 +238,24 @@ def _axes(name: str, static: _Static) -> Axes:
 
 def _run(name: str, static: _Static, *arrays: Array) -> Array:
     """What the implementation computes; zeros where there is nothing to compute."""
-    zeros = _zeros(name, static, *arrays)
-    if 0 in zeros.shape or not static.acsr.nnz:
-        return zeros
     implementation, how = load(static.implementation), () if static.how == USUAL else (static.how,)
 
     def operation(arrays: Sequence[Array], _: None) -> tuple[Array]:
+        result = _shape(name, static, *arrays)
+        if 0 in result.shape or not static.acsr.nnz:
+            return (vary_like(jnp.zeros(result.shape, result.dtype), *arrays),)
         return (getattr(implementation, name)(static.acsr, *arrays, *how),)
 
     return spread(operation, _axes(name, static), arrays, opaque=implementation.opaque)[0]
 
 
-def _zeros(name: str, static: _Static, *arrays: Any) -> Array:
-    """Zeros of the result's type."""
-    axes, last = _axes(name, static), arrays[-1]
-    own = dict(zip("TS", static.acsr.shape, strict=True)) | {"H": last.shape[-1]}
+def _shape(name: str, static: _Static, *arrays: Any) -> jax.ShapeDtypeStruct:
+    """Of the result of arrays that have one leading axis."""
+    last = arrays[-1]
     if name in ("sddmm", "softmax"):
-        shape, dtype = static.values_shape, accumulator(last.dtype)
-    else:
-        shape, dtype = tuple(own[letter] for letter in axes.results[0][1:]), last.dtype
-    zeros = jnp.zeros((*last.shape[: axes.count(arrays[0])], *shape), dtype)
-    return alike(axes.of(arrays), *arrays, zeros)[-1]
+        return jax.ShapeDtypeStruct((last.shape[0], *static.values_shape), jnp.dtype(accumulator(last.dtype)))
+    rows = static.acsr.shape[0 if name == "spmm" else 1]
+    return jax.ShapeDtypeStruct((last.shape[0], rows, last.shape[-1]), last.dtype)
 
 
 @lru_cache(maxsize=256)

@@ -38,14 +38,16 @@ def gradient_kernels(dtype: str, heads: int, threads: int) -> tuple[str, ...]:
     The one takes five matrix products, the two seven, but they share out row tiles instead of key heads (`heads`,
     those of all batch entries).
     """
-    *one, d_query, d_key_value = every_gradient_kernel(dtype)
     rounds = -(-heads // threads)
-    return tuple(one) if one and heads >= 0.8 * rounds * threads else (d_query, d_key_value)
+    if "backward" in every_gradient_kernel(dtype) and heads >= 0.8 * rounds * threads:
+        return ("backward",)
+    return ("d_query", "d_key_value")
 
 
 def every_gradient_kernel(dtype: str) -> tuple[str, ...]:
     """Those that `gradient_kernels` chooses from."""
-    return (*(("backward",) if dtype in ("float32", "float64") else ()), "d_query", "d_key_value")
+    two = ("d_query", "d_key_value")
+    return ("backward", *two) if dtype in ("float32", "float64") else two
 
 
 @dataclasses.dataclass(frozen=True)

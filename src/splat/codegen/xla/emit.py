@@ -13,6 +13,7 @@ import jax.numpy as jnp
 
 from splat.codegen.base import OPERATIONS, Options, Request
 from splat.codegen.devices import device_target
+from splat.codegen.partitioning import vary_like
 from splat.codegen.xla import kernels, values
 from splat.codegen.xla.tables import PassSpec, Tables, lower
 from splat.errors import ArgumentError, SplatError, UnsupportedError
@@ -69,7 +70,7 @@ class XlaImplementation:
             program = _Program(options, None, forward, backward, refused)
             tables = (forward_tables, backward_tables)
         every = jax.tree.leaves((query, key, value, tables, kv_lengths))
-        query, key, value = (kernels.vary_like(x, *every) for x in (query, key, value))
+        query, key, value = (vary_like(x, *every) for x in (query, key, value))
         return _function(program)(query, key, value, tables, kv_lengths)
 
     num_values = staticmethod(values.num_values)
@@ -171,8 +172,8 @@ def _forward(options, specs, tables, query, key, value, kv_lengths):
         parts.append((out, lse))
     if not parts:
         dtype = jnp.float64 if query.dtype == jnp.float64 else jnp.float32
-        lse = kernels.vary_like(jnp.full(query.shape[:-1], -jnp.inf, dtype), query)
-        return kernels.vary_like(jnp.zeros_like(query), query), lse
+        lse = vary_like(jnp.full(query.shape[:-1], -jnp.inf, dtype), query)
+        return vary_like(jnp.zeros_like(query), query), lse
     out, lse = kernels.merge(parts)
     return out.reshape(query.shape).astype(query.dtype), lse.reshape(query.shape[:-1])
 
@@ -194,7 +195,7 @@ def _backward(options, forward, backward, query, key, value, kv_lengths, out, ls
 def _summed(lowered: _Lowered, rows, lattices, limit, body: kernels.PassBody, like: list[Array]) -> list[Array]:
     """The sum over passes of what `body` computes; zeros shaped like `like` where there is no pass."""
     dtype = jnp.float64 if like[0].dtype == jnp.float64 else jnp.float32
-    totals = [kernels.vary_like(jnp.zeros(x.shape, dtype), x) for x in like]
+    totals = [vary_like(jnp.zeros(x.shape, dtype), x) for x in like]
     for spec, table in zip(*lowered, strict=True):
         results = kernels.run_pass(spec, table, rows, lattices, limit, body)
         totals = [total + result for total, result in zip(totals, results, strict=True)]
