@@ -3,7 +3,8 @@
     case = Case("window(3)", ...)                 what is computed
     results = run(Job(case.build("forward"), case, "forward", arrays))
 
-`run_elsewhere` does the same in a process of its own, which may be one that a sanitizer watches, and may crash.
+`run_elsewhere` does the same in a process of its own, which may be one that a sanitizer watches, and may crash. A job
+with an emulator is done by that, in a process of a processor of another kind.
 """
 
 from __future__ import annotations
@@ -110,6 +111,7 @@ class Job:
       arrays: by their names in `splat::Call`: all that a backward reads, whatever the kernel is.
       border: where memory ends that may be touched: at the last element of each array, or before its first ("after",
         "before": other accesses end the process); None: arrays are plain memory, and a sanitizer watches.
+      emulator: the command that makes the call, `elsewhere.cpp` included; empty: this process makes it.
     """
 
     library: Path
@@ -118,6 +120,7 @@ class Job:
     arrays: dict[str, Array]
     num_threads: int = 1
     border: Literal["after", "before"] | None = None
+    emulator: tuple[str, ...] = ()
 
 
 def type_of(dtype: str) -> np.dtype[Any]:
@@ -177,19 +180,43 @@ def run(job: Job) -> dict[str, Array]:
     call = Call(case.batch, *case.lengths, *case.heads, case.scale, case.soft_cap or 0.0)
     for name, x in placed.items():
         setattr(call, name, PlacedArray(x.ctypes.data, *(stride // x.itemsize for stride in x.strides[:3])))
+    memory = [*placed.values()]
     if case.kv_lengths is not None:
-        kv_lengths = place(np.array(case.kv_lengths, np.int32), "rows", job.border)
-        call.kv_lengths = kv_lengths.ctypes.data
+        memory.append(place(np.array(case.kv_lengths, np.int32), "rows", job.border))
+        call.kv_lengths = memory[-1].ctypes.data
     _, tables = case.lowered(job.kernel)
     flat = [place(table, "rows", job.border) for one in tables for table in one]
     pointers = (ctypes.c_void_p * len(flat))(*(table.ctypes.data for table in flat))
     counts = (ctypes.c_int64 * len(tables))(*(len(one[0]) for one in tables))
     call.tables, call.num_groups = ctypes.addressof(pointers), ctypes.addressof(counts)
-    assert ctypes.CDLL(str(job.library)).splat_run(ctypes.byref(call), job.num_threads, None) == 0
+    if job.emulator:
+        emulate(job, call, pointers, [*memory, *flat, np.ctypeslib.as_array(counts)])
+    else:
+        assert ctypes.CDLL(str(job.library)).splat_run(ctypes.byref(call), job.num_threads, None) == 0
     for name, x in placed.items():
         assert case.layout != "gaps" or np.isnan(gap_of(x)).all(), f"{job.kernel} writes between the rows of {name}"
         assert name in results or x.tobytes() == job.arrays[name].tobytes(), f"{job.kernel} writes to {name}"
     return {name: np.array(placed[name]) for name in results}
+
+
+def emulate(job: Job, call: Call, pointers: ctypes.Array[Any], arrays: list[Array]) -> None:
+    """Has the emulator make the call, on copies of all that it points to, which then replace the originals."""
+    regions = [(ctypes.addressof(x), ctypes.sizeof(x)) for x in (call, pointers)]
+    regions += [(low, high - low) for low, high in map(np.lib.array_utils.byte_bounds, arrays)]
+    head = [job.num_threads, ctypes.addressof(call), ctypes.addressof(pointers), len(regions)]
+    given = np.array([*head, *(number for region in regions for number in region)], np.int64).tobytes()
+    contents = [ctypes.string_at(*region) for region in regions]
+    done = subprocess.run(
+        [*job.emulator, str(job.library)], input=given + b"".join(contents), capture_output=True, check=False,
+        timeout=300,
+    )  # fmt: skip
+    if done.returncode:
+        raise Ended(f"exit code {done.returncode}\n{done.stderr.decode(errors='replace')}")
+    at = sum(size for _, size in regions[:2])  # the call and its pointers stay as they are
+    assert len(done.stdout) == sum(size for _, size in regions)
+    for address, size in regions[2:]:
+        ctypes.memmove(address, done.stdout[at : at + size], size)
+        at += size
 
 
 # -- another process ---------------------------------------------------------------------------------------------------

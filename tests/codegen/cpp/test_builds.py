@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import platform
+import shutil
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -188,7 +189,11 @@ def can_run(flags: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SPLAT_CXXFLAGS", flags)
 
 
-@pytest.mark.parametrize("name", ["window", "union", "tokens", "capped", "few"])
+#: One of every data type, and rows from a table.
+SOME = ["window", "union", "tokens", "capped", "few"]
+
+
+@pytest.mark.parametrize("name", SOME)
 @pytest.mark.parametrize("flags", PROCESSORS)
 def test_processors(flags: str, name: str, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch) -> None:
     """Values, and no access beside the arrays."""
@@ -205,6 +210,43 @@ def test_processors(flags: str, name: str, rng: np.random.Generator, monkeypatch
 @pytest.mark.parametrize("name", [name for name, case in CASES.items() if case.dtype == "bfloat16"])
 def test_pairs(name: str, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch) -> None:
     test_processors(PAIRS, name, rng, monkeypatch)
+
+
+@pytest.mark.parametrize("name", SOME)
+def test_clang(name: str, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch) -> None:
+    names = ("clang++", *(f"clang++-{version}" for version in range(40, 10, -1)))
+    found = next(filter(None, map(shutil.which, names)), None)
+    if found is None:
+        pytest.skip("needs clang++ (Debian, Ubuntu: apt install clang)")
+    monkeypatch.setenv("CXX", found)
+    test_processors("", name, rng, monkeypatch)
+
+
+@pytest.fixture
+def arm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[str, ...]:
+    """The command that makes a call as a 64-bit Arm processor would; what is compiled is for one."""
+    if ARM:
+        pytest.skip("this processor is one: the tests of all kernels show it")
+    names = ("aarch64-linux-gnu-g++", "qemu-aarch64")
+    found = [shutil.which(name) for name in names]
+    if None in found:
+        pytest.skip(f"needs {' and '.join(names)} (Debian, Ubuntu: apt install g++-aarch64-linux-gnu qemu-user)")
+    cross, emulator = map(str, found)
+    program = tmp_path / "elsewhere"
+    source = Path(__file__).with_name("elsewhere.cpp")
+    subprocess.run([cross, "-std=c++17", f"-I{compiler.INCLUDE}", str(source), "-o", str(program), "-ldl"], check=True)
+    libc = subprocess.run([cross, "-print-file-name=libc.so.6"], capture_output=True, text=True, check=True).stdout
+    monkeypatch.setenv("CXX", cross)
+    monkeypatch.setenv("SPLAT_CXXFLAGS", "-march=armv8-a")
+    return (emulator, "-L", str(Path(libc.strip()).parents[1]), str(program))
+
+
+@pytest.mark.parametrize("name", SOME)
+def test_arm(name: str, arm: tuple[str, ...], rng: np.random.Generator) -> None:
+    case = CASES[name]
+    arrays, expected = solve(case, case.draw(rng))
+    for kernel in kernels_of(case):
+        check(run(Job(case.build(kernel), case, kernel, arrays, 2, emulator=arm)), expected, case)
 
 
 @pytest.mark.parametrize("name", ["window", "union", "tokens", "capped"])

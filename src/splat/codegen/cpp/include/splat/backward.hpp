@@ -76,16 +76,20 @@ template <class Facts> struct Backward {
     State& s = memory.tiles[tile];
     const int64_t h = q_head + head;
     const Scalar *query = at<Scalar>(call.query, batch, h), *d_out = at<Scalar>(call.d_out, batch, h);
+    query_numbers<Scalar, D>(call, batch, h, kLanes, [&](int lane) { return rows.at[lane]; }, s.base, s.delta);
     for (int lane = 0; lane < kLanes; ++lane) {
       const int64_t row = rows.at[lane];
-      s.base[lane] = row < 0 ? kInfinity<T> : base_of(at<T>(call.lse, batch, h)[row * call.lse.position]);
-      s.delta[lane] = row < 0 ? 0 : delta_of<Scalar, D>(call, batch, h, row);
+      if (lane + kSoon < kLanes && rows.at[lane + kSoon] >= 0)
+        ask_for<Scalar, D>(query + rows.at[lane + kSoon] * call.query.position);
       T *const query_row = s.query_rows + lane * Dp, *const d_out_row = s.d_out_rows + lane * Dp;
       // A query without any key takes no part, whatever it holds.
       const bool here = s.base[lane] != kInfinity<T>;
       if (!here || Dp > D) memset(query_row, 0, Dp * sizeof(T)), memset(d_out_row, 0, Dp * sizeof(T));
       if (!here) continue;
-      for (int d = 0; d < D; ++d) query_row[d] = query[row * call.query.position + d] * (T)call.scale;
+      constexpr int whole = D / W * W;
+      const T* const from = query + row * call.query.position;
+      for (int d = 0; d < whole; d += W) store(query_row + d, load(from + d) * (T)call.scale);
+      for (int d = whole; d < D; ++d) query_row[d] = from[d] * (T)call.scale;
       memcpy(d_out_row, d_out + row * call.d_out.position, D * sizeof(T));
     }
     LaneRows own;  // the copies, which lie together

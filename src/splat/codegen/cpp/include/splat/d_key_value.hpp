@@ -62,11 +62,8 @@ template <class Facts> struct DKeyValue {
     const int64_t h = q_head + head;
     query = Side::bring(call.query, batch, h, from, step, count, 0, count, memory.query);
     d_out = Side::bring(call.d_out, batch, h, from, step, count, 0, count, memory.d_out);
-    for (int n = 0; n < count; ++n) {
-      const int64_t row = from + step * n;
-      memory.base[n] = base_of(at<T>(call.lse, batch, h)[row * call.lse.position]);
-      memory.delta[n] = delta_of<Scalar, D>(call, batch, h, row);
-    }
+    query_numbers<Scalar, D>(
+        call, batch, h, count, [&](int n) { return from + step * n; }, memory.base, memory.delta);
   }
 
   template <int NV, class M>

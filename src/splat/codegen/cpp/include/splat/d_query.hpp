@@ -53,11 +53,7 @@ template <class Facts> struct DQuery {
     const int64_t h = q_head + head;
     Side::lanes(call.query, batch, h, rows, (T)lane_factor<Facts>(call), s.query);
     Side::lanes(call.d_out, batch, h, rows, (T)1, s.d_out);
-    for (int lane = 0; lane < kLanes; ++lane) {
-      const int64_t row = rows.at[lane];
-      s.base[lane] = row < 0 ? kInfinity<T> : base_of(at<T>(call.lse, batch, h)[row * call.lse.position]);
-      s.delta[lane] = row < 0 ? 0 : delta_of<Scalar, D>(call, batch, h, row);
-    }
+    query_numbers<Scalar, D>(call, batch, h, kLanes, [&](int lane) { return rows.at[lane]; }, s.base, s.delta);
     if (first) memset(s.sum, 0, sizeof s.sum);
     else
       rows_to_lanes<Scalar, D>(at<Scalar>(call.d_query, batch, h), call.d_query.position, rows,

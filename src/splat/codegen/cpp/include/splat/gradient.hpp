@@ -20,6 +20,28 @@ template <class Facts> void fill_key_gradients(const Call& call) {
   }
 }
 
+/// Of queries row(n), n < count (none where negative): the base of their weights 2^(score - base), infinite where they
+/// have no keys, and what their dO V^T is diminished by: the sum of dO * O, less the log-sum-exp's own derivative.
+template <class Scalar, int D, class Row>
+SPLAT_INLINE void query_numbers(const Call& call, int64_t batch, int64_t head, int count, Row&& row,
+                                Compute<Scalar>* base, Compute<Scalar>* delta) {
+  using T = Compute<Scalar>;
+  const T *const lse = at<T>(call.lse, batch, head), *const d_lse = at<T>(call.d_lse, batch, head);
+  const Scalar *const out = at<Scalar>(call.out, batch, head), *const d_out = at<Scalar>(call.d_out, batch, head);
+  for (int n = 0; n < count; ++n) {
+    if (n + kSoon < count && row(n + kSoon) >= 0) {
+      ask_for<Scalar, D>(out + row(n + kSoon) * call.out.position);
+      ask_for<Scalar, D>(d_out + row(n + kSoon) * call.d_out.position);
+    }
+    const int64_t at = row(n);
+    base[n] = kInfinity<T>, delta[n] = 0;
+    if (at < 0) continue;
+    if (const T own = lse[at * call.lse.position]; own != -kInfinity<T>) base[n] = own * kLog2e<T>;
+    delta[n] = dot<Scalar, D>(d_out + at * call.d_out.position, out + at * call.out.position);
+    if (call.d_lse.data) delta[n] -= d_lse[at * call.d_lse.position];
+  }
+}
+
 /// A weight, 2^exponent. It is at most 1: of scores in the millions a rounding is more than 1.
 template <class T, bool kShort = false> SPLAT_INLINE Vec<T> probability(Vec<T> exponent) {
   return exp2<T, kShort>(smaller<T>(Vec<T>{}, exponent));

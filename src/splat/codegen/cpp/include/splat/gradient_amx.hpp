@@ -77,7 +77,7 @@ template <class Facts, bool keys_in_lanes> struct GradientAmx {
     pack_lanes<D, Dp>(at<Scalar>(first, batch, h), first.position, rows, s.first);
     pack_lanes<D, Dp>(at<Scalar>(second, batch, h), second.position, rows, s.second);
     if constexpr (!kKeysInLanes)
-      for (int lane = 0; lane < kLanes; ++lane) query_numbers(h, rows.at[lane], s.base[lane], s.delta[lane]);
+      query_numbers<Scalar, D>(call, batch, h, kLanes, [&](int lane) { return rows.at[lane]; }, s.base, s.delta);
     for (int n = 0; n < kSums; ++n) take_sums(result(n), h, rows, factor(n), s.sums[n]);
   }
 
@@ -94,8 +94,9 @@ template <class Facts, bool keys_in_lanes> struct GradientAmx {
       memory.finite[chunk] = bring(call.*kWalked[0], memory.first, memory.pairs[0]);
       memory.finite[chunk] &= bring(call.*kWalked[1], memory.second, kKeysInLanes ? memory.pairs[kSums - 1] : nullptr);
       if constexpr (kKeysInLanes)
-        for (int k = n; k < n + 32; ++k)
-          query_numbers(h, k < count ? from + step * k : -1, memory.base[place + k], memory.delta[place + k]);
+        query_numbers<Scalar, D>(
+            call, batch, h, 32, [&](int k) { return n + k < count ? from + step * (n + k) : -1; },
+            memory.base + place + n, memory.delta + place + n);
     }
     finite = all_of(memory.finite, place, count);
   }
@@ -125,11 +126,6 @@ template <class Facts, bool keys_in_lanes> struct GradientAmx {
   /// Gradient n, and what its sums are multiplied by.
   const Array& result(int n) const { return !kKeysInLanes ? call.d_query : n ? call.d_value : call.d_key; }
   float factor(int n) const { return n ? 1.f : (float)call.scale; }
-
-  void query_numbers(int64_t head, int64_t row, float& base, float& delta) const {
-    base = row < 0 ? kInfinity<T> : base_of(at<T>(call.lse, batch, head)[row * call.lse.position]);
-    delta = row < 0 ? 0 : delta_of<Scalar, D>(call, batch, head, row);
-  }
 
   /// What earlier passes have added up.
   void take_sums(const Array& from, int64_t head, const LaneRows& rows, float factor, float* sums) const {

@@ -113,6 +113,7 @@ template <class Facts> struct Operands<Facts, true> {
     if constexpr (M::kHasScores) {
       uint32_t* to = memory.rows + (place + missing) * kDepth;
       for (int n = 0; n < fresh; ++n, to += kDepth) {
+        if (n + kSoon < fresh) ask_for<bfloat16, D>(from + (n + kSoon) * next);
         memcpy(to, from + n * next, D / 2 * 4);
         if constexpr (D % 2) to[kDepth - 1] = row_pair(from + n * next, kDepth - 1);
       }
@@ -127,6 +128,7 @@ template <class Facts> struct Operands<Facts, true> {
         for (int d = whole; d < D; ++d) before[d] = (before[d] & 0xffff) | (uint32_t)from[d].bits << 16;
       }
       for (int n = 0; n < fresh; ++n, to += D) {
+        if (!M::kHasScores && n + kSoon < fresh) ask_for<bfloat16, D>(from + (n + kSoon) * next);
         const bfloat16 *const row = from + n * next, *const other = n + 1 < fresh ? row + next : none;
         for (int d = 0; d < whole; d += W) store(to + d, paired(row + d, other + d));
         for (int d = whole; d < D; ++d) to[d] = row[d].bits | (uint32_t)other[d].bits << 16;

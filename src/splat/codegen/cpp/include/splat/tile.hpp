@@ -78,6 +78,14 @@ class Ahead {
   int count_ = 0, done_ = 0;
 };
 
+/// Rows of a head may lie in a page each, which no processor foresees: loops over rows ask for those that come so many
+/// rows later.
+constexpr int kSoon = 4;
+template <class Scalar, int D> SPLAT_INLINE void ask_for(const Scalar* row) {
+  constexpr int bytes = D * (int)sizeof(Scalar);
+  for (int at = 0; at < bytes; at += 64) __builtin_prefetch((const char*)row + at);
+}
+
 /// The rows in the lanes of a row tile; -1: none.
 struct LaneRows {
   int32_t at[kLanes];
@@ -173,6 +181,7 @@ SPLAT_INLINE void pack_rows(const Scalar* from, int64_t position, int64_t first,
   constexpr int W = kWidth<T>, whole = D / W * W;
   const Scalar* row = from + first * position;
   for (int n = 0; n < count; ++n, row += step * position, to += D) {
+    if (n + kSoon < count) ask_for<Scalar, D>(row + kSoon * step * position);
     for (int d = 0; d < whole; d += W) store(to + d, load_as<Scalar>(row + d));
     for (int d = whole; d < D; ++d) to[d] = to_compute(row[d]);
   }
@@ -211,28 +220,15 @@ SPLAT_INLINE void finish_softmax(const T* base, const T* total, const LaneRows& 
     if (rows.at[lane] >= 0) lse[rows.at[lane] * position] = made[lane];
 }
 
-/// What probabilities are made with: 2^(score - base); it is +infinity in rows without any column.
-template <class T> SPLAT_INLINE T base_of(T lse) { return lse == -kInfinity<T> ? kInfinity<T> : lse * kLog2e<T>; }
-
 /// sum over d of a[d] * b[d].
 template <class Scalar, int D> SPLAT_INLINE Compute<Scalar> dot(const Scalar* a, const Scalar* b) {
   using T = Compute<Scalar>;
   constexpr int W = kWidth<T>, whole = D / W * W;
   Vec<T> sums = {};
   for (int d = 0; d < whole; d += W) sums += load_as<Scalar>(a + d) * load_as<Scalar>(b + d);
-  T sum = 0;
-  for (int n = 0; n < W; ++n) sum += sums[n];
+  T sum = sum_of<T>(sums);
   for (int d = whole; d < D; ++d) sum += to_compute(a[d]) * to_compute(b[d]);
   return sum;
-}
-
-/// What dO V^T is diminished by in a row: the sum of dO * O, less the log-sum-exp's own derivative.
-template <class Scalar, int D>
-SPLAT_INLINE Compute<Scalar> delta_of(const Call& call, int64_t batch, int64_t head, int64_t row) {
-  using T = Compute<Scalar>;
-  const T own = call.d_lse.data ? at<T>(call.d_lse, batch, head)[row * call.d_lse.position] : (T)0;
-  return dot<Scalar, D>(at<Scalar>(call.d_out, batch, head) + row * call.d_out.position,
-                        at<Scalar>(call.out, batch, head) + row * call.out.position) - own;
 }
 
 /// The factor of what lies in the lanes, so that their products are scores base 2 (or tanh's argument).

@@ -4,6 +4,8 @@
 #include <stdint.h>
 #include <string.h>
 
+#include <utility>
+
 #if !defined(__clang__)
 #pragma GCC diagnostic ignored "-Wpsabi"
 #endif
@@ -20,7 +22,7 @@ namespace splat {
 
 #if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512DQ__) && defined(__AVX512VL__)
 #define SPLAT_AVX512 1
-#if defined(__AVX512BF16__) && defined(__AMX_BF16__)
+#if defined(__AVX512BF16__) && (defined(__AMX_BF16__) || defined(__AMXBF16__))  // as clang spelled it before 15
 #define SPLAT_AMX 1
 #endif
 #if defined(__AVX512BF16__) && !defined(SPLAT_AMX) && defined(SPLAT_ZEN) && !defined(SPLAT_PAIRS)
@@ -303,42 +305,43 @@ SPLAT_INLINE Vec<uint32_t> paired(Vec<float> first, Vec<float> second) {
   return ((bits_as<Vec<uint32_t>>(first) + 0x8000u) >> 16) | ((bits_as<Vec<uint32_t>>(second) + 0x8000u) & 0xffff0000u);
 }
 
-// -- transposition ---------------------------------------------------------------------------------------------------
+// -- between lanes ---------------------------------------------------------------------------------------------------
 
-/// For every h = 1, 2, 4, ...: which elements of rows i and i + h (counted through) make up the new ones.
-template <class T> struct Exchange {
-  static constexpr int W = kWidth<T>;
-  alignas(64) Int<T> low[W][W] = {}, high[W][W] = {};
-  constexpr Exchange() {
-    for (int h = 1; h < W; h *= 2)
-      for (int n = 0; n < W; ++n) {
-        low[h][n] = n & h ? W + (n - h) : n;
-        high[h][n] = n & h ? W + n : n + h;
-      }
-  }
-};
-template <class T> constexpr Exchange<T> kExchange;
+/// The elements of a and then b that have these numbers.
+template <class T, int... n> SPLAT_INLINE Vec<T> chosen(Vec<T> a, Vec<T> b) {
+#if defined(__clang__)
+  return __builtin_shufflevector(a, b, n...);
+#else
+  return __builtin_shuffle(a, b, Vec<Int<T>>{n...});
+#endif
+}
+
+template <class T> using Lanes = std::make_integer_sequence<int, kWidth<T>>;
+
+/// The sum of all lanes.
+template <class T, int h, int... n> SPLAT_INLINE T sum_of(Vec<T> v, std::integer_sequence<int, n...> lanes) {
+  v += chosen<T, (n ^ h)...>(v, v);
+  if constexpr (h > 1) return sum_of<T, h / 2>(v, lanes);
+  else return v[0];
+}
+template <class T> SPLAT_INLINE T sum_of(Vec<T> v) { return sum_of<T, kWidth<T> / 2>(v, Lanes<T>{}); }
+
+/// Between rows a and b, what a has in lanes with the bit h and what b has in those without it change places.
+template <class T, int h, int... n> SPLAT_INLINE void exchange(Vec<T>& a, Vec<T>& b, std::integer_sequence<int, n...>) {
+  constexpr int W = kWidth<T>;
+  const Vec<T> low = chosen<T, (n & h ? W + n - h : n)...>(a, b);
+  b = chosen<T, (n & h ? W + n : n + h)...>(a, b);
+  a = low;
+}
 
 /// The square of kWidth vectors of T, transposed in place: log2(kWidth) rounds of exchanges.
-template <class T> SPLAT_INLINE void transpose(Vec<T> (&rows)[kWidth<T>]) {
+template <class T, int h = 1> SPLAT_INLINE void transpose(Vec<T> (&rows)[kWidth<T>]) {
   constexpr int W = kWidth<T>;
-  SPLAT_UNROLL
-  for (int h = 1; h < W; h *= 2) {
-    const Vec<Int<T>> low = load(kExchange<T>.low[h]), high = load(kExchange<T>.high[h]);
+  if constexpr (h < W) {
     SPLAT_UNROLL
-    for (int i = 0; i < W; ++i) {
-      if (i & h) continue;
-      const Vec<T> a = rows[i], b = rows[i + h];
-#if defined(__clang__)
-      for (int n = 0; n < W; ++n) {
-        rows[i][n] = n & h ? b[n - h] : a[n];
-        rows[i + h][n] = n & h ? b[n] : a[n + h];
-      }
-#else
-      rows[i] = __builtin_shuffle(a, b, low);
-      rows[i + h] = __builtin_shuffle(a, b, high);
-#endif
-    }
+    for (int i = 0; i < W; ++i)
+      if (!(i & h)) exchange<T, h>(rows[i], rows[i + h], Lanes<T>{});
+    transpose<T, 2 * h>(rows);
   }
 }
 
