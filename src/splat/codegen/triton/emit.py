@@ -60,10 +60,9 @@ class TritonImplementation:
     @staticmethod
     def _without_a_gpu(request: Request) -> bool:
         """Asked for by name: interpreted kernels run on the CPU (TRITON_INTERPRET=1), others are only lowered."""
-        if request.elsewhere:
+        if request.elsewhere or request.platform != "cpu" or not request.named:
             return False
-        here = bind_jax.lowering_capability() is not None or (not bind_jax.missing() and interpret.is_interpreted())
-        return request.platform == "cpu" and request.named and here
+        return bind_jax.lowering_capability() is not None or (interpret.is_interpreted() and not bind_jax.missing())
 
     def target(self) -> str:
         if (capability := bind_jax.lowering_capability()) is not None:
