@@ -250,7 +250,7 @@ def test_arm(name: str, arm: tuple[str, ...], rng: np.random.Generator) -> None:
 
 
 @pytest.mark.parametrize("name", ["window", "union", "tokens", "capped"])
-@pytest.mark.parametrize("flags", ["", BASELINE])
+@pytest.mark.parametrize("flags", ["", *PROCESSORS])
 def test_extreme_numbers(flags: str, name: str, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch) -> None:
     """Rows with one weight that counts, and values below the normal numbers; both are as ever after the call."""
     can_run(flags, monkeypatch)

@@ -37,6 +37,10 @@ constexpr int kVectorBytes = 16, kRegisters = 32;
 constexpr int kVectorBytes = 16, kRegisters = 16;
 #endif
 
+#if defined(SPLAT_AVX512) || (defined(__AVX2__) && defined(__F16C__))
+#define SPLAT_F16C 1
+#endif
+
 /// A number that functions are specialised for.
 template <int N> struct Constant {
   constexpr operator int() const { return N; }
@@ -257,9 +261,15 @@ template <class Scalar> SPLAT_INLINE Vec<Compute<Scalar>> load_as(const Scalar* 
   } else if constexpr (__is_same(Scalar, bfloat16)) {
     return bits_as<Vec<T>>(lower_halves(from) << 16);
   } else {
-#ifdef SPLAT_AVX512
+#if defined(SPLAT_F16C)
     Vec<T> v;
-    asm("vcvtph2ps %1, %0" : "=v"(v) : "m"(*(const char(*)[32])from));
+    asm("vcvtph2ps %1, %0" : "=v"(v) : "m"(*(const char(*)[kVectorBytes / 2])from));
+    return v;
+#elif defined(__aarch64__)
+    Vec<T> v;
+    double half;  // four of them
+    memcpy(&half, from, sizeof half);
+    asm("fcvtl %0.4s, %1.4h" : "=w"(v) : "w"(half));
     return v;
 #else
     T out[kWidth<T>];
@@ -288,8 +298,12 @@ template <class Scalar> SPLAT_INLINE void store_as(Scalar* to, Vec<Compute<Scala
     const Half half = __builtin_convertvector(chosen, Half);
     memcpy(to, &half, sizeof half);
   } else {
-#ifdef SPLAT_AVX512
-    asm("vcvtps2ph $0, %1, %0" : "=m"(*(char(*)[32])to) : "v"(v));
+#if defined(SPLAT_F16C)
+    asm("vcvtps2ph $0, %1, %0" : "=m"(*(char(*)[kVectorBytes / 2])to) : "v"(v));
+#elif defined(__aarch64__)
+    double half;
+    asm("fcvtn %0.4h, %1.4s" : "=w"(half) : "w"(v));
+    memcpy(to, &half, sizeof half);
 #else
     for (int n = 0; n < kWidth<float>; ++n) to[n] = from_compute<Scalar>(v[n]);
 #endif
