@@ -203,8 +203,7 @@ def emulate(job: Job, call: Call, pointers: ctypes.Array[Any], arrays: list[Arra
     """Has the emulator make the call, on copies of all that it points to, which then replace the originals."""
     regions = [(ctypes.addressof(x), ctypes.sizeof(x)) for x in (call, pointers)]
     regions += [(low, high - low) for low, high in map(np.lib.array_utils.byte_bounds, arrays)]
-    head = [job.num_threads, ctypes.addressof(call), ctypes.addressof(pointers), len(regions)]
-    given = np.array([*head, *(number for region in regions for number in region)], np.int64).tobytes()
+    given = np.array([job.num_threads, len(regions), *np.ravel(regions)], np.int64).tobytes()
     contents = [ctypes.string_at(*region) for region in regions]
     done = subprocess.run(
         [*job.emulator, str(job.library)], input=given + b"".join(contents), capture_output=True, check=False,

@@ -1,8 +1,8 @@
 // Makes one call of a kernel's library for a process that cannot load it, as it is for another kind of processor.
 //
-// Standard input: the number of threads, the address of the `Call` and of its table of tables, the number of regions of
-// memory; each region's address and size in the asking process; their bytes. Numbers are int64. Whatever points into a
-// region is made to point to its copy. Standard output: the bytes of the regions after the call.
+// Standard input: the number of threads and of regions of memory; each region's address and size in the asking process;
+// their bytes. Numbers are int64. The first region is the `Call`, the second its table of tables; what they point to in
+// the others is made to point to the copies. Standard output: the bytes of all regions after the call.
 #include <dlfcn.h>
 #include <stdint.h>
 #include <stdio.h>
@@ -28,9 +28,8 @@ void read(void* to, size_t size) {
 }  // namespace
 
 int main(int, char** arguments) {
-  int64_t head[4];
-  read(head, sizeof head);
-  const int64_t threads = head[0], call_at = head[1], tables_at = head[2], num_regions = head[3];
+  int64_t threads, num_regions;
+  read(&threads, sizeof threads), read(&num_regions, sizeof num_regions);
   auto* const regions = new Region[num_regions];
   auto* const copies = new char*[num_regions];
   read(regions, sizeof(Region) * num_regions);
@@ -45,13 +44,11 @@ int main(int, char** arguments) {
     }
     if (pointer) fail("an address is in no region");
   };
-  for (int64_t n = 0; n < num_regions; ++n)
-    if (regions[n].address == tables_at)
-      for (int64_t byte = 0; byte < regions[n].size; byte += sizeof(void*)) move(*(void**)(copies[n] + byte));
-  auto* call = (splat::Call*)call_at;
-  move(call);
+  auto* const call = (splat::Call*)copies[0];
   for (splat::Array* one = &call->query; one <= &call->d_value; ++one) move(one->data);
   move(call->kv_lengths), move(call->tables), move(call->num_groups);
+  auto** const tables = (void**)copies[1];
+  for (size_t n = 0; n < regions[1].size / sizeof *tables; ++n) move(tables[n]);
 
   void* const library = dlopen(arguments[1], RTLD_NOW);
   if (!library) fail(dlerror());

@@ -183,10 +183,11 @@ def _function(call: _Call) -> Any:
         return forward((query, key, value, kv_lengths), tables)
 
     def fwd(query, key, value, tables, kv_lengths):
-        kernels = ("forward", *_gradient_kernels(call, query, key))
         if jax.device_count("cpu") > 1:  # parts may want others, and programs that JAX has kept do not ask again
-            kernels = ("forward", *generate.every_gradient_kernel(str(query.dtype)))
-        bind_jax.prepare_all(_every_kernel(call, tables, query, kv_lengths, kernels))
+            kernels = generate.every_gradient_kernel(str(query.dtype))
+        else:
+            kernels = _gradient_kernels(call, query, key)
+        bind_jax.prepare_all(_every_kernel(call, tables, query, kv_lengths, ("forward", *kernels)))
         out, lse = forward((query, key, value, kv_lengths), tables)
         return (out, lse), (query, key, value, tables, kv_lengths, out, lse)
 

@@ -26,19 +26,20 @@ template <class Scalar, int D, class Row>
 SPLAT_INLINE void query_numbers(const Call& call, int64_t batch, int64_t head, int count, Row&& row,
                                 Compute<Scalar>* base, Compute<Scalar>* delta) {
   using T = Compute<Scalar>;
-  const T *const lse = at<T>(call.lse, batch, head), *const d_lse = at<T>(call.d_lse, batch, head);
+  const T* const lse = at<T>(call.lse, batch, head);
+  const T* const d_lse = call.d_lse.data ? at<T>(call.d_lse, batch, head) : nullptr;
   const Scalar *const out = at<Scalar>(call.out, batch, head), *const d_out = at<Scalar>(call.d_out, batch, head);
   for (int n = 0; n < count; ++n) {
     if (n + kSoon < count && row(n + kSoon) >= 0) {
       ask_for<Scalar, D>(out + row(n + kSoon) * call.out.position);
       ask_for<Scalar, D>(d_out + row(n + kSoon) * call.d_out.position);
     }
-    const int64_t at = row(n);
+    const int64_t here = row(n);
     base[n] = kInfinity<T>, delta[n] = 0;
-    if (at < 0) continue;
-    if (const T own = lse[at * call.lse.position]; own != -kInfinity<T>) base[n] = own * kLog2e<T>;
-    delta[n] = dot<Scalar, D>(d_out + at * call.d_out.position, out + at * call.out.position);
-    if (call.d_lse.data) delta[n] -= d_lse[at * call.d_lse.position];
+    if (here < 0) continue;
+    if (const T own = lse[here * call.lse.position]; own != -kInfinity<T>) base[n] = own * kLog2e<T>;
+    delta[n] = dot<Scalar, D>(d_out + here * call.d_out.position, out + here * call.out.position);
+    if (d_lse) delta[n] -= d_lse[here * call.d_lse.position];
   }
 }
 

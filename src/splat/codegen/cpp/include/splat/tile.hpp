@@ -42,6 +42,17 @@ constexpr bool kPagesHoldUp = false;
 constexpr bool kPagesHoldUp = true;
 #endif
 
+/// Asks for a row; `near`: __builtin_prefetch's, 3 is the nearest cache.
+template <int bytes, int near> SPLAT_INLINE void ask_for(const char* row) {
+  for (int at = 0; at < bytes; at += 64) __builtin_prefetch(row + at, 0, near);
+}
+template <class Scalar, int D> SPLAT_INLINE void ask_for(const Scalar* row) {
+  ask_for<D * (int)sizeof(Scalar), 3>((const char*)row);
+}
+/// Rows of a head may lie in a page each, which no processor foresees: loops over rows ask for those that come so many
+/// rows later.
+constexpr int kSoon = 4;
+
 /// Rows that will be needed soon, asked for one at a time, so that they come while something else is computed.
 class Ahead {
  public:
@@ -61,7 +72,7 @@ class Ahead {
   template <int bytes> SPLAT_INLINE void next() {
     if (done_ == count_) return;
     Range& range = ranges_[done_];
-    for (int at = 0; at < bytes; at += 64) __builtin_prefetch(range.at + at, 0, 2);  // into the second-level cache
+    ask_for<bytes, 2>(range.at);  // into the second-level cache
     range.at += range.step;
     if (!--range.count) ++done_;
   }
@@ -77,14 +88,6 @@ class Ahead {
   Range ranges_[kMost];
   int count_ = 0, done_ = 0;
 };
-
-/// Rows of a head may lie in a page each, which no processor foresees: loops over rows ask for those that come so many
-/// rows later.
-constexpr int kSoon = 4;
-template <class Scalar, int D> SPLAT_INLINE void ask_for(const Scalar* row) {
-  constexpr int bytes = D * (int)sizeof(Scalar);
-  for (int at = 0; at < bytes; at += 64) __builtin_prefetch((const char*)row + at);
-}
 
 /// The rows in the lanes of a row tile; -1: none.
 struct LaneRows {
