@@ -108,6 +108,37 @@ def test_traced_offset(text: str) -> None:
             np.testing.assert_array_equal(mask(offset), pattern.to_dense(9, 20, query_offset=offset))
 
 
+DATA = [
+    "from_runs([0, 1, 2, 3, 1, 2], 2, [3, 4, 2, 0, 1, 3])",
+    "from_runs([0, 1, 2, 3, 4, 5], 3, [3, 4, 2, 1, 1, 2])",
+    "from_runs([0, 1, 2, 3, 4, 5], 3, [3, 4, 2, 1, 1, 2]) | window(1)",
+    "segments([0, 0, 1, -1, 0, 2])",
+    "neighborhood((2, 3), (2, 2))",
+]
+
+
+@pytest.mark.parametrize("text", DATA)
+@pytest.mark.parametrize("by_column", [False, True])
+def test_positions_that_data_does_not_name(text: str, by_column: bool) -> None:
+    """Where a run-time offset leaves them, nothing attends: the same seen from rows and from columns."""
+    pattern, known, q_len, kv_len = splat.parse(text), 6, 4, 6
+    alone = splat.parse(text.removesuffix(" | window(1)"))
+    mask = traced(pattern, q_len, kv_len, by_column)
+    for offset in (-3, 0, 4, 5, 6, 9):
+        here = np.zeros((3 + known + 9 + q_len, kv_len), bool)
+        here[3 : 3 + known] = alone.to_dense(known, kv_len)
+        if pattern != alone:
+            here |= splat.window(1).to_dense(len(here), kv_len, query_offset=-3)
+        np.testing.assert_array_equal(mask(offset), here[3 + offset :][:q_len], err_msg=f"offset {offset}")
+
+
+@pytest.mark.parametrize("text", DATA)
+def test_known_positions_that_data_does_not_name(text: str) -> None:
+    for q_len, offset, told in ((4, -2, "positions? -2"), (4, 3, "position"), (2, -2, "positions? -2")):
+        with pytest.raises(PatternError, match=told):
+            splat.build(splat.parse(text), q_len, 6, query_offset=offset)
+
+
 @settings(max_examples=settings().max_examples // 2)  # each is compiled
 @given(cases(max_len=16, depth=2), st.booleans())
 def test_composition(case: Case, by_column: bool) -> None:

@@ -330,6 +330,14 @@ def check_int(
     return int(number)
 
 
+def check_positions(has: str, known: int, axes: Iterable[Axis], remedy: str) -> None:
+    """Raises PatternError where an axis leaves `[0, known)`, all positions of a pattern that `has` ("...: ids name")."""
+    for axis in axes:
+        if axis.is_static and not 0 <= axis.start <= axis.stop <= known:
+            used = f"from position {axis.start}" if axis.start < 0 else f"up to position {axis.stop}"
+            raise PatternError(f"{has} {known} positions, but the pattern is used {used}. {remedy}")
+
+
 def ceil_div(a: int, b: int) -> int:
     return -(-a // b)
 

@@ -50,23 +50,17 @@ class Table(Pattern):
         for given, axis, name in ((self.start.array.shape[1], rows, "query"), (self.kv_len, cols, "key")):
             if given is None or not axis.is_static:
                 continue
-            if axis.stop > given or (axis.start == 0 and axis.length != given):
+            if axis.start < 0 or axis.stop > given or (axis.start == 0 and axis.length != given):
                 where = f"{axis.length}" if axis.start == 0 else f"positions {axis.start} to {axis.stop}"
                 raise PatternError(_misfit(f"{given} {name} positions", where))
 
     @cached_property
     def _whole(self) -> list[Run]:
-        return [make_run(*one) for one in zip(self.strides, self.start.array, self.count.array, strict=True)]
+        return prune([make_run(*one) for one in zip(self.strides, self.start.array, self.count.array, strict=True)])
 
     def runs(self, rows: Axis, cols: Axis) -> list[Run]:
         self._check(rows, cols)
-        xp = array_namespace(rows.start)
-        at = slice(rows.start, rows.stop) if rows.is_static else rows.positions
-        out = []
-        for run in self._whole:
-            here = Run(run.stride, xp.asarray(run.start)[at], xp.asarray(run.count)[at], run.line_step)
-            out.append(here.clip(cols.start, cols.stop))
-        return prune(out)
+        return prune([_lines(run, rows).clip(cols.start, cols.stop) for run in self._whole])
 
     @cached_property
     def _transposed(self) -> list[Run]:
@@ -82,24 +76,24 @@ class Table(Pattern):
 
     def column_runs(self, cols: Axis, rows: Axis) -> list[Run]:
         self._check(rows, cols)
-        out = []
-        for run in self._transposed:
-            known = run.start.shape[0]  # columns past the last one that any row names have nothing
-            if cols.is_static:
-                pad = max(cols.stop - known, 0)
-                whole = make_run(run.stride, *(np.pad(x, (0, pad)) for x in (run.start, run.count))) if pad else run
-                start, count = whole.start[cols.start : cols.stop], whole.count[cols.start : cols.stop]
-            else:
-                xp = cols.positions.__array_namespace__()
-                at = xp.clip(cols.positions, 0, max(known - 1, 0))
-                start, count = xp.asarray(run.start)[at], xp.asarray(run.count)[at]
-                count = xp.where(cols.positions < known, count, 0)
-            out.append(Run(run.stride, start, count, run.line_step).clip(rows.start, rows.stop))
-        return prune(out)
+        return prune([_lines(run, cols).clip(rows.start, rows.stop) for run in self._transposed])
 
     def __repr__(self) -> str:
         size = "" if self.kv_len is None else f", kv_len={self.kv_len}"
         return f"from_runs({self.start!r}, {list(self.strides)!r}, {self.count!r}{size})"
+
+
+def _lines(run: Run, axis: Axis) -> Run:
+    """The run's lines at the positions of the axis; those past the last that it knows have no elements."""
+    known = run.start.shape[0]
+    if axis.is_static and axis.stop <= known:
+        return Run(run.stride, *(x[axis.start : axis.stop] for x in (run.start, run.count)), run.line_step)
+    xp, wanted = array_namespace(axis.start), axis.positions
+    at = xp.clip(wanted, 0, known - 1)
+    start, count = xp.asarray(run.start)[at], xp.asarray(run.count)[at]
+    if run.line_step != 1:
+        start = start + (wanted - at)  # of the residue that the line's group has
+    return Run(run.stride, start, xp.where(at == wanted, count, 0), run.line_step)
 
 
 def _misfit(made_for: str, used_with: str) -> str:

@@ -12,7 +12,7 @@ import numpy as np
 
 from splat.errors import PatternError, UnsupportedError
 from splat.pattern.algebra import coalesce, prune
-from splat.pattern.core import Array, Axis, Pattern, Run, array_namespace, ceil_div, check_int
+from splat.pattern.core import Array, Axis, Pattern, Run, array_namespace, ceil_div, check_int, check_positions
 from splat.pattern.library import _CONSTRUCTORS, _Primitive
 
 #: (array namespace, coordinate, length, kernel, causal) -> (first, number), inside one dilation group.
@@ -110,12 +110,8 @@ class Neighborhood(_Primitive):
 
     def _product(self, lines: Axis, cross: Axis, interval: Interval, most: Callable[[int, int], int]) -> list[Run]:
         total = math.prod(self.shape)
-        for axis in (lines, cross):
-            if axis.is_static and axis.stop > total:
-                raise PatternError(
-                    f"neighborhood: a grid of shape {self.shape} has {total} positions, but the pattern is used up to "
-                    f"position {axis.stop}. Give the grid's own shape."
-                )
+        has = f"neighborhood: a grid of shape {self.shape} has"
+        check_positions(has, total, (lines, cross), "Give the grid's own shape.")
         xp = array_namespace(lines.start, cross.start)
         dims = len(self.shape)
         dilation = self.dilation if isinstance(self.dilation, tuple) else (self.dilation,) * dims
@@ -139,6 +135,7 @@ class Neighborhood(_Primitive):
         weights = [math.prod(self.shape[n + 1 :]) for n in range(dims)]
         start = sum(first * weight for (first, *_), weight in zip(axes, weights, strict=True))
         whole = cross.is_static and (cross.start, cross.length) == (0, total)
+        inside = None if lines.is_static else (lines.positions >= 0) & (lines.positions < total)
         # Where grids of different dilations meet at an edge, a run's residue follows no simple rule of the row.
         simple = all(d * w % dilation[-1] == 0 for d, w in zip(dilation[:-1], weights, strict=False))
         line_step = dilation[-1] if simple else None
@@ -148,6 +145,7 @@ class Neighborhood(_Primitive):
             for step, weight, (_, count, step_dilation, _) in zip(steps, weights, axes, strict=False):
                 moved += step * step_dilation * weight
                 here = here if isinstance(count, int) else xp.where(step < count, here, 0)
+            here = here if inside is None else xp.where(inside, here, 0)
             here = xp.broadcast_to(xp.asarray(here, dtype=np.int32), (lines.length,))
             run = Run(dilation[-1], start + moved if moved else start, here, line_step)
             out.append(run if whole else run.clip(cross.start, cross.stop))

@@ -21,6 +21,7 @@ from splat.pattern.core import (
     Run,
     array_namespace,
     check_int,
+    check_positions,
     is_runtime_array,
 )
 
@@ -204,6 +205,15 @@ class GlobalTokens(_Symmetric):
         return union(Sink(self.n).runs(rows, cols), GlobalRows(self.n).runs(rows, cols))
 
 
+def _at(numbers: Array, axis: Axis) -> Array:
+    """The numbers [positions] at the positions of the axis; 0 where a run-time axis leaves them."""
+    if axis.is_static:
+        return numbers[axis.start : axis.stop]
+    xp, last = array_namespace(axis.start), numbers.shape[0] - 1
+    at = xp.clip(axis.positions, 0, last)
+    return xp.where(at == axis.positions, xp.asarray(numbers)[at], 0)
+
+
 @dataclasses.dataclass(frozen=True, repr=False)
 class Segments(_Symmetric):
     """Same segment id. Static ids may recur anywhere; run-time ids must be contiguous (each id one stretch)."""
@@ -212,12 +222,8 @@ class Segments(_Symmetric):
 
     def runs(self, rows: Axis, cols: Axis) -> list[Run]:
         ids = self.ids.array
-        for axis in (rows, cols):
-            if axis.is_static and axis.stop > ids.shape[0]:
-                raise PatternError(
-                    f"segments: ids name {ids.shape[0]} positions, but the pattern is used up to position {axis.stop}. "
-                    "Give one id per position (a negative id marks padding)."
-                )
+        remedy = "Give one id per position (a negative id marks padding)."
+        check_positions("segments: ids name", ids.shape[0], (rows, cols), remedy)
         if self.ids.is_static:
             return self._static_runs(rows, cols, ids)
         xp = array_namespace(ids)
@@ -225,8 +231,7 @@ class Segments(_Symmetric):
         order = xp.cumsum(change)
         first = xp.searchsorted(order, order, side="left").astype(np.int32)
         stop = xp.searchsorted(order, order, side="right").astype(np.int32)
-        at = rows.positions
-        return _between(rows, cols, first[at], xp.where(ids[at] >= 0, stop[at], 0))
+        return _between(rows, cols, _at(first, rows), _at(xp.where(ids >= 0, stop, 0), rows))
 
     def _static_runs(self, rows: Axis, cols: Axis, ids: np.ndarray) -> list[Run]:
         first = _starts_of_stretches(ids).astype(np.int32)
@@ -240,7 +245,6 @@ class Segments(_Symmetric):
         group = np.empty(order.size, np.int64)
         group[order] = group_start
         here = np.repeat(np.arange(first.size), stop - first)
-        xp = array_namespace(rows.start)
         out: list[Run] = []
         for k in range(int(kth.max(initial=-1)) + 1):
             # the k-th stretch with the same id as each stretch, or nothing
@@ -249,11 +253,7 @@ class Segments(_Symmetric):
             ok = (stretch_id[mate] == stretch_id) & (stretch_id >= 0) & (group + k < order.size)
             begin = np.where(ok, first[mate], 0).astype(np.int32)[here]
             end = np.where(ok, stop[mate], 0).astype(np.int32)[here]
-            if xp is np and rows.is_static:
-                at: Any = slice(rows.start, rows.stop)
-                out += _between(rows, cols, begin[at], end[at])
-            else:
-                out += _between(rows, cols, xp.asarray(begin)[rows.positions], xp.asarray(end)[rows.positions])
+            out += _between(rows, cols, _at(begin, rows), _at(end, rows))
         return out
 
     def __repr__(self) -> str:
