@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import platform
+import shlex
 import shutil
 import subprocess
 from pathlib import Path
@@ -17,7 +18,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from splat.codegen.cpp import compiler, generate
+from splat.codegen.cpp import amx, compiler, generate
 from tests.attention_suite import TOLERANCE, Inputs, truth
 from tests.codegen.cpp.driver import Array, Case, Ended, Job, run, run_elsewhere
 
@@ -67,7 +68,9 @@ PROCESSORS = {
 }
 #: What AMD's processors with products of bfloat16 pairs get by themselves, for any that has them.
 PAIRS = "-mno-amx-bf16 -DSPLAT_PAIRS=1"
-NEEDED = PROCESSORS | {PAIRS: {"avx512_bf16"}}
+#: Kernels for matrix tiles, which a header stands in for.
+TILES = f"-DSPLAT_AMX=1 -O1 -iquote {shlex.quote(str(Path(__file__).with_name('emulated')))}"
+NEEDED = PROCESSORS | {PAIRS: {"avx512_bf16"}, TILES: {"avx512_bf16"}}
 
 
 def kernels_of(case: Case) -> list[str]:
@@ -182,10 +185,14 @@ def can_run(flags: str, monkeypatch: pytest.MonkeyPatch) -> None:
         return
     if ARM and flags != BASELINE:
         pytest.skip("for other processors than ARM's")
+    if flags == TILES:
+        if "amx_bf16" in compiler.processor().split():
+            pytest.skip("this processor has matrix tiles: the tests of all kernels show them")
+        monkeypatch.setattr(amx, "is_granted", lambda: True)
     lacking = NEEDED[flags] - set(compiler.processor().split())
     if lacking:
         pytest.skip(f"this processor has no {', '.join(sorted(lacking))}")
-    if not compiler._accepts(compiler.find(), flags.split()):
+    if not compiler._accepts(compiler.find(), shlex.split(flags)):
         pytest.skip(f"{compiler.find().version} knows no {flags}")
     monkeypatch.setenv("SPLAT_CXXFLAGS", flags)
 
@@ -211,6 +218,16 @@ def test_processors(flags: str, name: str, rng: np.random.Generator, monkeypatch
 @pytest.mark.parametrize("name", [name for name, case in CASES.items() if case.dtype == "bfloat16"])
 def test_pairs(name: str, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch) -> None:
     test_processors(PAIRS, name, rng, monkeypatch)
+
+
+#: Odd head dims, strides and edges; a soft cap; rings.
+OF_TILES = ["odd", "capped, matrix tiles", "odd rings"]
+
+
+@pytest.mark.parametrize("name", OF_TILES)
+def test_matrix_tiles(name: str, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On processors without them."""
+    test_processors(TILES, name, rng, monkeypatch)
 
 
 @pytest.mark.parametrize("name", ["window", "union", "tokens"])
@@ -304,14 +321,19 @@ UNPAIRED = {
     "holes, matrix tiles": dataclasses.replace(HOLES, dtype="bfloat16"),
     "lengths": CASES["window"],
     "lengths, matrix tiles": STRIDES,
+    "lengths without edges, matrix tiles": Case("blocked(16)", (32, 32), 64, "bfloat16", kv_lengths=(16, 0)),
     "few": CASES["few"],
 }
 
 
-@pytest.mark.parametrize("name", UNPAIRED)
-def test_nothing_of_what_is_in_no_pair(name: str, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("flags", "name"), [*(("", name) for name in UNPAIRED), *((TILES, name) for name in UNPAIRED if "tiles" in name)]
+)
+def test_nothing_of_what_is_in_no_pair(
+    flags: str, name: str, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """NaN and infinity there change no bit of any result, those of these positions included."""
-    can_run("", monkeypatch)
+    can_run(flags, monkeypatch)
     case = UNPAIRED[name]
     arrays, expected = solve(case, case.draw(rng))
     lengths = np.array(case.kv_lengths or [case.lengths[1]] * case.batch)

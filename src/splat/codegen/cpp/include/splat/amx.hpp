@@ -2,9 +2,8 @@
 //
 // B's rows are pairs: element [i][lane] holds two numbers, of k = 2 i and 2 i + 1. Pairs may be any two as long as A
 // has them in the same order; walked rows are paired as (r, 16 + r).
-//
-// Written with assembly, because gcc 12's intrinsics do not say which memory they read and write.
 #pragma once
+#include "splat/tiles.hpp"
 #include "splat/walk.hpp"
 
 namespace splat {
@@ -14,32 +13,6 @@ constexpr int kPart = 32;  // lanes that are worked on at once, and walked rows 
 /// Of a chunk's B tiles, as `rows_to_columns` and `pair_rows` leave them.
 template <int Dp> constexpr int kColumnBytes = Dp / 32 * 2 * kTileBytes;
 template <int Dp> constexpr int kPairBytes = Dp / 16 * kTileBytes;
-
-template <int tile> SPLAT_INLINE void tile_load(const void* from, int64_t row_bytes) {
-  asm volatile("tileloadd (%0,%1,1), %%tmm%c2" ::"r"(from), "r"(row_bytes), "i"(tile) : "memory");
-}
-template <int tile> SPLAT_INLINE void tile_store(void* to, int64_t row_bytes) {
-  asm volatile("tilestored %%tmm%c2, (%0,%1,1)" ::"r"(to), "r"(row_bytes), "i"(tile) : "memory");
-}
-template <int c, int a, int b> SPLAT_INLINE void tile_dot() {
-  asm volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(c), "i"(a), "i"(b));
-}
-template <int tile> SPLAT_INLINE void tile_zero() { asm volatile("tilezero %%tmm%c0" ::"i"(tile)); }
-
-/// Tiles of 16 rows of 64 bytes, for as long as this lives.
-struct Tiles {
-  Tiles() {
-    struct {
-      uint8_t palette, start, reserved[14];
-      uint16_t row_bytes[16];
-      uint8_t rows[16];
-    } config = {};
-    config.palette = 1;
-    for (int n = 0; n < 8; ++n) config.row_bytes[n] = 64, config.rows[n] = 16;
-    asm volatile("ldtilecfg %0" ::"m"(config));
-  }
-  ~Tiles() { asm volatile("tilerelease"); }
-};
 
 /// 32 rows of Dp numbers, `step` numbers from one to the next.
 struct Rows {
@@ -61,6 +34,17 @@ SPLAT_INLINE Rows chunk_rows(const Array& array, int64_t batch, int64_t head, in
                              bfloat16* memory) {
   const Rows here{at<bfloat16>(array, batch, head) + from * array.position, step * array.position};
   return padded<D, Dp>(here, left < kPart ? left : kPart, memory);
+}
+
+/// Rows with zeros for those whose base is infinite: queries without any key, which may hold anything.
+template <int Dp> SPLAT_INLINE Rows with_base(Rows rows, const float* base, bfloat16* memory) {
+  bool all = true;
+  for (int n = 0; n < 32; ++n) all &= base[n] != kInfinity<float>;
+  if (all) return rows;
+  for (int n = 0; n < 32; ++n)
+    if (base[n] == kInfinity<float>) memset(memory + n * Dp, 0, Dp * sizeof *memory);
+    else if (rows.at != memory) memcpy(memory + n * Dp, rows.at + n * rows.step, Dp * sizeof *memory);
+  return {memory, Dp};
 }
 
 /// Rows of the lanes: [lane][Dp], padded with zeros.

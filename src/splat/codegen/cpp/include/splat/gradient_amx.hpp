@@ -86,17 +86,18 @@ template <class Facts, bool keys_in_lanes> struct GradientAmx {
     place = place_;
     for (int n = count - fresh; n < count; n += 32) {
       const int chunk = (place + n) / 32;
+      if constexpr (kKeysInLanes)
+        query_numbers<Scalar, D>(
+            call, batch, h, 32, [&](int k) { return n + k < count ? from + step * (n + k) : -1; },
+            memory.base + place + n, memory.delta + place + n);
       auto bring = [&](const Array& array, char* columns, char* pairs) {
-        const Rows here = chunk_rows<D, Dp>(array, batch, h, from + step * n, step, count - n, memory.rows);
+        Rows here = chunk_rows<D, Dp>(array, batch, h, from + step * n, step, count - n, memory.rows);
+        if constexpr (kKeysInLanes) here = with_base<Dp>(here, memory.base + place + n, memory.rows);
         rows_to_columns<Dp>(here, columns + chunk * kColumnBytes<Dp>);
         return !pairs || pair_rows<Dp>(here, pairs + chunk * kPairBytes<Dp>);
       };
       memory.finite[chunk] = bring(call.*kWalked[0], memory.first, memory.pairs[0]);
       memory.finite[chunk] &= bring(call.*kWalked[1], memory.second, kKeysInLanes ? memory.pairs[kSums - 1] : nullptr);
-      if constexpr (kKeysInLanes)
-        query_numbers<Scalar, D>(
-            call, batch, h, 32, [&](int k) { return n + k < count ? from + step * (n + k) : -1; },
-            memory.base + place + n, memory.delta + place + n);
     }
     finite = all_of(memory.finite, place, count);
   }
@@ -225,9 +226,9 @@ template <class Facts, bool keys_in_lanes> struct GradientAmx {
   }
 
  public:
-  static void prepare(const Call& call) {
-    if constexpr (kKeysInLanes) fill_key_gradients<Facts>(call);
-    else fill_query_gradients<Facts>(call);
+  static void prepare(const Call& call, Pool& pool) {
+    if constexpr (kKeysInLanes) fill_key_gradients<Facts>(call, pool);
+    else fill_query_gradients<Facts>(call, pool);
   }
 };
 
