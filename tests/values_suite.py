@@ -144,6 +144,21 @@ class ValuesSuite:
         for text in ("window(40, 30) | lattice_columns(3)", "strided(3)"):
             self.check(splat.build(splat.parse(text), q_len, kv_len), rng, head_dim)
 
+    def test_components_are_added_before_rounding(self, rng: np.random.Generator) -> None:
+        """Sums are rounded to the dense array's dtype once, however many components they are of."""
+        acsr = splat.build(splat.parse("random_blocks(4, 10, 0)"), 64)
+        assert len(acsr.components) >= 6
+        for dtype in self.dtypes:
+            if dtype not in ("bfloat16", "float16"):
+                continue
+            q, k, p = self.draw(rng, acsr, 24, dtype)
+            p = p.astype(dtype).astype(p.dtype)  # values may be multiplied as the dense array's dtype
+            for operation, x in ((self.spmm, k), (self.spmm_transposed, q)):
+                wanted = np.asarray(operation(p, acsr, x.astype(jnp.float32)))
+                error = np.abs(np.asarray(operation(p, acsr, x), np.float64) - wanted)
+                unit = float(jnp.finfo(dtype).eps) / 2
+                assert (error <= 1.01 * unit * np.abs(wanted) + 1e-5).all(), dtype
+
     def test_dtypes(self, rng: np.random.Generator) -> None:
         for dtype in self.dtypes:
             with jax.enable_x64(dtype == "float64"):  # pyright: ignore[reportCallIssue]

@@ -77,7 +77,7 @@ def test_all_gradients_in_one(
     prepare = bind_jax.prepare
     monkeypatch.setattr(bind_jax, "prepare", lambda facts: called.append(facts.kernel) or prepare(facts))
     with jax.enable_x64(sizes.get("dtype") == "float64"):  # pyright: ignore[reportCallIssue]
-        inputs = draw_inputs(rng, 70, 70, **{"head_dim": 12, **sizes})
+        inputs = draw_inputs(rng, 70, 70, **{"head_dim": 8, **sizes})
         TestCpp().check(pattern, inputs, **options)
     assert {"forward", "backward"} == set(called)
 
@@ -88,10 +88,10 @@ def test_all_gradients_in_one(
         ("test_holes_are_not_read", ["full()"]),
         ("test_a_query_without_keys_may_hold_anything", []),
         ("test_empty_rows", []),
-        ("test_weights_of_large_scores", ["causal()", 1e4]),
+        ("test_weights_of_large_scores", ["strided(4)", 1e4]),
         ("test_nothing_past_the_lengths_is_read", [np.nan]),
         ("test_results_are_the_same_every_time", []),
-        ("test_vmap", []),
+        ("test_a_query_that_is_nan", []),
     ],
 )
 def test_of_the_suite_with_all_gradients_in_one(

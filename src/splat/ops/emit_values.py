@@ -66,9 +66,7 @@ def _xla(call: _Call) -> str:
 def _cpp(call: _Call) -> str:
     from splat.codegen.cpp import values
 
-    if call.operation == "softmax":  # of values, whatever made them
-        return values.source("softmax", accumulator(call.problem.dtype), 1)
-    return values.source(call.operation, call.problem.dtype, call.problem.head_dim)
+    return values.source(call.operation, call.acsr, call.problem.dtype, call.problem.head_dim)
 
 
 def _triton(call: _Call) -> str:

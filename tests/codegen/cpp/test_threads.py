@@ -4,16 +4,9 @@ from __future__ import annotations
 
 import ctypes
 
-import numpy as np
 import pytest
 
-import splat
-from splat.codegen.base import Options
-from splat.codegen.cpp import compiler, generate
-from splat.codegen.cpp.emit import kernels_of
-from splat.codegen.cpp.lower import passes_of
-from splat.planning import Problem, make_plan
-from tests.attention_suite import draw_inputs
+from splat.codegen.cpp import compiler
 
 pytestmark = pytest.mark.skipif(
     compiler.missing() is not None, reason=f"nothing can be compiled here: {compiler.missing()}"
@@ -106,50 +99,14 @@ def test_a_task_that_comes_late_finds_nothing_to_do(library: ctypes.CDLL) -> Non
     assert library.late(1, 100, 0) == 100
 
 
-# -- a kernel without XLA ----------------------------------------------------------------------------------------------
-
-
-class Array(ctypes.Structure):
-    """`splat::Array`."""
-
-    _fields_ = (("data", ctypes.c_void_p), *((name, ctypes.c_int64) for name in ("batch", "position", "head")))
-
-    @classmethod
-    def of(cls, array: np.ndarray) -> Array:
-        strides = [stride // array.itemsize for stride in array.strides]
-        return cls(array.ctypes.data, *strides[:3])
-
-
-class Call(ctypes.Structure):
-    """`splat::Call`."""
-
-    _fields_ = (
-        *((name, ctypes.c_int64) for name in ("batch", "q_len", "kv_len", "num_q_heads", "num_kv_heads")),
-        ("scale", ctypes.c_double), ("soft_cap", ctypes.c_double),
-        *((name, Array) for name in ("query", "key", "value", "out", "d_out", "lse", "d_lse", "d_query", "d_key")),
-        ("d_value", Array), ("kv_lengths", ctypes.c_void_p), ("tables", ctypes.c_void_p),
-        ("num_groups", ctypes.c_void_p),
-    )  # fmt: skip
-
-
-@pytest.mark.parametrize("num_threads", [1, 3])
-def test_run_without_xla(rng: np.random.Generator, num_threads: int) -> None:
-    """Arrays with strides of their own: [batch, head, position, head dim], as PyTorch has them."""
-    pattern = splat.parse("window(9) | strided(7)")
-    plan = make_plan(Problem(pattern, 90, 90, 16, 4, 2, 2), implementation="cpp")
-    (facts,) = kernels_of(plan, Options(0.25), "forward")
-    library = compiler.load("forward_float32_h16", generate.source(facts))
-    inputs = draw_inputs(rng, 90, 90, batch=2, heads=(4, 2), head_dim=16)
-    q, k, v = (np.ascontiguousarray(np.swapaxes(x, 1, 2)).swapaxes(1, 2) for x in inputs[:3])
-    out, lse = np.full_like(q, np.nan), np.full(q.shape[:3], np.nan, np.float32)
-    _, tables = passes_of(plan, "forward")
-    flat = [np.ascontiguousarray(table) for one in tables for table in one]
-    pointers = (ctypes.c_void_p * len(flat))(*(table.ctypes.data for table in flat))
-    counts = (ctypes.c_int64 * len(tables))(*(len(one[0]) for one in tables))
-    call = Call(2, 90, 90, 4, 2, 0.25, 0.0, Array.of(q), Array.of(k), Array.of(v), Array.of(out))
-    call.lse = Array.of(lse)
-    call.tables, call.num_groups = ctypes.addressof(pointers), ctypes.addressof(counts)
-    assert library.splat_run(ctypes.byref(call), num_threads, None) == 0
-    wanted = splat.attention(*inputs[:3], pattern, implementation="xla", return_lse=True)
-    np.testing.assert_allclose(out, wanted[0], atol=2e-6)
-    np.testing.assert_allclose(lse, wanted[1], atol=2e-6)
+def test_kernels_share_a_threads_memory() -> None:
+    if "clang" in compiler.find().version.lower():
+        pytest.skip("with clang each library has its own")
+    text = '#include "splat/threads.hpp"\nextern "C" __attribute__((visibility("default"))) void* memory() {\n'
+    libraries = [
+        compiler.load(f"memory_{size}", text + f"  return splat::scratch({size});\n}}\n") for size in (5000, 64)
+    ]
+    for library in libraries:
+        library.memory.restype = ctypes.c_void_p
+    first, second = (library.memory() for library in libraries)
+    assert first == second

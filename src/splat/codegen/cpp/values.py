@@ -12,7 +12,7 @@ import numpy as np
 from splat.acsr import ACSR, Component
 from splat.codegen.base import USUAL, How, accumulator
 from splat.codegen.cpp import bind_jax
-from splat.codegen.cpp.generate import translation_unit
+from splat.codegen.cpp.generate import SCALARS, translation_unit
 from splat.codegen.partitioning import vary_like
 from splat.codegen.xla.values import rows_by_residue
 from splat.errors import UnsupportedError
@@ -33,10 +33,21 @@ KERNELS = {
 }
 
 
-def source(kernel: str, dtype: str, head_dim: int) -> str:
-    """The text of a kernel's translation unit. Raises KeyError for unknown names."""
+def source(kernel: str, acsr: ACSR, dtype: str, head_dim: int) -> str:
+    """The text of a kernel's translation unit for dense arrays of a dtype. Raises KeyError for unknown names."""
+    what, result = KERNELS[kernel], SCALARS[_result(kernel, acsr, dtype)]
+    if kernel == "softmax":  # of values, whatever made them
+        dtype, head_dim = accumulator(dtype), 1
     entry = f"SPLAT_VALUES_KERNEL({kernel}, Facts)"
-    return translation_unit(KERNELS[kernel], ("values_ffi.hpp",), dtype, head_dim, entry)
+    return translation_unit(
+        what, ("values_ffi.hpp",), dtype, head_dim, entry, more_facts=(f"using Result = {result};",)
+    )  # fmt: skip
+
+
+def _result(kernel: str, acsr: ACSR, dtype: str) -> str:
+    """The dtype of what the kernel writes. Components add to products one after the other: not to rounded ones."""
+    several = sum(one.width > 0 for one in acsr.components) > 1
+    return dtype if "spmm" in kernel and not several else accumulator(dtype)
 
 
 # -- tables ------------------------------------------------------------------------------------------------------------
@@ -109,12 +120,12 @@ def num_values(acsr: ACSR, how: How) -> int:
 # -- calls -------------------------------------------------------------------------------------------------------------
 
 
-def _call(kernel: str, acsr: ACSR, how: How, arrays: list[Array], shape: tuple[int, ...], dtype: Any) -> Array:
-    last = arrays[-1]
-    head_dim = 1 if kernel == "softmax" else last.shape[-1]
-    name = "_".join([kernel, str(last.dtype)] + ([] if kernel == "softmax" else [f"h{head_dim}"]))
-    target = bind_jax.register(kernel, name, source(kernel, str(last.dtype), head_dim))
-    run = jax.ffi.ffi_call(target, jax.ShapeDtypeStruct(shape, jnp.dtype(dtype)), vmap_method=None)
+def _call(kernel: str, acsr: ACSR, how: How, arrays: list[Array], shape: tuple[int, ...]) -> Array:
+    dtype, head_dim = str(arrays[-1].dtype), arrays[-1].shape[-1]
+    name = "_".join([kernel, dtype] + ([] if kernel == "softmax" else [f"h{head_dim}"]))
+    target = bind_jax.register(kernel, name, source(kernel, acsr, dtype, head_dim))
+    result = jax.ShapeDtypeStruct(shape, jnp.dtype(_result(kernel, acsr, dtype)))
+    run = jax.ffi.ffi_call(target, result, vmap_method=None)
     operands = [vary_like(jnp.asarray(x), *arrays) for x in (*arrays, *_tables(acsr, how)[1])]
     return vary_like(run(*operands, savings=np.float64(how.spans + 2 * how.posets)), *operands)
 
@@ -126,26 +137,26 @@ def _flat(values: Array) -> Array:
 def sddmm(acsr: ACSR, rows: Array, columns: Array, how: How = USUAL) -> Array:
     """See `Implementation.sddmm`."""
     size, batch = num_values(acsr, how), rows.shape[0]
-    values = _call("sddmm", acsr, how, [rows, columns], (batch, size), accumulator(rows.dtype))
+    values = _call("sddmm", acsr, how, [rows, columns], (batch, size))
     return values if how.layout == "tiles" else values.reshape(batch, acsr.shape[0], acsr.width)
 
 
 def softmax(acsr: ACSR, values: Array, how: How = USUAL) -> Array:
     """See `Implementation.softmax`."""
     flat = _flat(values)
-    return _call("softmax", acsr, how, [flat], flat.shape, values.dtype).reshape(values.shape)
+    return _call("softmax", acsr, how, [flat], flat.shape).reshape(values.shape)
 
 
 def spmm(acsr: ACSR, values: Array, dense: Array, how: How = USUAL) -> Array:
     """See `Implementation.spmm`."""
     shape = (values.shape[0], acsr.shape[0], dense.shape[-1])
-    return _call("spmm", acsr, how, [_flat(values), dense], shape, dense.dtype)
+    return _call("spmm", acsr, how, [_flat(values), dense], shape).astype(dense.dtype)
 
 
 def spmm_transposed(acsr: ACSR, values: Array, dense: Array, how: How = USUAL) -> Array:
     """See `Implementation.spmm_transposed`."""
     shape = (values.shape[0], acsr.shape[1], dense.shape[-1])
-    return _call("spmm_transposed", acsr, how, [_flat(values), dense], shape, dense.dtype)
+    return _call("spmm_transposed", acsr, how, [_flat(values), dense], shape).astype(dense.dtype)
 
 
 __all__ = ["KERNELS", "num_values", "sddmm", "softmax", "source", "spmm", "spmm_transposed"]

@@ -151,19 +151,15 @@ template <class Facts> struct Backward {
                              is_past_caches<Scalar, D>(call.d_query, call.batch, call.q_len, call.num_q_heads));
   }
 
-  static void prepare(const Call& call) {
-    if (!kFill) return;
-    for (int64_t b = 0; b < call.batch; ++b) {
-      clear_rows<Scalar, D>(call.d_query, b, call.num_q_heads, 0, call.q_len);
-      clear_rows<Scalar, D>(call.d_key, b, call.num_kv_heads, 0, call.kv_len);
-      clear_rows<Scalar, D>(call.d_value, b, call.num_kv_heads, 0, call.kv_len);
-    }
+  static void prepare(const Call& call, Pool& pool) {
+    if constexpr (kFill) fill_query_gradients<Facts>(call, pool), fill_key_gradients<Facts>(call, pool);
   }
 
  private:
   /// Writes a slot's gradients where they belong; it is empty then.
   void put_back(Slot& one) {
-    const bool past_caches = is_past_caches<Scalar, D>(call.d_key, call.batch, call.kv_len, call.num_kv_heads);
+    const bool past_caches = is_past_caches<Scalar, D>(call.d_key, call.batch, call.kv_len, call.num_kv_heads) &&
+                             is_past_caches<Scalar, D>(call.d_value, call.batch, call.kv_len, call.num_kv_heads);
     T *const d_key = at<T>(call.d_key, batch, kv_head), *const d_value = at<T>(call.d_value, batch, kv_head);
     for (int n = 0; n < one.count; ++n) {
       put_row<Scalar, D>(one.d_key + n * Dp, d_key + (one.from + step * n) * call.d_key.position, past_caches);

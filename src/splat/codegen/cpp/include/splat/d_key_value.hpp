@@ -92,7 +92,7 @@ template <class Facts> struct DKeyValue {
                              is_past_caches<Scalar, D>(call.d_value, call.batch, call.kv_len, call.num_kv_heads));
   }
 
-  static void prepare(const Call& call) { fill_key_gradients<Facts>(call); }
+  static void prepare(const Call& call, Pool& pool) { fill_key_gradients<Facts>(call, pool); }
 };
 
 template <class Facts, class... Passes> void d_key_value(const Call& call, Pool& pool) {

@@ -87,7 +87,7 @@ template <class Facts> struct DQuery {
                              is_past_caches<Scalar, D>(call.d_query, call.batch, call.q_len, call.num_q_heads));
   }
 
-  static void prepare(const Call& call) { fill_query_gradients<Facts>(call); }
+  static void prepare(const Call& call, Pool& pool) { fill_query_gradients<Facts>(call, pool); }
 };
 
 template <class Facts, class... Passes> void d_query(const Call& call, Pool& pool) {

@@ -112,7 +112,7 @@ template <class Facts> struct Forward {
     SPLAT_UNROLL
     for (int v = 0; v < NV; ++v) {
       total[v] = load(at_total + v * W);
-      base[v] = larger<T>(base[v], splat_of((T)-1e30));  // finite: a lane without any column yet has -infinity
+      base[v] = base[v] == -kInfinity<T> ? Vec<T>{} : base[v];  // a lane without any column yet
     }
     const Element* const weights = Side::template weights<NV>(p, n, [&](int k, int v) SPLAT_INLINED {
       const Vec<T> weight = exp2<T, kPaired<Facts>>(load(p + k * kLanes + v * W) - base[v]);
@@ -134,7 +134,7 @@ template <class Facts> struct Forward {
                              is_past_caches<Scalar, D>(call.out, call.batch, call.q_len, call.num_q_heads));
   }
 
-  static void prepare(const Call& call) { fill_outputs<Facts>(call); }
+  static void prepare(const Call& call, Pool& pool) { fill_outputs<Facts>(call, pool); }
 
  private:
   /// Rows asked for between the products: a row tile's three times 64 in less than a hundred of them.

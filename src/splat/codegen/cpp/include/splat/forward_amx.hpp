@@ -301,7 +301,7 @@ template <class Facts> struct ForwardAmx {
   }
 
  public:
-  static void prepare(const Call& call) { fill_outputs<Facts>(call); }
+  static void prepare(const Call& call, Pool& pool) { fill_outputs<Facts>(call, pool); }
 };
 
 }  // namespace splat

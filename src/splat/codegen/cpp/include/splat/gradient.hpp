@@ -6,18 +6,23 @@
 namespace splat {
 
 /// Of a gradient, what no pass writes: rows that no tile has, and keys past their sequence's length.
-template <class Facts> void fill_query_gradients(const Call& call) {
+template <class Facts> void fill_query_gradients(const Call& call, Pool& pool) {
   if (!Facts::fill) return;
-  for (int64_t b = 0; b < call.batch; ++b)
-    clear_rows<typename Facts::Scalar, Facts::head_dim>(call.d_query, b, call.num_q_heads, 0, call.q_len);
+  parallel_for(pool, call.batch * call.num_q_heads, [&](int64_t index) {
+    const int64_t b = index / call.num_q_heads, h = index % call.num_q_heads;
+    clear_rows<typename Facts::Scalar, Facts::head_dim>(call.d_query, b, h, 0, call.q_len);
+  });
 }
-template <class Facts> void fill_key_gradients(const Call& call) {
-  if (!Facts::fill && !call.kv_lengths) return;
-  for (int64_t b = 0; b < call.batch; ++b) {
+template <class Facts> void fill_key_gradients(const Call& call, Pool& pool) {
+  bool all_written = !Facts::fill;
+  for (int64_t b = 0; b < call.batch && call.kv_lengths; ++b) all_written &= call.kv_lengths[b] >= call.kv_len;
+  if (all_written) return;
+  parallel_for(pool, call.batch * call.num_kv_heads, [&](int64_t index) {
+    const int64_t b = index / call.num_kv_heads, h = index % call.num_kv_heads;
     const int64_t from = Facts::fill ? 0 : call.kv_lengths[b];
-    clear_rows<typename Facts::Scalar, Facts::head_dim>(call.d_key, b, call.num_kv_heads, from, call.kv_len);
-    clear_rows<typename Facts::Scalar, Facts::head_dim>(call.d_value, b, call.num_kv_heads, from, call.kv_len);
-  }
+    clear_rows<typename Facts::Scalar, Facts::head_dim>(call.d_key, b, h, from, call.kv_len);
+    clear_rows<typename Facts::Scalar, Facts::head_dim>(call.d_value, b, h, from, call.kv_len);
+  });
 }
 
 /// Of queries row(n), n < count (none where negative): the base of their weights 2^(score - base), infinite where they

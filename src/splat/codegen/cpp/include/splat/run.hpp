@@ -4,7 +4,7 @@
 //   T, kTiles, kChunk          compute type; row tiles that a unit may have; walked rows that a chunk may have
 //   kKeysInLanes               whether the lanes hold keys (dK, dV) or queries
 //   kFill                      whether no pass visits every row, so that the results are filled in first
-//   prepare(call)              once for a call: results of rows that no pass visits
+//   prepare(call, pool)        once for a call: results of rows that no pass visits
 //   Scratch                    its memory, one for a thread
 //   start(batch, kv_head, q_head)   once for a unit; the first head of the lanes
 //   walked_heads()             how many heads are walked, one after the other, into the same tiles
@@ -404,7 +404,7 @@ void run_pass(const Call& call, Pool& pool, const int32_t* const*& tables, const
 
 /// All passes one after the other: a later one goes on from what is there.
 template <class Kernel, class... Passes> void run(const Call& call, Pool& pool) {
-  Kernel::prepare(call);
+  Kernel::prepare(call, pool);
   const int32_t* const* tables = call.tables;
   const int64_t* num_groups = call.num_groups;
   bool first = !Kernel::kFill;

@@ -216,10 +216,11 @@ class Arena {
   size_t size_ = 0;
 };
 
+/// A thread's memory for all kernels: gcc gives a variable that is visible to the whole process once, whatever
+/// libraries have it; with other compilers each library has its own.
+__attribute__((visibility("default"))) inline thread_local Arena arena_of_thread;
+
 /// At least `bytes` of memory for this thread, at a page's boundary, whatever it holds. The next call may take it back.
-inline void* scratch(size_t bytes) {
-  static thread_local Arena arena;
-  return arena.get(bytes);
-}
+inline void* scratch(size_t bytes) { return arena_of_thread.get(bytes); }
 
 }  // namespace splat

@@ -2,6 +2,7 @@
 #pragma once
 #include "splat/call.hpp"
 #include "splat/micro.hpp"
+#include "splat/threads.hpp"
 
 namespace splat {
 
@@ -217,7 +218,8 @@ SPLAT_INLINE void finish_softmax(const T* base, const T* total, const LaneRows& 
     const Vec<T> sum = load(total + lane);
     store(factor + lane, sum == (T)0 ? Vec<T>{} : (T)1 / sum);
     const Vec<T> natural = (load(base + lane) + log2<T>(sum)) * kLn2<T>;
-    store(made + lane, sum == (T)0 ? splat_of(-kInfinity<T>) : natural);
+    const Vec<T> known = sum == sum ? natural : sum;  // NaN stays NaN
+    store(made + lane, sum == (T)0 ? splat_of(-kInfinity<T>) : known);
   }
   for (int lane = 0; lane < kLanes; ++lane)
     if (rows.at[lane] >= 0) lse[rows.at[lane] * position] = made[lane];
@@ -239,23 +241,23 @@ template <class Facts> SPLAT_INLINE double lane_factor(const Call& call) {
   return Facts::soft_cap ? call.scale / call.soft_cap : call.scale * kLog2e<double>;
 }
 
-/// Sets the rows of a gradient from `from` on to 0.
+/// Sets rows of a head of a result to 0.
 template <class Scalar, int D>
-void clear_rows(const Array& array, int64_t batch, int64_t heads, int64_t from, int64_t to) {
-  for (int64_t h = 0; h < heads; ++h)
-    for (int64_t i = from; i < to; ++i) memset(at<Scalar>(array, batch, h) + i * array.position, 0, D * sizeof(Scalar));
+void clear_rows(const Array& array, int64_t batch, int64_t head, int64_t from, int64_t to) {
+  Scalar* const rows = at<Scalar>(array, batch, head);
+  for (int64_t i = from; i < to; ++i) memset(rows + i * array.position, 0, D * sizeof(Scalar));
 }
 
 /// Output and log-sum-exp of rows that no tile has.
-template <class Facts> void fill_outputs(const Call& call) {
+template <class Facts> void fill_outputs(const Call& call, Pool& pool) {
   using Scalar = typename Facts::Scalar;
   using T = Compute<Scalar>;
   if (!Facts::fill) return;
-  for (int64_t b = 0; b < call.batch; ++b) {
-    clear_rows<Scalar, Facts::head_dim>(call.out, b, call.num_q_heads, 0, call.q_len);
-    for (int64_t h = 0; h < call.num_q_heads; ++h)
-      for (int64_t i = 0; i < call.q_len; ++i) at<T>(call.lse, b, h)[i * call.lse.position] = -kInfinity<T>;
-  }
+  parallel_for(pool, call.batch * call.num_q_heads, [&](int64_t index) {
+    const int64_t b = index / call.num_q_heads, h = index % call.num_q_heads;
+    clear_rows<Scalar, Facts::head_dim>(call.out, b, h, 0, call.q_len);
+    for (int64_t i = 0; i < call.q_len; ++i) at<T>(call.lse, b, h)[i * call.lse.position] = -kInfinity<T>;
+  });
 }
 
 }  // namespace splat

@@ -58,6 +58,7 @@ template <class T, int R> struct InPlace {
 
 template <class Facts> struct Values {
   using Scalar = typename Facts::Scalar;
+  using Result = typename Facts::Result;  // of products: the compute type where later components add to it
   using T = Compute<Scalar>;
   static constexpr int D = Facts::head_dim, W = kWidth<T>, Dp = (D + W - 1) / W * W, NV = kMaxVectors;
   static constexpr int R = kRows<NV>;     // rows at once
@@ -192,11 +193,11 @@ template <class Facts> struct Values {
   }
 
   /// Rows `at(n)` of a dense array, [n][Dp].
-  template <class At> SPLAT_INLINE static void pack(const Scalar* from, int count, T* to, At&& at) {
+  template <class Type, class At> SPLAT_INLINE static void pack(const Type* from, int count, T* to, At&& at) {
     for (int n = 0; n < count; ++n, to += Dp) {
       const int64_t row = at(n);
       if (row < 0 || Dp > D) memset(to, 0, Dp * sizeof(T));
-      if (row >= 0) pack_rows<Scalar, D>(from, D, row, 1, 1, to);
+      if (row >= 0) pack_rows<Type, D>(from, D, row, 1, 1, to);
     }
   }
 
@@ -254,7 +255,7 @@ template <class Facts> struct Values {
   void spmm(int64_t batch) {
     Rows& rows = memory.rows;
     const Scalar* const right = (const Scalar*)call.right + batch * call.columns * D;
-    Scalar* const out = (Scalar*)call.result + batch * call.rows * D;
+    Result* const out = (Result*)call.result + batch * call.rows * D;
     if (first) memset(memory.c, 0, sizeof(T) * rows.num_rows * Dp);
     else pack(out, rows.num_rows, memory.c, [&](int n) { return rows.row[n]; });
     if (const T* const dense = in_place(right))
@@ -265,7 +266,7 @@ template <class Facts> struct Values {
         add_block(batch, memory.b, from, to);
       });
     for (int n = 0; n < rows.num_rows; ++n)
-      put_row<Scalar, D>(memory.c + n * Dp, out + rows.row[n] * (int64_t)D, false);
+      put_row<Result, D>(memory.c + n * Dp, out + rows.row[n] * (int64_t)D, false);
   }
 
   /// The other side where its rows need not be brought together: it is of the compute type, and all columns are used.
@@ -325,7 +326,7 @@ template <class Facts> struct Values {
   void spmm_transposed(int64_t batch, int64_t residue, int from, int begin, int end) {
     Rows& rows = memory.rows;
     const Scalar* const left = (const Scalar*)call.left + batch * call.rows * D;
-    Scalar* const out = (Scalar*)call.result + batch * call.columns * D;
+    Result* const out = (Result*)call.result + batch * call.columns * D;
     const int64_t columns = ceil_div(call.columns - residue, component.stride);
     const int to = (int)(from + kColumns < columns ? from + kColumns : columns);
     auto column = [&](int n) { return from + n < to ? residue + component.stride * (from + n) : -1; };
@@ -351,7 +352,7 @@ template <class Facts> struct Values {
                        memory.c + (x - from) * Dp);
       }
     }
-    for (int n = 0; n < to - from; ++n) put_row<Scalar, D>(memory.c + n * Dp, out + column(n) * D, false);
+    for (int n = 0; n < to - from; ++n) put_row<Result, D>(memory.c + n * Dp, out + column(n) * D, false);
   }
 
   /// For every block of columns of every group, the rows of `order` from the first to the last that have some of them.
@@ -386,7 +387,7 @@ template <class Facts> struct Values {
     const bool clear = call.num_components == 0 || call.components[0].stride != 1;
     if (clear)
       parallel_for(pool, call.batch, [&](int64_t batch) {
-        memset((Scalar*)call.result + batch * call.columns * D, 0, sizeof(Scalar) * call.columns * D);
+        memset((Result*)call.result + batch * call.columns * D, 0, sizeof(Result) * call.columns * D);
       });
     for (int64_t n = 0; n < call.num_components; ++n) {
       const Component& c = call.components[n];
@@ -399,8 +400,8 @@ template <class Facts> struct Values {
         const bool none = rows[0] >= rows[1], first = n == 0 && !clear;
         if ((none && !first) || block * kColumns >= ceil_div(call.columns - residue, c.stride)) return;
         auto& memory = *(Scratch*)scratch(sizeof(Scratch));
-        const Values values{call, c, memory, first};
-        const_cast<Values&>(values).spmm_transposed(index / units, residue, (int)(block * kColumns), rows[0], rows[1]);
+        Values values{call, c, memory, first};
+        values.spmm_transposed(index / units, residue, (int)(block * kColumns), rows[0], rows[1]);
       });
     }
   }

@@ -27,6 +27,7 @@ enum class ValuesKind { sddmm, softmax, spmm, spmm_transposed };
 
 template <ValuesKind kKind, class Facts> class ValuesHandler {
   using Scalar = typename Facts::Scalar;
+  using Result = typename Facts::Result;
   using T = Compute<Scalar>;
   static constexpr int kMost = 256;  // components; values.py knows it too
 
@@ -68,9 +69,9 @@ template <ValuesKind kKind, class Facts> class ValuesHandler {
       one.groups = offsets - 1;
     }
     if (kKind == ValuesKind::sddmm || kKind == ValuesKind::softmax)
-      call.result = reader.result<T>("values", batch, size);
-    if (kKind == ValuesKind::spmm) call.result = reader.result<Scalar>("result", batch, rows, width);
-    if (kKind == ValuesKind::spmm_transposed) call.result = reader.result<Scalar>("result", batch, columns, width);
+      call.result = reader.result<Result>("values", batch, size);
+    if (kKind == ValuesKind::spmm) call.result = reader.result<Result>("result", batch, rows, width);
+    if (kKind == ValuesKind::spmm_transposed) call.result = reader.result<Result>("result", batch, columns, width);
     const int savings = (int)reader.attribute("savings");
     call.savings = {(savings & 1) != 0, (savings & 2) != 0};
     call.batch = batch, call.rows = rows, call.columns = columns, call.size = size, call.num_components = number;

@@ -183,7 +183,7 @@ template <class T, bool kShort = false> SPLAT_INLINE Vec<T> exp2(Vec<T> x) {
   const Vec<T> p = exp2_fraction<T>(f);
   Vec<T> out = bits_as<Vec<T>>(bits_as<Vec<Int<T>>>(p) + (bits_as<Vec<Int<T>>>(rounded) << mantissa));
   out = x < least ? Vec<T>{} : out;
-  return x >= most ? splat_of(kInfinity<T>) : out;
+  return x < most ? out : x + kInfinity<T>;  // NaN stays NaN
 #endif
 }
 

@@ -8,8 +8,6 @@
 //     group 1          |== masked ==|========= full =========|== masked ==|
 //     segments    | 0 .| 0 1 ..                          ..  | . 1 ..|         one call of the kernel each
 #pragma once
-#include "splat/call.hpp"
-#include "splat/threads.hpp"
 #include "splat/tile.hpp"
 
 namespace splat {
