@@ -1,10 +1,12 @@
-"""Every exception SPLAT raises on purpose.
+"""Every exception SPLAT raises on purpose, and how it warns.
 
 A message names the argument, what was expected, what was given and the remedy.
 """
 
 from __future__ import annotations
 
+import sys
+import warnings
 from pathlib import Path
 
 
@@ -56,3 +58,20 @@ class CompileError(SplatError):
         self.command = command
         self.log = log
         self.folder = folder
+
+
+def warn(message: str, category: type[Warning] = UserWarning) -> None:
+    """A warning at the user's line: the nearest that is neither SPLAT's nor of what calls SPLAT."""
+    warnings.warn(message, category, stacklevel=_users_level())
+
+
+def _users_level() -> int:
+    frame, level = sys._getframe(1), 1
+    while frame is not None:
+        if frame.f_globals.get("__name__", "").partition(".")[0] not in _CALLERS:
+            return level
+        frame, level = frame.f_back, level + 1
+    return 2  # in a thread that compiles side by side with others
+
+
+_CALLERS = {"splat", "jax", "torch", "concurrent", "threading"}

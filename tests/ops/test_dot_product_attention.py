@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from typing import Any
 
 import jax
@@ -115,6 +116,29 @@ def test_masks(shape: str, rng: np.random.Generator) -> None:
     theirs = jax.nn.dot_product_attention(*arrays, mask=jnp.asarray(mask.reshape((1,) * (4 - mask.ndim) + mask.shape)))
     np.testing.assert_allclose(ours, theirs, atol=ATOL)
     np.testing.assert_array_equal(splat.dot_product_attention(*arrays, mask=jnp.asarray(mask)), ours)
+
+
+def test_a_window_of_numpy(rng: np.random.Generator) -> None:
+    arrays = draw(rng)
+    ours = splat.dot_product_attention(*arrays, local_window_size=np.int64(2))  # pyright: ignore[reportArgumentType]
+    np.testing.assert_array_equal(ours, splat.dot_product_attention(*arrays, local_window_size=2))
+
+
+def test_a_mask_is_looked_at_once(rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Heads with the same mask have one pattern, which is recovered once."""
+    seen: list[Any] = []
+    attention = importlib.import_module("splat.ops.attention")
+    original = attention.from_mask
+    monkeypatch.setattr(attention, "from_mask", lambda mask: seen.append(mask) or original(mask))
+    splat.dot_product_attention(
+        *draw(rng, heads=(4, 4)), mask=np.broadcast_to(splat.causal().to_dense(12), (4, 12, 12))
+    )
+    assert len(seen) == 1
+
+
+def test_nothing_to_mask(rng: np.random.Generator) -> None:
+    arrays = [x[:0] for x in draw(rng)]
+    assert splat.dot_product_attention(*arrays, mask=np.ones((0, 1, 12, 12), bool)).shape == (0, 12, 2, 8)
 
 
 def test_mask_and_the_rest_are_intersected(rng: np.random.Generator) -> None:

@@ -15,7 +15,9 @@ import pytest
 import splat
 from splat.codegen import Request, choose, refusals, registry
 from splat.codegen.cpp import compiler
+from splat.codegen.triton import bind_jax
 from splat.errors import ArgumentError, IrregularPatternError, PatternError, SplatError, UnsupportedError
+from splat.planning import plan
 
 
 @pytest.fixture
@@ -276,6 +278,25 @@ def test_without_a_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
     assert splat.plan("causal()", 64).implementation == "cpp", "planning needs no compiler"
 
 
+def test_without_the_packages_for_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU, where it matters most: said once too."""
+    reason = "jax-triton is not installed: `pip install splat-attention[jax-cuda]`."
+    monkeypatch.setattr(bind_jax, "missing", lambda: reason)
+    monkeypatch.setattr(registry, "_said", set())
+    with pytest.warns(UserWarning, match=f"'xla' serves; 'triton' would be faster: {re.escape(reason)}") as seen:
+        assert [choose(Request("gpu", "float32", 64)).name for _ in range(2)] == ["xla", "xla"]
+    assert len(seen) == 1
+
+
+@pytest.mark.parametrize("attend", [splat.attention, splat.dot_product_attention])
+def test_a_warning_names_the_users_line(attend: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compiler, "missing", lambda: "nothing to compile with.")
+    monkeypatch.setattr(registry, "_said", set())
+    with pytest.warns(UserWarning, match="'cpp' would be faster") as seen:
+        attend(**call())
+    assert seen[0].filename == __file__
+
+
 def test_none_can_serve() -> None:
     request = Request("cpu", "float8_e5m2", 64)
     with pytest.raises(UnsupportedError) as caught:
@@ -291,6 +312,31 @@ def test_none_can_serve() -> None:
 
 
 # -- plan and emit -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (dict(num_q_heads=8, num_kv_heads=3), "num_q_heads must be a multiple of num_kv_heads, but 8 and 3 were given"),
+        (dict(logits_soft_cap=0.0), "logits_soft_cap must be positive or None, but 0.0 was given"),
+        (dict(scale=float("inf")), "scale must be a finite number or None, but inf was given"),
+    ],
+)
+def test_what_emit_refuses(options: dict[str, Any], message: str) -> None:
+    for target in ("xla", "cpp", "triton"):
+        with pytest.raises(ArgumentError, match=re.escape(message)):
+            splat.emit("causal()", 64, target=target, **options)
+
+
+def test_one_plan_for_any_number_of_heads() -> None:
+    """And of sequences: only what differs is planned."""
+    pattern = splat.causal() & splat.window(7) | splat.sink(3)
+    before = plan._remembered.cache_info().misses
+    for batch, heads in ((1, 1), (2, 2), (3, 4)):
+        for implementation in ("xla", "cpp"):
+            y = x(batch, 20, heads, 16)
+            splat.attention(y, y, y, pattern, implementation=implementation)
+    assert plan._remembered.cache_info().misses - before == 2
 
 
 def test_emit_is_text_of_the_program() -> None:

@@ -17,6 +17,7 @@ import splat
 from splat.errors import IrregularPatternError, PatternError, UnsupportedError
 from splat.pattern import Axis, Pattern, Run
 from splat.pattern.algebra import intersect
+from splat.pattern.core import with_arrays, without_arrays
 from tests import strategies
 from tests.strategies import Case, cases
 
@@ -186,6 +187,18 @@ def test_traced_segments_do_not_recompile() -> None:
         pattern = splat.causal() & splat.segments(ids) & splat.window(3) | splat.sink(1)
         np.testing.assert_array_equal(mask, pattern.to_dense(12))
     assert next(traces) == 1
+
+
+def test_holes_for_arrays() -> None:
+    """Patterns without their run-time arrays are equal, and with others they are others."""
+    first, second, third = (jnp.asarray(ids, jnp.int32) for ids in ([0] * 8, [0] * 3 + [1] * 5, [0] * 6 + [1] * 2))
+    one, other = (splat.causal() & splat.segments(a) | splat.segments(b) for a, b in ((first, second), (third, first)))
+    assert one != other
+    assert without_arrays(one) == without_arrays(other)
+    assert without_arrays(one) != without_arrays(splat.causal() & splat.segments(first) | splat.segments(first))
+    filled = with_arrays(without_arrays(one), [third, first])
+    assert filled == other
+    np.testing.assert_array_equal(filled.to_dense(8), other.to_dense(8))
 
 
 def test_traced_lengths() -> None:

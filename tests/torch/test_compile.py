@@ -13,6 +13,9 @@ from tests.torch.cases import DEVICE, INTERPRETED, draw_inputs, needs_device, ru
 
 import splat  # isort: skip
 import splat.torch  # isort: skip
+from splat.codegen.cpp import compiler
+from splat.codegen.triton import interpret
+from splat.torch import native
 from splat.torch.operation import attend, attend_backward
 
 pytestmark = [
@@ -24,6 +27,19 @@ pytestmark = [
 
 PATTERN = splat.causal() & splat.window(6) | splat.sink(2)
 HEADS = splat.per_head([PATTERN, splat.strided(3)])
+
+
+@pytest.fixture(autouse=True, params=["native"])
+def kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """CPU tensors go to C++ kernels, as they do for users; where a test asks for "interpreted" ones, to a GPU's."""
+    if DEVICE == "cpu" and request.param == "native":
+        if compiler.missing() is not None:
+            pytest.skip("there is no C++ compiler")
+        monkeypatch.setattr(interpret, "is_interpreted", lambda: False)
+    native._prepared.cache_clear()
+
+
+BOTH = pytest.mark.parametrize("kernels", ["native", "interpreted"] if DEVICE == "cpu" else ["native"], indirect=True)
 
 
 @pytest.fixture(autouse=True)
@@ -45,6 +61,7 @@ def counted(backend: str = "aot_eager") -> Any:
 # -- the operations ----------------------------------------------------------------------------------------------------
 
 
+@BOTH
 @pytest.mark.parametrize("lengths", [False, True])
 def test_opcheck(lengths: bool, rng: np.random.Generator) -> None:
     q, k, v, *_ = draw_inputs(rng, 9, 20, batch=2, heads=(2, 1))
@@ -55,6 +72,7 @@ def test_opcheck(lengths: bool, rng: np.random.Generator) -> None:
     torch.library.opcheck(attend, (*arrays, given, *static))
 
 
+@BOTH
 @pytest.mark.parametrize("wanted", [(True, True), (True, False), (False, True)])
 def test_opcheck_of_the_backward(wanted: tuple[bool, bool], rng: np.random.Generator) -> None:
     q, k, v, d_out, d_lse = draw_inputs(rng, 9, 9, batch=2)
@@ -81,6 +99,7 @@ def assert_same(found: Any, expected: Any) -> None:
         torch.testing.assert_close(a, b)
 
 
+@BOTH
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
 def test_compile_forward_and_backward(backend: str, rng: np.random.Generator) -> None:
     inputs = draw_inputs(rng, 24, 24, batch=2)
@@ -191,6 +210,21 @@ def test_export(rng: np.random.Generator) -> None:
     torch.export.save(exported, file)
     file.seek(0)
     assert_same([torch.export.load(file).module()(q, k, v)], [Model()(q, k, v)])
+
+
+def test_export_for_other_lengths(rng: np.random.Generator) -> None:
+    """Also where the offset is made of them."""
+
+    class Model(torch.nn.Module):
+        def forward(self, q: Any, k: Any, v: Any) -> Any:
+            return splat.torch.attention(q, k, v, PATTERN, query_offset=k.shape[2] - q.shape[2])
+
+    inputs = draw_inputs(rng, 9, 20)[:3]
+    queries, keys = (torch.export.Dim(name, min=2, max=64) for name in ("queries", "keys"))
+    exported = torch.export.export(Model(), inputs, dynamic_shapes=({2: queries}, {2: keys}, {2: keys}))
+    for q_len, kv_len in ((9, 20), (5, 33)):
+        given = draw_inputs(rng, q_len, kv_len)[:3]
+        assert_same([exported.module()(*given)], [Model()(*given)])
 
 
 def test_checkpoint(rng: np.random.Generator) -> None:

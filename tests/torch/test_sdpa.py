@@ -59,6 +59,12 @@ def test_everything_is_intersected(rng: np.random.Generator) -> None:
     torch.testing.assert_close(found, theirs(q, k, v, wanted))
 
 
+def test_nothing_to_mask(rng: np.random.Generator) -> None:
+    q, k, v = (x[:0] for x in draw_inputs(rng, 9, 9)[:3])
+    mask = torch.ones(0, 1, 9, 9, dtype=torch.bool, device=q.device)
+    assert splat.torch.scaled_dot_product_attention(q, k, v, mask, enable_gqa=True).shape == q.shape
+
+
 def test_autocast(rng: np.random.Generator) -> None:
     q, k, v, *_ = draw_inputs(rng, 20, 20, heads=(2, 2))
     with torch.autocast(DEVICE, torch.bfloat16):

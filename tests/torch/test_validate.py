@@ -13,6 +13,7 @@ from tests.torch.cases import DEVICE, INTERPRETED, draw_inputs, in_subprocess, n
 
 import splat  # isort: skip
 import splat.torch  # isort: skip
+from splat.codegen.cpp import compiler
 from splat.errors import ArgumentError, UnsupportedError
 
 X = torch.ones(2, 4, 8, 16, device=DEVICE)
@@ -106,6 +107,21 @@ def test_no_jax() -> None:
         """
     )
     assert printed.split() == ["False"] * 4
+
+
+@pytest.mark.skipif(DEVICE != "cpu" or compiler.missing() is not None, reason="of C++ kernels")
+def test_no_jax_beside_kernels_for_cpus() -> None:
+    printed = in_subprocess(
+        """
+        import sys
+        import splat, splat.torch, torch
+        q = torch.ones(1, 2, 20, 8, requires_grad=True)
+        splat.torch.attention(q, q, q, splat.causal() & splat.window(6) | splat.sink(2)).sum().backward()
+        print(q.grad.isfinite().all().item(), "jax" in sys.modules)
+        """,
+        TRITON_INTERPRET="0",
+    )
+    assert printed.split() == ["True", "False"]
 
 
 @pytest.mark.parametrize("absent", ["torch", "triton"])

@@ -32,8 +32,8 @@ def command(
     kernel: Annotated[
         str | None,
         typer.Option(
-            help="One kernel: fwd, dq, dkdv, delta, merge or sum; all where not given, for ptx fwd. Or an operation "
-            "on values: sddmm, softmax, spmm or spmm_transposed."
+            help="One kernel: fwd, dq, dkdv; for cpp also backward, for GPUs delta, merge or sum; all where not "
+            "given, for ptx fwd. Or an operation on values: sddmm, softmax, spmm or spmm_transposed."
         ),
     ] = None,
     block_q: options.BlockQ = None,

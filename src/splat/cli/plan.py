@@ -21,7 +21,7 @@ def command(
     num_kv_heads: options.NumKVHeads = None,
     batch: options.Batch = 1,
     dtype: options.DType = "float32",
-    target: Annotated[str, typer.Option(help="Device to plan for: cpu, a100, h100, h200 or b200.")] = "cpu",
+    target: Annotated[str, typer.Option(help="Device to plan for: cpu, a100, h100, h200, b200 or mi300x.")] = "cpu",
     implementation: Annotated[str | None, typer.Option(help="xla, cpp or triton; the best where not given.")] = None,
     block_q: options.BlockQ = None,
     block_kv: options.BlockKV = None,

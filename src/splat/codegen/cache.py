@@ -36,11 +36,9 @@ import os
 import re
 import secrets
 import shutil
-import sys
 import tempfile
 import threading
 import time
-import warnings
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
@@ -48,7 +46,7 @@ from typing import Any
 
 from splat import config
 from splat.codegen.files import locked, remove_temporary_leftovers, sync_folder, temporary_folder, write
-from splat.errors import SplatError
+from splat.errors import SplatError, warn
 
 RECORD = "entry.json"
 FORMAT = 1
@@ -400,26 +398,12 @@ def _private_root(reason: OSError) -> Path:
         except OSError as error:
             raise _nowhere(error, reason) from error
         _private[os.getpid()] = root
-    warnings.warn(
+    warn(
         f"compiled kernels cannot be kept in {_path(config.cache_dir) or 'the home folder'} "
         f"({reason.strerror or reason}); this process compiles its own. Set SPLAT_CACHE_DIR to another folder.",
         RuntimeWarning,
-        stacklevel=_users_level(),
     )
     return root
-
-
-def _users_level() -> int:
-    """The `stacklevel` that points to the user's line: the nearest that is neither SPLAT's nor of what calls SPLAT."""
-    frame, level = sys._getframe(1), 1
-    while frame is not None:
-        if frame.f_globals.get("__name__", "").partition(".")[0] not in _CALLERS:
-            return level
-        frame, level = frame.f_back, level + 1
-    return 1  # in a thread that compiles side by side with others
-
-
-_CALLERS = {"splat", "jax", "torch", "concurrent", "threading"}
 
 
 def _nowhere(temporary: OSError, kept: OSError) -> SplatError:

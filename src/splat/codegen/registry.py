@@ -4,18 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
-import warnings
 
 from splat.codegen.base import Implementation, Missing, Request
-from splat.errors import ArgumentError, UnsupportedError
+from splat.errors import ArgumentError, UnsupportedError, warn
 
 #: name -> module that holds `IMPLEMENTATION`, in order of preference.
 _MODULES = {"triton": "splat.codegen.triton.emit", "cpp": "splat.codegen.cpp.emit", "xla": "splat.codegen.xla"}
 
 NAMES = tuple(_MODULES)
-
-#: Those that None chooses from.
-PREFERRED = ("triton", "cpp", "xla")
 
 _said: set[str] = set()
 
@@ -54,8 +50,7 @@ def choose(request: Request, name: str | None = None) -> Implementation:
         return implementation
     reasons = refusals(request)
     missing = None
-    for candidate in PREFERRED:
-        reason = reasons[candidate]
+    for candidate, reason in reasons.items():
         if reason is None:
             if missing:
                 _say_once(*missing, candidate)
@@ -70,9 +65,7 @@ def _say_once(name: str, reason: Missing, chosen: str) -> None:
     """That a slower implementation serves, because something is not installed."""
     if name not in _said:
         _said.add(name)
-        # The caller of the operation, which has called `choose`.
-        warnings.warn(
+        warn(
             f"implementation={chosen!r} serves; {name!r} would be faster: {reason} To go on without it, say "
-            f"implementation={chosen!r}.",
-            stacklevel=4,
+            f"implementation={chosen!r}."
         )

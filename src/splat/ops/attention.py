@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -16,8 +17,8 @@ from splat.codegen.partitioning import Axes, explicit
 from splat.codegen.registry import load
 from splat.errors import ArgumentError, UnsupportedError
 from splat.ops import validate
-from splat.pattern import Pattern, PerHead, causal, from_mask, full, window
-from splat.pattern.core import is_runtime_array, run_time_arrays, with_arrays
+from splat.pattern import Pattern, PerHead, causal, from_mask, full, key_heads, window
+from splat.pattern.core import is_runtime_array, with_arrays, without_arrays
 from splat.planning import Problem, make_plan
 
 #: Of query, key, value and key lengths, and of output and log-sum-exp: see `partitioning.Axes`.
@@ -86,21 +87,21 @@ def attention(
         out, lse = query, jnp.zeros(query.shape[:-1], jnp.promote_types(query.dtype, jnp.float32))
     else:
         given = {"query": query, "key": key, "value": value, "kv_lengths": lengths}
-        inside = run_time_arrays(pattern), [offset] if is_runtime_array(offset) else []
+        inside = list(pattern.run_time_arrays), [offset] if is_runtime_array(offset) else []
         arrays, tree = jax.tree.flatten((tuple(given.values()), inside))
-        part = _Part(pattern, None if inside[1] else offset, options, chosen.name, chosen.target(), tree)
+        known = None if inside[1] else offset
+        part = _Part(without_arrays(pattern), known, options, chosen.name, chosen.target(), tree)
         axes = (HEADS_WHOLE if isinstance(pattern, PerHead) else AXES).of(list(given.values()))
-        keep = not any(isinstance(x, Tracer) for x in inside[0])
-        out, lse = explicit(part, axes, *arrays, names=list(given), keep=keep)
+        out, lse = explicit(part, axes, *arrays, names=list(given), keep=True)
     return (out, lse) if return_lse else out
 
 
 @dataclasses.dataclass(frozen=True)
 class _Part:
-    """Attention of what one device has, once more with run-time arrays as arguments.
+    """Attention of what one device has, with run-time arrays as arguments.
 
     Attributes:
-      pattern: other arrays take the places of its run-time ones.
+      pattern: `without_arrays`.
       offset: None where it is a run-time value.
       target: of the implementation.
       tree: of the arguments: ((query, key, value, lengths), (arrays of the pattern, run-time offset)).
@@ -122,9 +123,8 @@ class _Part:
         return self._run(pattern, offset, query, key, value, lengths)
 
     def _run(self, pattern: Pattern, offset: Any, query: Any, key: Any, value: Any, lengths: Any) -> tuple[Any, Any]:
-        batch, q_len, num_q_heads, head_dim = query.shape
-        kv_len, num_kv_heads = key.shape[1:3]
-        problem = Problem(pattern, q_len, kv_len, head_dim, num_q_heads, num_kv_heads, batch, str(query.dtype))
+        # One head and one sequence: the plan is the same for any number of them.
+        problem = Problem(pattern, query.shape[1], key.shape[1], query.shape[3], dtype=str(query.dtype))
         plan = make_plan(problem, implementation=self.implementation, target=self.target, query_offset=offset)
         try:
             return load(self.implementation).attention(plan, self.options, query, key, value, lengths)
@@ -145,11 +145,7 @@ class _Part:
         share = query.shape[2] // key.shape[2]
         parts, order = [], []
         for one, heads in pattern.groups().items():
-            kv_heads = [head // share for head in heads]
-            once = list(dict.fromkeys(kv_heads))
-            if kv_heads == [kv for kv in once for _ in range(share)]:  # whole groups share their keys
-                kv_heads = once
-            at, kv_at = np.array(heads), np.array(kv_heads)
+            at, kv_at = np.array(heads), np.array(key_heads(heads, share))
             parts.append(self._run(one, offset, query[:, :, at], key[:, :, kv_at], value[:, :, kv_at], lengths))
             order += heads
         back = np.argsort(order)
@@ -199,11 +195,10 @@ def dot_product_attention(
     if is_causal:
         pattern = pattern & causal()
     if local_window_size is not None:
-        sides = (local_window_size,) * 2 if isinstance(local_window_size, int) else tuple(local_window_size)
-        if len(sides) != 2:
-            raise ArgumentError(
-                f"local_window_size must be an int or (left, right), but {local_window_size!r} was given"
-            )
+        given: Any = local_window_size
+        sides = (given, given) if hasattr(given, "__index__") else given
+        if not isinstance(sides, Sequence) or len(sides) != 2:
+            raise ArgumentError(f"local_window_size must be an int or (left, right), but {given!r} was given")
         pattern = pattern & window(*sides)
     if mask is not None:
         pattern = pattern & _pattern_of_mask(mask, sizes)
@@ -242,6 +237,8 @@ def _pattern_of_mask(mask: Any, sizes: validate.Sizes) -> Pattern:
         raise ArgumentError(
             f"mask must be broadcastable to [B, N, T, S] = {list(wanted)}, but {list(np.shape(mask))} was given"
         )
+    if 0 in array.shape:
+        return full()
     if array.shape[0] > 1 and (array != array[:1]).any():
         raise UnsupportedError(
             "mask differs between batch entries. Use key_value_seq_lengths for padding, segments(ids) with jax.vmap "
@@ -250,5 +247,6 @@ def _pattern_of_mask(mask: Any, sizes: validate.Sizes) -> Pattern:
     heads = [np.broadcast_to(head, wanted[2:]) for head in array[0]]
     if len(heads) == 1:
         return from_mask(heads[0])
-    known: dict[bytes, Pattern] = {}
-    return PerHead(tuple(known.setdefault(np.packbits(h).tobytes(), from_mask(h)) for h in heads))
+    texts = [np.packbits(head).tobytes() for head in heads]
+    known = {text: from_mask(head) for text, head in dict(zip(texts, heads, strict=True)).items()}
+    return PerHead(tuple(known[text] for text in texts))

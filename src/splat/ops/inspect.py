@@ -8,6 +8,7 @@ from typing import Any
 from splat.codegen import NAMES, Options, Request, choose, load, refusals
 from splat.codegen.base import OPERATIONS
 from splat.errors import ArgumentError
+from splat.ops import validate
 from splat.ops.emit_values import emit_values
 from splat.pattern import Pattern, parse
 from splat.planning import TARGETS, Candidate, Plan, Problem, cost_model, find, make_plan, predict_ms, schedule
@@ -82,9 +83,11 @@ def emit(
         spills, shared memory and tensor-core instructions (AMDGCN for AMD devices).
       device: what it is planned for (`plan`'s `target`); "cpu" for xla and "h100" for GPU kernels where not given.
       arch: the same by architecture: "sm_80", "sm_90", "sm_100" or "gfx942".
-      kernel: one kernel of it: "forward", "d_query", "d_key_value", "delta", "merge" or "sum"; all where not given, for
-        "ptx" the forward. Or an operation on values of the pattern's matrix, of all heads of the batch: "sddmm",
-        "softmax", "spmm" or "spmm_transposed".
+      kernel: one kernel of it: "forward" ("fwd"), "d_query" ("dq"), "d_key_value" ("dkdv"); for "cpp" also "backward",
+        all gradients in one, for GPUs "delta", "merge" or "sum"; all where not given, for "ptx" the forward. Or an
+        operation on values of the pattern's matrix, of all heads of the batch: "sddmm", "softmax", "spmm" or
+        "spmm_transposed".
+      scale, logits_soft_cap: as for `splat.attention`.
 
     Other arguments are those of `plan`.
 
@@ -101,8 +104,9 @@ def emit(
         return emit_values(target, kernel, problem, offset, _device(name, device, arch))
     implementation = load(name)
     made = plan(pattern, q_len, kv_len, implementation=name, target=_device(name, device, arch), **kwargs)
-    default = made.problem.head_dim**-0.5
-    options = Options(default if scale is None else scale, logits_soft_cap)
+    options = Options(
+        validate.check_scale(scale, made.problem.head_dim), validate.check_soft_cap(logits_soft_cap)
+    )  # fmt: skip
     return (
         implementation.assembly(made, options, kernel) if target == PTX else implementation.emit(made, options, kernel)
     )

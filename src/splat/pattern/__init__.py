@@ -3,7 +3,7 @@
 from splat.pattern.core import Axis, Pattern, Run
 from splat.pattern.data import from_csr, from_mask, from_runs
 from splat.pattern.grids import neighborhood, random_blocks
-from splat.pattern.heads import PerHead, per_head
+from splat.pattern.heads import PerHead, key_heads, per_head
 from splat.pattern.library import (
     blocked,
     causal,
@@ -36,6 +36,7 @@ __all__ = [
     "global_columns",
     "global_rows",
     "global_tokens",
+    "key_heads",
     "lattice_columns",
     "neighborhood",
     "parse",

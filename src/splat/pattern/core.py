@@ -7,7 +7,7 @@ import hashlib
 import math
 from collections.abc import Callable, Iterable, Iterator
 from contextvars import ContextVar
-from functools import cached_property
+from functools import cache, cached_property
 from typing import Any, NoReturn
 
 import numpy as np
@@ -215,11 +215,17 @@ class Pattern:
     def children(self) -> tuple[Pattern, ...]:
         return ()
 
-    @property
+    @cached_property
     def is_static(self) -> bool:
         """Whether everything is known now: no traced or device array inside."""
-        own = (getattr(self, f.name) for f in dataclasses.fields(self))
-        return all(not isinstance(v, Frozen) or v.is_static for v in own) and all(c.is_static for c in self.children)
+        return not self.run_time_arrays
+
+    @cached_property
+    def run_time_arrays(self) -> tuple[Array, ...]:
+        """The traced and device arrays inside, each once."""
+        own = (getattr(one, field.name) for one in walk(self) for field in dataclasses.fields(one))
+        found = {id(x.array): x.array for x in own if isinstance(x, Frozen) and not x.is_static}
+        return tuple(found.values())
 
     # -- looking -------------------------------------------------------------------------------------------------
 
@@ -290,16 +296,24 @@ def walk(pattern: Pattern) -> Iterator[Pattern]:
         yield from walk(child)
 
 
-def run_time_arrays(pattern: Pattern) -> list[Array]:
-    """The traced and device arrays inside a pattern, each once."""
-    own = (getattr(one, field.name) for one in walk(pattern) for field in dataclasses.fields(one))
-    found = {id(x.array): x.array for x in own if isinstance(x, Frozen) and not x.is_static}
-    return list(found.values())
+class _Hole:
+    """Stands where a pattern has a run-time array."""
+
+    def __array_namespace__(self) -> NoReturn:
+        raise TypeError("there is no array yet: see with_arrays")
+
+
+_hole = cache(lambda number: _Hole())
+
+
+def without_arrays(pattern: Pattern) -> Pattern:
+    """The pattern with a hole for each of its `run_time_arrays`; `with_arrays` fills them. Equal whatever was there."""
+    return with_arrays(pattern, [_hole(n) for n in range(len(pattern.run_time_arrays))])
 
 
 def with_arrays(pattern: Pattern, arrays: Iterable[Array]) -> Pattern:
     """The pattern with other arrays in the places of its `run_time_arrays`."""
-    new = {id(old): Frozen(array) for old, array in zip(run_time_arrays(pattern), arrays, strict=True)}
+    new = {id(old): Frozen(array) for old, array in zip(pattern.run_time_arrays, arrays, strict=True)}
 
     def changed(value: Any) -> Any:
         if isinstance(value, Frozen):
@@ -331,7 +345,7 @@ def check_int(
 
 
 def check_positions(has: str, known: int, axes: Iterable[Axis], remedy: str) -> None:
-    """Raises PatternError where an axis leaves `[0, known)`, all positions of a pattern that `has` ("...: ids name")."""
+    """Raises PatternError where an axis leaves `[0, known)`, the positions that something `has` ("ids name")."""
     for axis in axes:
         if axis.is_static and not 0 <= axis.start <= axis.stop <= known:
             used = f"from position {axis.start}" if axis.start < 0 else f"up to position {axis.stop}"

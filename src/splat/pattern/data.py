@@ -87,7 +87,8 @@ def _lines(run: Run, axis: Axis) -> Run:
     """The run's lines at the positions of the axis; those past the last that it knows have no elements."""
     known = run.start.shape[0]
     if axis.is_static and axis.stop <= known:
-        return Run(run.stride, *(x[axis.start : axis.stop] for x in (run.start, run.count)), run.line_step)
+        here = slice(axis.start, axis.stop)
+        return Run(run.stride, run.start[here], run.count[here], run.line_step)
     xp, wanted = array_namespace(axis.start), axis.positions
     at = xp.clip(wanted, 0, known - 1)
     start, count = xp.asarray(run.start)[at], xp.asarray(run.count)[at]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 
@@ -75,6 +75,14 @@ class PerHead(Pattern):
 
     def __repr__(self) -> str:
         return f"per_head([{', '.join(map(repr, self.patterns))}])"
+
+
+def key_heads(heads: Sequence[int], share: int) -> tuple[int, ...]:
+    """The key heads of query heads, `share` of which have one: each once where equally many in a row use it."""
+    used = [head // share for head in heads]
+    distinct = list(dict.fromkeys(used))
+    group = len(used) // len(distinct)
+    return tuple(distinct if used == [kv for kv in distinct for _ in range(group)] else used)
 
 
 def per_head(patterns: Iterable[Pattern]) -> Pattern:

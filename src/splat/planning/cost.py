@@ -30,7 +30,6 @@ class CostModel:
       row_s, col_s: seconds per tile row and per tile column (loads, rescaling; what large tiles save).
       tile_s: seconds per tile (loop overhead).
       pass_row_s: seconds per output row for writing and merging one more pass.
-      parallel: how many heads run at once, where the seconds above are those of one.
       predicts: whether the numbers were measured for this implementation; else they only rank schedules.
       shapes: (block_q, block_kv, seconds per score) of the kernels that there are, the usual one first; empty: any pair
         of the above at `element_s`.
@@ -45,7 +44,6 @@ class CostModel:
     col_s: float
     tile_s: float
     pass_row_s: float
-    parallel: float = 1.0
     predicts: bool = True
     shapes: tuple[tuple[int, int, float], ...] = ()
 

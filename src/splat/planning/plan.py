@@ -253,7 +253,7 @@ def predict_ms(schedule: Schedule, model: CostModel, problem: Problem) -> float 
         return None
     seconds = sum(model.tiles_s(p.num_tiles, p.decision.block_q, p.decision.block_kv) for p in schedule.passes)
     seconds += max(len(schedule.passes) - 1, 0) * problem.q_len * model.pass_row_s
-    return 1e3 * seconds * problem.num_q_heads * problem.batch / model.parallel
+    return 1e3 * seconds * problem.num_q_heads * problem.batch
 
 
 def check_problem(problem: Problem) -> None:
@@ -267,6 +267,11 @@ def check_problem(problem: Problem) -> None:
         raise ArgumentError("a plan is for one pattern: plan each of per_head([...]).patterns, or call splat.attention")
     for name in ("q_len", "kv_len", "head_dim", "num_q_heads", "num_kv_heads", "batch"):
         check_int("plan", name, getattr(problem, name), 0 if name in ("q_len", "batch") else 1, MAX_LENGTH)
+    if problem.num_q_heads % problem.num_kv_heads:
+        raise ArgumentError(
+            f"plan: num_q_heads must be a multiple of num_kv_heads, but {problem.num_q_heads} and "
+            f"{problem.num_kv_heads} were given (grouped-query attention shares one key head among equally many)"
+        )
 
 
 def check_blocks(implementation: str, block_q: int | None, block_kv: int | None) -> None:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from splat.errors import ArgumentError
-from splat.pattern import Pattern, PerHead, causal
+from splat.pattern import Pattern, PerHead, causal, key_heads
 from splat.torch import validate
 from splat.torch.operation import attend
 
@@ -95,7 +95,7 @@ def run(
         return (out, lse) if return_lse else out
     outs, lses = [], []
     for text, heads in patterns:
-        kv_heads = _kv_heads(heads, sizes.num_q_heads // sizes.num_kv_heads)
+        kv_heads = key_heads(heads, sizes.num_q_heads // sizes.num_kv_heads)
         arrays = _take(query, heads), _take(key, kv_heads), _take(value, kv_heads)
         out, lse = attend(*arrays, lengths, text, scale, cap, offset)
         outs.append(out.transpose(1, 2))
@@ -144,14 +144,6 @@ def _texts(pattern: Pattern) -> Groups:
         groups = tuple((repr(one), tuple(heads)) for one, heads in pattern.groups().items())
         return len(pattern.patterns), groups
     return None, ((repr(pattern), ()),)
-
-
-def _kv_heads(heads: tuple[int, ...], share: int) -> tuple[int, ...]:
-    """The key heads for query heads, fewest first: each once where equally many query heads in a row use it."""
-    used = [head // share for head in heads]
-    distinct = list(dict.fromkeys(used))
-    group = len(used) // len(distinct)
-    return tuple(distinct if used == [kv for kv in distinct for _ in range(group)] else used)
 
 
 def _take(x: Tensor, heads: tuple[int, ...]) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import math
 from functools import cache, lru_cache
@@ -50,7 +51,7 @@ def backward(
                                                    ("d_value", value, wanted[1])) if here}  # fmt: skip
     made = {name: like.new_empty(like.transpose(1, 2).shape).transpose(1, 2) for name, like in results.items()}
     dtype = str(query.dtype).removeprefix("torch.")
-    kernels = gradient_kernels(dtype, query.shape[0] * key.shape[1], torch.get_num_threads())
+    kernels = gradient_kernels(dtype, query.shape[0] * key.shape[1], _num_threads(query, key, static))
     if not all(wanted):
         kernels = ("d_query",) if wanted[0] else ("d_key_value",)
     for kernel in kernels:
@@ -71,12 +72,15 @@ def _run(kernel: str, arrays: dict[str, Tensor], lengths: Tensor | None, static:
         return False
     kept = {name: _rows(x) for name, x in arrays.items()}
     placed = {name: _place(x) for name, x in kept.items()}
-    sizes = (batch, q_len, kv_len, num_q_heads, num_kv_heads)
-    team = _team()
-    small = SMALL_FLOPS if team else SMALL_FLOPS_ALONE
-    threads = torch.get_num_threads() if 4 * prepared.nnz * width * num_q_heads * batch > small else 1
-    prepared(placed, None if lengths is None else lengths.data_ptr(), sizes, threads, team)
+    sizes, threads = (batch, q_len, kv_len, num_q_heads, num_kv_heads), _num_threads(query, key, static)
+    prepared(placed, None if lengths is None else lengths.data_ptr(), sizes, threads, _team())
     return True
+
+
+def _num_threads(query: Tensor, key: Tensor, static: Static) -> int:
+    batch, num_q_heads, q_len, width = query.shape
+    flops = 4 * _nnz(static, q_len, key.shape[2], width, str(query.dtype)) * width * num_q_heads * batch
+    return torch.get_num_threads() if flops > (SMALL_FLOPS if _team() else SMALL_FLOPS_ALONE) else 1
 
 
 @cache
@@ -93,9 +97,10 @@ def _team() -> int | None:
     runtimes = [path for path in map(Path, paths) if path.name.startswith(("libgomp", "libiomp5", "libomp"))]
     own = Path(torch.__file__).parent
     for path in sorted(runtimes, key=lambda path: not path.is_relative_to(own)):
-        entry = getattr(ctypes.CDLL(str(path)), "GOMP_parallel", None)
-        if entry is not None:
-            return ctypes.cast(entry, ctypes.c_void_p).value
+        with contextlib.suppress(OSError):  # a file that is there no more, as after an upgrade
+            entry = getattr(ctypes.CDLL(str(path)), "GOMP_parallel", None)
+            if entry is not None:
+                return ctypes.cast(entry, ctypes.c_void_p).value
     return None
 
 
@@ -114,14 +119,19 @@ def _prepared(
 ) -> Prepared | None:
     _, scale, cap, _ = static
     scale = 1 / math.sqrt(head_dim) if scale is None else scale
-    plan = _plan(static, q_len, kv_len, head_dim, dtype.removeprefix("torch."))
+    plan = _plan(static, q_len, kv_len, head_dim, dtype)
     return prepare(plan, Options(scale, cap), kernel, lengths=lengths)
+
+
+@lru_cache(maxsize=1024)
+def _nnz(static: Static, q_len: int, kv_len: int, head_dim: int, dtype: str) -> int:
+    return _plan(static, q_len, kv_len, head_dim, dtype).nnz
 
 
 def _plan(static: Static, q_len: int, kv_len: int, head_dim: int, dtype: str) -> Plan:
     text, _, _, offset = static
     # One head and one sequence: the plan is the same for any number of them.
-    problem = Problem(_parsed(text), q_len, kv_len, head_dim, dtype=dtype)
+    problem = Problem(_parsed(text), q_len, kv_len, head_dim, dtype=dtype.removeprefix("torch."))
     return make_plan(problem, implementation="cpp", query_offset=offset)
 
 

@@ -196,12 +196,12 @@ def _number(name: str, value: Any) -> float:
 
 def check_offset(query_offset: Any) -> int:
     """`query_offset` as an int."""
-    if isinstance(query_offset, bool) or not isinstance(query_offset, (int, np.integer)):
+    if isinstance(query_offset, bool) or not isinstance(query_offset, (int, np.integer, torch.SymInt)):
         raise ArgumentError(
             f"query_offset must be an int, but {type(query_offset).__name__} was given. Positions are planned on the "
             "host: pass int(query_offset), and run-time lengths as kv_lengths."
         )
-    offset = query_offset if isinstance(query_offset, int) else int(query_offset)  # symbolic ones stay symbolic
+    offset = int(query_offset) if isinstance(query_offset, np.integer) else query_offset  # symbolic ones stay symbolic
     if not 0 <= offset <= 2**30:
         raise ArgumentError(f"query_offset must be in [0, 2**30], but {offset} was given")
     return offset
@@ -226,8 +226,8 @@ def check_lengths(lengths: Any, batch: int, kv_len: int, device: torch.device) -
             f"kv_lengths must be on query's device {device}, but it is on {lengths.device}. Move it once, with "
             ".to(query.device), outside the model's inner loop."
         )
-    # Before the conversion: a length past 2^31 means all keys, not none.
-    return lengths.to(torch.int64).clamp(0, kv_len).to(torch.int32).expand(batch).contiguous()
+    wide = lengths.dtype == torch.int64  # clamped before the conversion: one past 2^31 means all keys, not none
+    return (lengths if wide else lengths.to(torch.int32)).clamp(0, kv_len).to(torch.int32).expand(batch).contiguous()
 
 
 _INTEGERS = (torch.int32, torch.int64, torch.int16, torch.int8, torch.uint8)

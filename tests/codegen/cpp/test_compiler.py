@@ -199,12 +199,32 @@ def test_no_compiler(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 
 def test_candidates_in_order(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setenv("PATH", str(tmp_path))
-    for name in reversed(compiler.CANDIDATES):
-        Wrapper(tmp_path).path.rename(tmp_path / name)
+    for n, name in enumerate(compiler.CANDIDATES):
+        folder = tmp_path / str(n)
+        folder.mkdir()
+        for other in compiler.CANDIDATES[n:]:
+            Wrapper(folder).path.rename(folder / other)
+        monkeypatch.setenv("PATH", str(folder))
         assert compiler.find().name == name
+    monkeypatch.setenv("PATH", str(tmp_path / "0"))
     monkeypatch.setenv("CXX", "g++")
-    assert compiler.find().command == (str(tmp_path / "g++"),)
+    assert compiler.find().command == (str(tmp_path / "0" / "g++"),)
+
+
+def test_a_compiler_that_comes_and_goes(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    for _ in range(2):
+        assert "no C++ compiler" in (compiler.missing() or "")
+        Wrapper(tmp_path).path.rename(tmp_path / "g++")
+        assert compiler.missing() is None
+        (tmp_path / "g++").unlink()
+
+
+def test_a_compiler_is_looked_for_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every call asks whether there is one."""
+    assert compiler.missing() is None
+    monkeypatch.setattr(compiler.shutil, "which", None)
+    assert compiler.missing() is None
 
 
 def test_cxx_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -55,10 +55,9 @@ def kernel_facts(
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Prepared:
-    """A compiled kernel with the tables of a static plan of `nnz` pairs; several threads may call it at once."""
+    """A compiled kernel with the tables of a static plan; several threads may call it at once."""
 
     run: Any
-    nnz: int
     template: Call
     keep: tuple[Any, ...]
 
@@ -105,4 +104,4 @@ def prepare(plan: Plan, options: Options, kernel: str, *, lengths: bool) -> Prep
     call.tables, call.num_groups = ctypes.addressof(pointers), ctypes.addressof(counts)
     run = library.splat_run
     run.argtypes, run.restype = (ctypes.c_void_p, ctypes.c_int, ctypes.c_void_p), ctypes.c_int
-    return Prepared(run, plan.nnz, call, (library, flat, pointers, counts))
+    return Prepared(run, call, (library, flat, pointers, counts))

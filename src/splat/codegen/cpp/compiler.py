@@ -99,16 +99,26 @@ def find() -> Compiler:
 def _command() -> tuple[str, ...]:
     if os.name != "posix":
         raise UnsupportedError("C++ kernels are compiled on Linux and macOS only.")
-    words = config.split("CXX", os.environ.get("CXX", ""))
+    asked = os.environ.get("CXX", ""), os.environ.get("PATH")
+    found = _search(*asked)
+    if os.access(found[0], os.X_OK):
+        return found
+    _search.cache_clear()  # it has been removed
+    return _search(*asked)
+
+
+@functools.lru_cache(maxsize=16)  # every call asks; what is not found is looked for again
+def _search(cxx: str, path: str | None) -> tuple[str, ...]:
+    words = config.split("CXX", cxx)
     if words:
-        path = shutil.which(words[0])
-        if path is None:
-            raise UnsupportedError(f"CXX is {os.environ['CXX']!r}, but there is no program {words[0]!r}. {INSTALL}")
-        return (os.path.abspath(path), *words[1:])
+        program = shutil.which(words[0], path=path)
+        if program is None:
+            raise UnsupportedError(f"CXX is {cxx!r}, but there is no program {words[0]!r}. {INSTALL}")
+        return (os.path.abspath(program), *words[1:])
     for name in CANDIDATES:
-        path = shutil.which(name)
-        if path is not None and not _is_stub(path):
-            return (os.path.abspath(path),)
+        program = shutil.which(name, path=path)
+        if program is not None and not _is_stub(program):
+            return (os.path.abspath(program),)
     raise UnsupportedError(f"no C++ compiler (c++, g++ or clang++) is on the PATH. {INSTALL}")
 
 

@@ -36,7 +36,8 @@ class CppImplementation:
         if request.platform != "cpu":
             return (
                 f"the cpp implementation is for CPUs, and this is for a {request.platform}. Use implementation='xla', "
-                "or None for the best that can serve."
+                "or None for the best that can serve. (Inside jax.jit it is for JAX's default device: for CPU arrays "
+                "beside a GPU, trace it under `jax.default_device(jax.devices('cpu')[0])`.)"
             )
         if request.dtype not in generate.SCALARS:
             return (

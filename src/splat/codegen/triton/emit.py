@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from splat import __version__
 from splat.acsr import ACSR
-from splat.codegen.base import USUAL, How, Options, Request
+from splat.codegen.base import USUAL, How, Missing, Options, Request
 from splat.codegen.devices import compute_capability, device_target, nearest_target
 from splat.codegen.triton import bind_jax, interpret, record, values
 from splat.codegen.triton.lower import PassSpec, Tables, lower
@@ -55,7 +55,8 @@ class TritonImplementation:
                 f"the triton implementation needs compute capability {OLDEST_CAPABILITY:.1f} (A100, RTX 30) or later, "
                 f"but this GPU has {found}. Use implementation='xla'."
             )
-        return bind_jax.missing()
+        missing = bind_jax.missing()
+        return None if missing is None else Missing(missing)
 
     @staticmethod
     def _without_a_gpu(request: Request) -> bool:

@@ -61,10 +61,10 @@ class XlaImplementation:
         if plan.is_static:
             program = _Program(options, plan)
         else:
-            forward, forward_tables = _lower(plan, plan.forward)
+            forward, forward_tables = _lower(plan.forward, query)
             backward, backward_tables, refused = (), [], None
             try:
-                backward, backward_tables = _lower(plan, plan.d_key_value)
+                backward, backward_tables = _lower(plan.d_key_value, query)
             except SplatError as error:
                 refused = str(error)
             program = _Program(options, None, forward, backward, refused)
@@ -110,8 +110,8 @@ def stablehlo(function: Callable[..., Any], *arguments: jax.ShapeDtypeStruct) ->
 _Lowered = tuple[tuple[PassSpec, ...], list[Tables]]
 
 
-def _lower(plan: Plan, schedule: Schedule) -> _Lowered:
-    return lower(schedule, plan.problem.batch * plan.problem.num_q_heads, STEP_BYTES)
+def _lower(schedule: Schedule, query: Array) -> _Lowered:
+    return lower(schedule, query.shape[0] * query.shape[2], STEP_BYTES)
 
 
 @lru_cache(maxsize=256)
@@ -119,18 +119,18 @@ def _function(program: _Program) -> Any:
     """(query, key, value, tables, kv_lengths) -> (output, log-sum-exp), jitted, with its reverse mode."""
     options = program.options
 
-    def forward_tables(tables: Any) -> _Lowered:
-        return _lower(program.plan, program.plan.forward) if program.plan else (program.forward, tables[0])
+    def forward_tables(query: Array, tables: Any) -> _Lowered:
+        return _lower(program.plan.forward, query) if program.plan else (program.forward, tables[0])
 
-    def backward_tables(tables: Any) -> _Lowered:
+    def backward_tables(query: Array, tables: Any) -> _Lowered:
         if program.plan:
-            return _lower(program.plan, program.plan.d_key_value)
+            return _lower(program.plan.d_key_value, query)
         if program.backward_refusal:
             raise UnsupportedError(program.backward_refusal)
         return program.backward, tables[1]
 
     def attention(query, key, value, tables, kv_lengths):
-        return _forward(options, *forward_tables(tables), query, key, value, kv_lengths)
+        return _forward(options, *forward_tables(query, tables), query, key, value, kv_lengths)
 
     def fwd(query, key, value, tables, kv_lengths):
         out, lse = attention(query, key, value, tables, kv_lengths)
@@ -140,8 +140,8 @@ def _function(program: _Program) -> Any:
         query, key, value, tables, kv_lengths, out, lse = saved
         d_query, d_key, d_value = _backward(
             options,
-            forward_tables(tables),
-            backward_tables(tables),
+            forward_tables(query, tables),
+            backward_tables(query, tables),
             query,
             key,
             value,
