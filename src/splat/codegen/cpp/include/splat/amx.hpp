@@ -190,6 +190,8 @@ template <class M> struct Part {
     const int x = from + 32 * chunk;
     return x + 32 <= to && x >= span[0].x1 && x >= span[1].x1 && x + 32 <= span[0].x2 && x + 32 <= span[1].x2;
   }
+  /// Whether rows have columns before x, those that have any where their group has some that all its rows have.
+  bool all_begin_before(int x) const { return x > span[0].x1 && x > span[1].x1; }
   /// Which of 16 columns from x on a row has.
   template <bool kEdges> SPLAT_INLINE Vec<int32_t> keep(int x, int row) const {
     static constexpr Vec<int32_t> kNumbers = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};

@@ -35,6 +35,9 @@ template <class Facts> struct ForwardAmx {
   static constexpr float kHeadroom = 40, kHuge = 1 << 14;
   static constexpr int kRowsAhead = 8;  // asked for with each chunk: a row tile's three times 64 in some twenty of them
 
+  /// Rows may have no column in their part's first chunk: they get their base in a later one.
+  enum class Known { none, some, all };
+
   struct State {
     alignas(64) bfloat16 query[kLanes * Dp];
     alignas(64) float sum[kLanes * Dp];       // [lane][d]
@@ -42,7 +45,8 @@ template <class Facts> struct ForwardAmx {
     alignas(64) float total[2][kLanes * 16];
     alignas(64) float base[kLanes];  // weights are 2^(score - base)
     // Of each part of the lanes.
-    bool known[kLanes / kPart], summed[kLanes / kPart];  // whether `base` is set, and `sum`
+    Known known[kLanes / kPart];  // which of `base` are set
+    bool summed[kLanes / kPart];  // whether `sum` is
     bool huge[kLanes / kPart];  // whether scores are so large that rounding them shows in the weights
     int current[kLanes / kPart];
   };
@@ -78,7 +82,8 @@ template <class Facts> struct ForwardAmx {
     State& s = memory.tiles[tile];
     pack_lanes<D, Dp>(at<Scalar>(call.query, batch, q_head + head), call.query.position, rows, s.query);
     for (int part = 0; part < kLanes / kPart; ++part)
-      s.known[part] = s.summed[part] = !first, s.huge[part] = false, s.current[part] = 0;
+      s.known[part] = first ? Known::none : Known::all, s.summed[part] = !first, s.huge[part] = false,
+      s.current[part] = 0;
     memset(s.total[0], 0, sizeof s.total[0]);
     for (int lane = 0; lane < kLanes; ++lane) s.base[lane] = -kInfinity<T>;
     if (first) return;
@@ -88,6 +93,7 @@ template <class Facts> struct ForwardAmx {
       const int64_t row = rows.at[lane];
       if (row < 0) continue;
       s.base[lane] = lse[row * call.lse.position] * kLog2e<T>;
+      if (s.base[lane] == -kInfinity<T>) s.known[lane / kPart] = Known::some;
       s.total[0][lane * 16] = s.base[lane] == -kInfinity<T> ? 0 : 1;
     }
   }
@@ -210,7 +216,7 @@ template <class Facts> struct ForwardAmx {
       const bool full = part.is_full(k);
       for (int rows = 0; rows < kRowsAhead; ++rows) ahead.template next<D * (int)sizeof(Scalar)>();
       if (coming.count == kBatch) advance();
-      if (!s.known[number]) raise<kEdges>(s, part, x, full, memory.scores[k & 1]);
+      if (s.known[number] != Known::all) raise<kEdges>(s, part, x, full, memory.scores[k & 1], s.known[number]);
       const int next = k + 1 < part.end ? k + 1 : -1;
       for (bool accept = false;; accept = true) {
         const int now = s.current[number];
@@ -221,7 +227,7 @@ template <class Facts> struct ForwardAmx {
         else weights<true, kEdges>(s, chunk, next, batch);
         if (accept || !any<float>(bits_as<Vec<int32_t>>(chunk.seen & 0x40004000u))) break;
         advance(), advance();  // weights against the present base
-        raise<kEdges>(s, part, x, full, memory.scores[k & 1]);
+        raise<kEdges>(s, part, x, full, memory.scores[k & 1], Known::none);
       }
       s.current[number] = !s.current[number];
       if (!finite) clean_pairs<Dp, kEdges>(part, x, value + k * kPairBytes<Dp>, memory.clean[slot]);
@@ -255,10 +261,12 @@ template <class Facts> struct ForwardAmx {
     return chunk.seen;
   }
 
-  /// A base `kHeadroom` above all scores of a chunk; what was summed is scaled down to it.
+  /// A base `kHeadroom` above all scores of a chunk; what was summed is scaled down to it. Where some are `known`, only
+  /// for rows that have none yet, and so nothing that was summed.
   template <bool kEdges, class M>
-  __attribute__((noinline)) void raise(State& s, const Part<M>& part, int x, bool full, const char* scores) {
+  __attribute__((noinline)) void raise(State& s, const Part<M>& part, int x, bool full, const char* scores, Known known) {
     const int number = part.lane / kPart;
+    bool all = true;
     for (int row = 0; row < kPart; row += 16) {
       V square[16], most = splat_of(-kInfinity<T>);
       for (int n = 0; n < 16; ++n) {
@@ -275,8 +283,11 @@ template <class Facts> struct ForwardAmx {
       float* const base = s.base + part.lane + row;
       const V size = larger<T>(most, -most);
       s.huge[number] |= any_greater<T>(size < kInfinity<T> ? size : V{}, splat_of(kHuge));
-      const V old = load(base), next = larger<T>(old, most + kHeadroom);
+      const V old = load(base), none = splat_of(-kInfinity<T>), wanted = larger<T>(old, most + kHeadroom);
+      const V next = known == Known::none ? wanted : old == none ? wanted : old;
       store(base, next);
+      all &= !any<T>(next == none);
+      if (known == Known::some) continue;
       alignas(64) float factor[16];
       store(factor, next == old ? splat_of(1.f) : exp2<T>(old - next));
       for (int n = 0; n < 16; ++n) {
@@ -286,7 +297,7 @@ template <class Facts> struct ForwardAmx {
         for (int d = 0; d < Dp && s.summed[number]; d += 16) store(sum + d, load(sum + d) * factor[n]);
       }
     }
-    s.known[number] = true;
+    s.known[number] = all || part.all_begin_before(x + 32) ? Known::all : Known::some;
   }
 
   /// The sums of 16 rows of 16 numbers.
