@@ -54,8 +54,7 @@ class MasksBench(Bench):
         return make
 
     def _prepare_ours(self, q_len: int) -> None:
-        planner._remembered.cache_clear()
-        program._passes_of.cache_clear()
+        planner._remembered.clear()
         sizes, pattern = self.job.sizes, splat.parse(self.case.expression(q_len))
         target = target_of(torch.device(self.job.device))
         problem = Problem(pattern, q_len, q_len, sizes.head_dim, 1, 1, 1, sizes.dtype)

@@ -33,6 +33,8 @@ def test_every_stage_keeps_the_pairs(case: Case) -> None:
     np.testing.assert_array_equal(acsr.row_nnz, mask.sum(axis=1))
     assert acsr.nnz == mask.sum()
     assert acsr.density == mask.mean()
+    seen = np.flatnonzero(mask.any(axis=0))
+    assert acsr.seen_columns == ((seen[0], seen[-1] + 1, seen.size) if seen.size else (0, 0, 0))
     cols, here = acsr.columns(), acsr.has_value()
     assert cols.shape == here.shape == (mask.shape[0], acsr.width)
     np.testing.assert_array_equal(here, cols >= 0)

@@ -20,6 +20,6 @@ MOST_BYTES_PER_ROW = 160
 def test_peak_bytes_per_row(case: Case) -> None:
     for pattern in case.patterns(Q_LEN):
         text = repr(pattern)
-        planner._remembered.cache_clear()  # nothing made by an earlier test
+        planner._remembered.clear()  # nothing made by an earlier test
         peak = traced_peak_bytes(lambda text=text: str(splat.plan(text, Q_LEN)))
         assert peak < MOST_BYTES_PER_ROW * Q_LEN

@@ -179,6 +179,23 @@ def test_plans_are_values() -> None:
     assert a != "a plan"
 
 
+def test_offsets_have_hashes_of_their_own() -> None:
+    """Decoding looks up as many plans as there are steps."""
+    plans = [make_plan(Problem(splat.causal(), 1, 64), implementation="cpp", query_offset=at) for at in range(32)]
+    assert len({hash(one) for one in plans}) == 32
+
+
+def test_what_generators_make_of_a_plan_goes_with_it() -> None:
+    made: list[str] = []
+    plan = make_plan(Problem(splat.causal(), 33, 33), implementation="xla")
+    for _ in range(2):
+        assert plan.remembered("this", lambda: made.append("this") or 5) == 5
+    assert made == ["this"]
+    copy = dataclasses.replace(plan)
+    assert copy == plan
+    assert copy.remembered("this", lambda: 6) == 6
+
+
 def test_a_static_plan_is_made_once() -> None:
     problem = Problem(splat.causal() & splat.window(17), 77, 77)
     assert make_plan(problem, implementation="xla") is make_plan(problem, implementation="xla")

@@ -36,7 +36,7 @@ def kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
         if compiler.missing() is not None:
             pytest.skip("there is no C++ compiler")
         monkeypatch.setattr(interpret, "is_interpreted", lambda: False)
-    native._prepared.cache_clear()
+    native._prepared.clear()
 
 
 BOTH = pytest.mark.parametrize("kernels", ["native", "interpreted"] if DEVICE == "cpu" else ["native"], indirect=True)

@@ -28,7 +28,7 @@ MIXED = "causal() & window(9) | sink(2)"
 @pytest.fixture(autouse=True)
 def without_the_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(interpret, "is_interpreted", lambda: False)
-    native._prepared.cache_clear()
+    native._prepared.clear()
 
 
 @pytest.mark.parametrize("heads", [(2, 1), (4, 4)])

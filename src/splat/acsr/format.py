@@ -127,6 +127,27 @@ class ACSR:
         return total
 
     @cached_property
+    def seen_columns(self) -> tuple[int, int, int]:
+        """(first, stop, count) of the columns that some row has; fewer than `stop - first` where some between lack."""
+        runs = [(c.start[here], (c.start + c.count * c.stride)[here], c.stride) for c in self.components
+                for here in [c.count > 0] if here.any()]  # fmt: skip
+        if not runs:
+            return 0, 0, 0
+        if all(stride == 1 for *_, stride in runs):  # intervals: the length does not matter
+            start, stop = (np.concatenate(bounds) for bounds in list(zip(*runs, strict=True))[:2])
+            order = np.argsort(start, kind="stable")
+            start, reach = start[order], np.maximum.accumulate(stop[order])
+            gaps = np.maximum(start[1:] - reach[:-1], 0).sum(dtype=np.int64)
+            return int(start[0]), int(reach[-1]), int(reach[-1] - start[0] - gaps)
+        seen = np.zeros(self.shape[1], bool)
+        for start, stop, stride in runs:
+            size = -(-self.shape[1] // stride) * stride + stride
+            change = np.bincount(start, minlength=size)[:size] - np.bincount(stop, minlength=size)[:size]
+            seen |= (change.reshape(-1, stride).cumsum(axis=0) > 0).reshape(-1)[: self.shape[1]]
+        at = np.flatnonzero(seen)
+        return int(at[0]), int(at[-1]) + 1, at.size
+
+    @cached_property
     def nnz(self) -> int:
         return int(self.row_nnz.sum(dtype=np.int64))
 

@@ -9,7 +9,8 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from functools import cached_property, lru_cache
+from collections.abc import Callable
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -22,6 +23,7 @@ from splat.planning.cost import CPP_TILE, CostModel, cost_model
 from splat.planning.savings import Savings, savings, si
 from splat.planning.schedule import PassDecision, Schedule, build_schedule, schedule
 from splat.planning.target import Target, find
+from splat.remembered import Remembered
 from splat.tiling import Phase
 
 FORMAT = 1
@@ -61,6 +63,18 @@ class Plan:
     forward: Schedule
     candidates: tuple[Candidate, ...] = ()
     blocks: tuple[int | None, int | None] = (None, None)
+    _made: dict[Any, Any] = dataclasses.field(default_factory=dict, init=False, repr=False)
+
+    def remembered(self, what: Any, make: Callable[[], Any]) -> Any:
+        """What `make()` gives for `what`: made once, and kept for as long as the plan is."""
+        if what not in self._made:
+            self._made[what] = make()
+        return self._made[what]
+
+    @property
+    def nbytes(self) -> int:
+        """About how much memory it holds in the end: starts, counts, bounds and tables, of rows and of columns."""
+        return 24 * len(self.acsr.components) * sum(self.acsr.shape)
 
     @property
     def is_static(self) -> bool:
@@ -200,6 +214,8 @@ class Plan:
         return state.hexdigest()[:16]
 
     def __eq__(self, other: object) -> bool:
+        if self is other:
+            return True
         if not isinstance(other, Plan) or (self.problem, self.implementation, self.target) != (
             other.problem,
             other.implementation,
@@ -211,7 +227,8 @@ class Plan:
         return self.candidates == other.candidates and self.digest == other.digest
 
     def __hash__(self) -> int:
-        return hash((self.problem, self.implementation, self.target))
+        offset = None if is_runtime_array(self.query_offset) else self.query_offset
+        return hash((self.problem, self.implementation, self.target, offset))
 
     def __str__(self) -> str:
         p = self.problem
@@ -297,7 +314,7 @@ def make_plan(
     """The plan of a problem for one implementation; static ones are remembered."""
     check_problem(problem)
     if problem.pattern.is_static and not is_runtime_array(query_offset):
-        return _remembered(problem, implementation, target, int(query_offset), block_q, block_kv)
+        return _remembered((problem, implementation, target, int(query_offset), block_q, block_kv))
     return _make(problem, implementation, target, query_offset, block_q, block_kv)
 
 
@@ -312,6 +329,6 @@ def _make(problem, implementation, target, query_offset, block_q, block_kv) -> P
     return Plan(problem, query_offset, implementation, target, forward, blocks=(block_q, block_kv))
 
 
-_remembered = lru_cache(maxsize=128)(_make)
+_remembered = Remembered[tuple[Any, ...], Plan](lambda static: _make(*static), entries=512, nbytes=1 << 28)
 
 __all__ = ["Candidate", "Plan", "Problem", "Target", "check_blocks", "check_problem", "make_plan", "predict_ms"]

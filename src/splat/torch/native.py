@@ -7,6 +7,7 @@ import ctypes
 import math
 from functools import cache, lru_cache
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,6 +17,7 @@ from splat.codegen.cpp.call import Placed, Prepared, prepare
 from splat.codegen.cpp.generate import gradient_kernels
 from splat.pattern import Pattern, parse
 from splat.planning import Plan, Problem, make_plan
+from splat.remembered import Remembered
 
 #: pattern, scale, logits_soft_cap, query_offset: as the operations have them.
 Static = tuple[str, float | None, float | None, int]
@@ -67,7 +69,7 @@ def _run(kernel: str, arrays: dict[str, Tensor], lengths: Tensor | None, static:
     query, key = arrays["query"], arrays["key"]
     batch, num_q_heads, q_len, width = query.shape
     num_kv_heads, kv_len = key.shape[1], key.shape[2]
-    prepared = _prepared(kernel, static, q_len, kv_len, width, str(query.dtype), lengths is not None)
+    prepared = _prepared((kernel, static, q_len, kv_len, width, str(query.dtype), lengths is not None))
     if prepared is None:
         return False
     kept = {name: _rows(x) for name, x in arrays.items()}
@@ -113,14 +115,16 @@ def _place(x: Tensor) -> Placed:
     return x.data_ptr(), x.stride(0), x.stride(2), x.stride(1)
 
 
-@lru_cache(maxsize=256)
-def _prepared(
+def _prepare(
     kernel: str, static: Static, q_len: int, kv_len: int, head_dim: int, dtype: str, lengths: bool
 ) -> Prepared | None:
     _, scale, cap, _ = static
     scale = 1 / math.sqrt(head_dim) if scale is None else scale
     plan = _plan(static, q_len, kv_len, head_dim, dtype)
     return prepare(plan, Options(scale, cap), kernel, lengths=lengths)
+
+
+_prepared = Remembered[tuple[Any, ...], Prepared | None](lambda call: _prepare(*call), entries=512, nbytes=1 << 28)
 
 
 @lru_cache(maxsize=1024)

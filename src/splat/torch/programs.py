@@ -18,7 +18,8 @@ from splat.codegen.triton.program import Binding, Program, Sizes, guards_of, pas
 from splat.pattern import Pattern, parse
 from splat.planning import TARGETS, Plan, Problem, find, make_plan
 from splat.planning.kernels import INTERPRETER
-from splat.torch.recording import Recording, Remembered, Tape
+from splat.remembered import Remembered
+from splat.torch.recording import Recording, Tape
 
 #: pattern, scale, logits_soft_cap, query_offset: as the operations have them.
 Static = tuple[str, float | None, float | None, int]

@@ -9,12 +9,10 @@ from __future__ import annotations
 import contextlib
 import contextvars
 import dataclasses
-import threading
 import weakref
-from collections import OrderedDict
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Sequence
 from functools import lru_cache
-from typing import Any, Generic, TypeVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -219,32 +217,3 @@ def _on_device(array: np.ndarray, device: torch.device) -> Table:
         table = Table(array, torch.tensor(array, dtype=torch.int32, device=device))
         _UPLOADED[id(array), device] = table
     return table
-
-
-_Key = TypeVar("_Key", bound=Hashable)
-
-
-class Remembered(Generic[_Key]):
-    """Recordings by what they were made for; the ones used last, as many as fit. Safe to use from several threads."""
-
-    def __init__(self, make: Callable[[_Key], Recording], *, entries: int, nbytes: int):
-        self._make, self._entries, self._limit = make, entries, nbytes
-        self._known: OrderedDict[_Key, Recording] = OrderedDict()
-        self._nbytes = 0
-        self._lock = threading.RLock()
-
-    def __len__(self) -> int:
-        return len(self._known)
-
-    def __call__(self, key: _Key) -> Recording:
-        with self._lock:
-            found = self._known.get(key)
-            if found is not None:
-                self._known.move_to_end(key)
-                return found
-            made = self._known[key] = self._make(key)
-            self._nbytes += made.nbytes
-            while len(self._known) > 1 and (len(self._known) > self._entries or self._nbytes > self._limit):
-                _, oldest = self._known.popitem(last=False)
-                self._nbytes -= oldest.nbytes
-            return made

@@ -20,7 +20,6 @@ from splat.acsr import NOWHERE
 from splat.codegen.cpp.lower import (
     GROUP,
     SCHEDULES,
-    UNKNOWN,
     UNROLLED_WALKS,
     Holes,
     PassFacts,
@@ -30,7 +29,7 @@ from splat.codegen.cpp.lower import (
     lower,
     passes_of,
 )
-from splat.errors import ArgumentError
+from splat.errors import ArgumentError, IrregularPatternError
 from splat.pattern import Pattern
 from splat.pattern.core import ceil_div
 from splat.planning import Plan, Problem, Schedule, make_plan
@@ -242,9 +241,14 @@ def test_holes(text: str, queries: bool, keys: bool) -> None:
     assert holes_of(plan_of(pattern, 64)) == Holes(queries, keys)
 
 
-def test_holes_are_assumed_where_the_columns_are_not_known(rng: np.random.Generator) -> None:
-    pattern = splat.from_runs(rng.integers(0, 4, 4000), 1, rng.integers(0, 2, 4000))
-    assert holes_of(plan_of(pattern, 4000, 4)) == UNKNOWN
+def test_holes_where_columns_are_not_regular(rng: np.random.Generator) -> None:
+    """Such a plan has a forward only."""
+    start, count = rng.integers(0, 4, 4000), rng.integers(0, 2, 4000)
+    plan = plan_of(splat.from_runs(start, 1, count), 4000, 4)
+    with pytest.raises(IrregularPatternError):
+        plan.d_key_value  # noqa: B018
+    assert holes_of(plan) == Holes(True, False)
+    assert holes_of(plan_of(splat.from_runs(np.where(start == 1, 2, start), 1, count), 4000, 4)) == Holes(True, True)
 
 
 # -- run-time plans ----------------------------------------------------------------------------------------------------

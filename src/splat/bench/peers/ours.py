@@ -130,7 +130,7 @@ def _plan(problem: Problem) -> Ready:
     from splat.planning import plan as planner
 
     def call() -> str:
-        planner._remembered.cache_clear()
+        planner._remembered.clear()
         return str(splat.plan(splat.parse(problem.text), problem.q_len))
 
     return Ready(call, Layout.PLAN, as_numpy)

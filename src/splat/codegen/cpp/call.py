@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import dataclasses
 from collections.abc import Mapping
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -59,7 +60,12 @@ class Prepared:
 
     run: Any
     template: Call
+    tables: list[np.ndarray]
     keep: tuple[Any, ...]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(table.nbytes for table in self.tables)
 
     def __call__(
         self, arrays: Mapping[str, Placed], kv_lengths: int | None, sizes: tuple[int, ...], threads: int,
@@ -83,6 +89,11 @@ class Prepared:
         self.run(ctypes.byref(call), threads, team)
 
 
+@lru_cache(maxsize=512)
+def _library(facts: KernelFacts, settings: tuple[str | None, ...]) -> ctypes.CDLL:
+    return compiler.load(library_name(facts), source(facts))
+
+
 def prepare(plan: Plan, options: Options, kernel: str, *, lengths: bool) -> Prepared | None:
     """Compiles and loads a kernel of a static plan; None where it has nothing to do.
 
@@ -96,7 +107,7 @@ def prepare(plan: Plan, options: Options, kernel: str, *, lengths: bool) -> Prep
     facts = kernel_facts(
         kernel, passes, holes_of(plan), dtype=p.dtype, head_dim=p.head_dim, soft_cap=soft_cap, lengths=lengths
     )
-    library = compiler.load(library_name(facts), source(facts))
+    library = _library(facts, compiler.settings())
     flat = [np.ascontiguousarray(table, np.int32) for one in tables for table in one]
     pointers = (ctypes.c_void_p * len(flat))(*(table.ctypes.data for table in flat))
     counts = (ctypes.c_int64 * len(tables))(*(len(one[0]) for one in tables))
@@ -104,4 +115,4 @@ def prepare(plan: Plan, options: Options, kernel: str, *, lengths: bool) -> Prep
     call.tables, call.num_groups = ctypes.addressof(pointers), ctypes.addressof(counts)
     run = library.splat_run
     run.argtypes, run.restype = (ctypes.c_void_p, ctypes.c_int, ctypes.c_void_p), ctypes.c_int
-    return Prepared(run, call, (library, flat, pointers, counts))
+    return Prepared(run, call, flat, (library, pointers, counts))

@@ -85,6 +85,11 @@ def missing() -> str | None:
     return None
 
 
+def settings() -> tuple[str | None, ...]:
+    """The environment's say in what is built: a library that was made for others is another one."""
+    return tuple(os.environ.get(name) for name in ("CXX", "PATH", "SPLAT_CXXFLAGS", "SPLAT_CACHE_DIR"))
+
+
 def find() -> Compiler:
     """The compiler that CXX names, else the first of c++, g++ and clang++. Raises UnsupportedError if there is none."""
     command = _command()

@@ -8,13 +8,12 @@ hold.
 from __future__ import annotations
 
 import dataclasses
-from functools import lru_cache
 from typing import Any
 
 import numpy as np
 
 from splat.acsr import ACSR
-from splat.errors import ArgumentError, SplatError
+from splat.errors import ArgumentError
 from splat.geometry import analyze
 from splat.pattern.core import Array, array_namespace
 from splat.planning import Pass, Plan, Schedule
@@ -187,28 +186,12 @@ UNKNOWN = Holes(True, True)
 
 
 def holes_of(plan: Plan) -> Holes:
-    """Of a static plan; remembered."""
-    return _holes_of(plan)
-
-
-@lru_cache(maxsize=128)
-def _holes_of(plan: Plan) -> Holes:
-    try:
-        return Holes(_has_holes(plan.acsr), _has_holes(plan.transposed))
-    except SplatError:  # its columns are not regular: it has a forward only
-        return UNKNOWN
-
-
-def _has_holes(acsr: ACSR) -> bool:
-    seen = np.flatnonzero(acsr.row_nnz)
-    return seen.size > 0 and int(seen[-1] - seen[0]) + 1 > seen.size
-
-
-@lru_cache(maxsize=128)
-def _lowered(plan: Plan, which: str) -> Lowered:
-    return lower(getattr(plan, which))
+    """Of a static plan."""
+    rows = np.flatnonzero(plan.acsr.row_nnz)
+    first, stop, count = plan.acsr.seen_columns
+    return Holes(rows.size > 0 and int(rows[-1] - rows[0]) + 1 > rows.size, stop - first > count)
 
 
 def passes_of(plan: Plan, which: str) -> Lowered:
     """Static facts and tables of a static plan's "forward", "d_query" or "d_key_value"; remembered."""
-    return _lowered(plan, which)
+    return plan.remembered(("cpp", which), lambda: lower(getattr(plan, which)))

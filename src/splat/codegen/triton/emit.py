@@ -174,10 +174,14 @@ def _passes(call: _Call, tables: Any, which: str) -> Passes:
     return tuple(zip(call.specs[n], tables[n], strict=True))
 
 
-@lru_cache(maxsize=256)
 def _function(call: _Call) -> Any:
     """(query, key, value, tables, kv_lengths) -> (output, log-sum-exp [B, T, N]), jitted, with its reverse mode."""
+    if call.plan is None:
+        return _of_any_plan(call)
+    return call.plan.remembered(("triton", call.options, call.arch, call.allow_tf32), lambda: _differentiable(call))
 
+
+def _differentiable(call: _Call) -> Any:
     forward, backward = _first_order(partial(_forward, call)), _first_order(partial(_backward, call))
 
     def attention(query, key, value, tables, kv_lengths):
@@ -199,6 +203,9 @@ def _function(call: _Call) -> Any:
     differentiable = jax.custom_vjp(attention)
     differentiable.defvjp(fwd, bwd)
     return jax.jit(differentiable)
+
+
+_of_any_plan = lru_cache(maxsize=256)(_differentiable)
 
 
 def _first_order(function: Any) -> Any:

@@ -8,10 +8,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Sequence
-from functools import lru_cache
 from typing import Any, NamedTuple
-
-import numpy as np
 
 from splat.codegen.base import Options
 from splat.codegen.triton import generate
@@ -19,7 +16,6 @@ from splat.codegen.triton.generate import Variant
 from splat.codegen.triton.kernels import SPLAT_DELTA
 from splat.codegen.triton.launch import Kernel, Launch, Launcher, Output
 from splat.codegen.triton.lower import PassSpec, Tables, lower
-from splat.errors import SplatError
 from splat.pattern.core import array_namespace, ceil_div
 from splat.planning import Plan
 from splat.planning.kernels import find_config
@@ -327,25 +323,18 @@ def addresses(strides: Strides) -> tuple[tuple[int, ...], dict[str, int]]:
 
 def passes_of(plan: Plan, which: str) -> Passes:
     """The passes of a static plan's "forward", "d_query" or "d_key_value" schedule; remembered."""
-    return _passes_of(plan, which)
+
+    def make() -> Passes:
+        return tuple(zip(*lower(getattr(plan, which)), strict=True))
+
+    return plan.remembered(("triton", which), make)
 
 
 #: Of plans whose numbers are not known yet.
 UNKNOWN = Guards(True, True)
 
 
-@lru_cache(maxsize=128)
 def guards_of(plan: Plan) -> Guards:
     """What a static plan's kernels must guard against."""
-    try:
-        seen = np.flatnonzero(plan.transposed.row_nnz)
-    except SplatError:  # its columns are not regular: it has a forward only
-        return UNKNOWN
-    holes = seen.size > 0 and int(seen[-1] - seen[0]) + 1 > seen.size
-    return Guards(holes, plan.empty_rows > 0 or seen.size < plan.problem.kv_len)
-
-
-@lru_cache(maxsize=128)
-def _passes_of(plan: Plan, which: str) -> Passes:
-    specs, tables = lower(getattr(plan, which))
-    return tuple(zip(specs, tables, strict=True))
+    first, stop, count = plan.acsr.seen_columns
+    return Guards(stop - first > count, plan.empty_rows > 0 or count < plan.problem.kv_len)

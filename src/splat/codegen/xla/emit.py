@@ -114,9 +114,14 @@ def _lower(schedule: Schedule, query: Array) -> _Lowered:
     return lower(schedule, query.shape[0] * query.shape[2], STEP_BYTES)
 
 
-@lru_cache(maxsize=256)
 def _function(program: _Program) -> Any:
     """(query, key, value, tables, kv_lengths) -> (output, log-sum-exp), jitted, with its reverse mode."""
+    if program.plan is None:
+        return _of_any_plan(program)
+    return program.plan.remembered(("xla", program.options), lambda: _differentiable(program))
+
+
+def _differentiable(program: _Program) -> Any:
     options = program.options
 
     def forward_tables(query: Array, tables: Any) -> _Lowered:
@@ -155,6 +160,9 @@ def _function(program: _Program) -> Any:
     differentiable = jax.custom_vjp(attention)
     differentiable.defvjp(fwd, bwd)
     return jax.jit(differentiable)
+
+
+_of_any_plan = lru_cache(maxsize=256)(_differentiable)
 
 
 def _grouped(values: Array, num_kv_heads: int) -> Array:
