@@ -14,11 +14,9 @@ from benchmarks.gpu import flex
 from benchmarks.gpu.jobs import case_of
 from benchmarks.gpu.worker import Bench
 from splat.codegen.triton import program
-from splat.planning import Problem, make_plan
+from splat.planning import SCHEDULES, Problem, make_plan
 from splat.planning import plan as planner
 from splat.torch.programs import target_of
-
-SCHEDULES = ("forward", "d_query", "d_key_value")
 
 
 class MasksBench(Bench):

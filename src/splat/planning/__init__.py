@@ -1,12 +1,13 @@
 """Planning: devices, costs, schedules, and the printable plan."""
 
 from splat.planning.cost import CostModel, cost_model
-from splat.planning.plan import Candidate, Plan, Problem, check_blocks, check_problem, make_plan, predict_ms
+from splat.planning.plan import SCHEDULES, Candidate, Plan, Problem, check_blocks, check_problem, make_plan, predict_ms
 from splat.planning.savings import Savings, savings
 from splat.planning.schedule import Pass, PassDecision, Schedule, build_schedule, schedule
 from splat.planning.target import TARGETS, Target, find
 
 __all__ = [
+    "SCHEDULES",
     "TARGETS",
     "Candidate",
     "CostModel",

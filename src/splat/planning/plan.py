@@ -28,6 +28,9 @@ from splat.tiling import Phase
 
 FORMAT = 1
 
+#: The schedules of a plan, by their attributes: one for each kernel.
+SCHEDULES = ("forward", "d_query", "d_key_value")
+
 
 @dataclasses.dataclass(frozen=True)
 class Candidate:
@@ -331,4 +334,14 @@ def _make(problem, implementation, target, query_offset, block_q, block_kv) -> P
 
 _remembered = Remembered[tuple[Any, ...], Plan](lambda static: _make(*static), entries=512, nbytes=1 << 28)
 
-__all__ = ["Candidate", "Plan", "Problem", "Target", "check_blocks", "check_problem", "make_plan", "predict_ms"]
+__all__ = [
+    "SCHEDULES",
+    "Candidate",
+    "Plan",
+    "Problem",
+    "Target",
+    "check_blocks",
+    "check_problem",
+    "make_plan",
+    "predict_ms",
+]

@@ -19,7 +19,6 @@ import splat
 from splat.acsr import NOWHERE
 from splat.codegen.cpp.lower import (
     GROUP,
-    SCHEDULES,
     UNROLLED_WALKS,
     Holes,
     PassFacts,
@@ -32,7 +31,7 @@ from splat.codegen.cpp.lower import (
 from splat.errors import ArgumentError, IrregularPatternError
 from splat.pattern import Pattern
 from splat.pattern.core import ceil_div
-from splat.planning import Plan, Problem, Schedule, make_plan
+from splat.planning import SCHEDULES, Plan, Problem, Schedule, make_plan
 from splat.tiling import Test as Comparison
 from tests.attention_suite import MODELS, SPARSE_SUITE, VOCABULARY
 from tests.strategies import Case, cases, more

@@ -21,7 +21,7 @@ import splat
 from splat.acsr import NOWHERE
 from splat.codegen.triton.lower import UNROLLED_WALKS, PassSpec, Tables, lower
 from splat.pattern import Pattern
-from splat.planning import Plan, Problem, Schedule, make_plan
+from splat.planning import SCHEDULES, Plan, Problem, Schedule, make_plan
 from splat.tiling import Test as Comparison
 from tests.attention_suite import MODELS, SPARSE_SUITE, VOCABULARY
 from tests.strategies import Case, cases, more
@@ -29,7 +29,6 @@ from tests.strategies import Case, cases, more
 Array = np.ndarray[Any, Any]
 
 FIELDS = 6
-SCHEDULES = ("forward", "d_query", "d_key_value")
 
 
 # -- reading -----------------------------------------------------------------------------------------------------------

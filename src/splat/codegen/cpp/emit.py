@@ -15,10 +15,11 @@ from splat.codegen.batching import vmappable
 from splat.codegen.cpp import bind_jax, compiler, generate, threads, values
 from splat.codegen.cpp.call import kernel_facts
 from splat.codegen.cpp.generate import KernelFacts
-from splat.codegen.cpp.lower import SCHEDULES, UNKNOWN, Holes, Lowered, PassFacts, Tables, holes_of, lower, passes_of
+from splat.codegen.cpp.lower import UNKNOWN, Holes, Lowered, PassFacts, Tables, holes_of, lower, passes_of
 from splat.codegen.partitioning import vary_like
+from splat.codegen.reverse import differentiable, lower_all
 from splat.errors import ArgumentError, SplatError, UnsupportedError
-from splat.planning import Plan, check_blocks
+from splat.planning import SCHEDULES, Plan, check_blocks
 
 Array = Any
 
@@ -126,17 +127,8 @@ def _static(plan: Plan, options: Options) -> tuple[_Call, list[list[Tables]] | N
     """What is static about the call, and the tables that are not."""
     if plan.is_static:
         return _Call(options, threads.count(), plan), None
-    passes, tables, refused = [], [], None
-    for which in SCHEDULES:
-        try:
-            found, made = lower(getattr(plan, which))
-        except SplatError as error:
-            if which == "forward":
-                raise
-            found, made, refused = (), [], str(error)
-        passes.append(found)
-        tables.append(jax.tree.map(jnp.asarray, made))
-    return _Call(options, threads.count(), None, tuple(passes), refused), tables
+    passes, tables, refusal = lower_all(plan, lower)
+    return _Call(options, threads.count(), None, passes, refusal), tables
 
 
 def _lowered(call: _Call, tables: Any, which: str) -> Lowered:
@@ -182,48 +174,18 @@ def _function(call: _Call) -> Any:
 
 
 def _differentiable(call: _Call) -> Any:
-    forward, backward = _first_order(partial(_forward, call)), _first_order(partial(_backward, call))
-
-    def attention(query, key, value, tables, kv_lengths):
-        return forward((query, key, value, kv_lengths), tables)
-
-    def fwd(query, key, value, tables, kv_lengths):
+    def prepare(query, key, tables, kv_lengths):
         if jax.device_count("cpu") > 1:  # parts may want others, and programs that JAX has kept do not ask again
             kernels = generate.every_gradient_kernel(str(query.dtype))
         else:
             kernels = _gradient_kernels(call, query, key)
         bind_jax.prepare_all(_every_kernel(call, tables, query, kv_lengths, ("forward", *kernels)))
-        out, lse = forward((query, key, value, kv_lengths), tables)
-        return (out, lse), (query, key, value, tables, kv_lengths, out, lse)
 
-    def bwd(saved, cotangents):
-        query, key, value, tables, kv_lengths, out, lse = saved
-        if call.plan is None and call.backward_refusal:
-            raise UnsupportedError(call.backward_refusal)
-        d_out, d_lse = cotangents
-        given = (query, key, value, kv_lengths, out, lse, d_out.astype(query.dtype), d_lse.astype(lse.dtype))
-        return (*backward(given, tables), None, None)
-
-    differentiable = jax.custom_vjp(attention)
-    differentiable.defvjp(fwd, bwd)
-    return jax.jit(differentiable)
+    functions = partial(_forward, call), partial(_backward, call)
+    return differentiable("cpp", *functions, refusal=call.backward_refusal, prepare=prepare)
 
 
 _of_any_plan = lru_cache(maxsize=256)(_differentiable)
-
-
-def _first_order(function: Any) -> Any:
-    """The function, with a sentence for who differentiates it: that is what happens in second derivatives."""
-    once = jax.custom_jvp(function)
-
-    @once.defjvp
-    def again(primals: Any, tangents: Any) -> Any:
-        raise UnsupportedError(
-            "the cpp implementation has first derivatives only, neither forward over reverse (jax.hessian) nor reverse "
-            "over reverse. Use implementation='xla' for Hessian-vector products."
-        )
-
-    return once
 
 
 @vmappable("BTNH BSKH BSKH B -> BTNH BTN")

@@ -26,8 +26,6 @@ GROUP, COLUMN = CPP_TILE
 #: Up to so many walks are written out one after the other; more are a loop, where they are alike.
 UNROLLED_WALKS = 8
 
-SCHEDULES = ("forward", "d_query", "d_key_value")
-
 
 @dataclasses.dataclass(frozen=True)
 class WalkFacts:

@@ -13,13 +13,14 @@ from splat import __version__
 from splat.acsr import ACSR
 from splat.codegen.base import USUAL, How, Missing, Options, Request
 from splat.codegen.devices import compute_capability, device_target, nearest_target
+from splat.codegen.reverse import differentiable, lower_all
 from splat.codegen.triton import bind_jax, interpret, record, values
 from splat.codegen.triton.lower import PassSpec, Tables, lower
 from splat.codegen.triton.offline import Job
 from splat.codegen.triton.offline_model import ARCHITECTURES
 from splat.codegen.triton.program import UNKNOWN, Binding, Passes, Program, Sizes, guards_of, passes_of
-from splat.errors import ArgumentError, SplatError, UnsupportedError
-from splat.planning import Plan, find
+from splat.errors import ArgumentError
+from splat.planning import SCHEDULES, Plan, find
 from splat.planning.kernels import DTYPES, INTERPRETER, MAX_HEAD_DIM, OLDEST_CAPABILITY
 
 Array = Any
@@ -141,25 +142,13 @@ class _Call:
     backward_refusal: str | None = None
 
 
-_SCHEDULES = ("forward", "d_query", "d_key_value")
-
-
 def _static(plan: Plan, options: Options) -> tuple[_Call, list[list[Tables]] | None]:
     """What is static about the call, and the tables that are not."""
     arch, tf32 = find(plan.target).arch, _allows_tf32()
     if plan.is_static:
         return _Call(options, arch, tf32, plan), None
-    specs, tables, refused = [], [], None
-    for which in _SCHEDULES:
-        try:
-            found, made = lower(getattr(plan, which))
-        except SplatError as error:
-            if which == "forward":
-                raise
-            found, made, refused = (), [], str(error)
-        specs.append(found)
-        tables.append(jax.tree.map(jnp.asarray, made))
-    return _Call(options, arch, tf32, None, tuple(specs), refused), tables
+    specs, tables, refusal = lower_all(plan, lower)
+    return _Call(options, arch, tf32, None, specs, refusal), tables
 
 
 def _allows_tf32() -> bool:
@@ -170,7 +159,7 @@ def _allows_tf32() -> bool:
 def _passes(call: _Call, tables: Any, which: str) -> Passes:
     if call.plan is not None:
         return passes_of(call.plan, which)
-    n = _SCHEDULES.index(which)
+    n = SCHEDULES.index(which)
     return tuple(zip(call.specs[n], tables[n], strict=True))
 
 
@@ -182,44 +171,13 @@ def _function(call: _Call) -> Any:
 
 
 def _differentiable(call: _Call) -> Any:
-    forward, backward = _first_order(partial(_forward, call)), _first_order(partial(_backward, call))
-
-    def attention(query, key, value, tables, kv_lengths):
-        out, lse = forward((query, key, value, kv_lengths), tables)
-        return out, jnp.swapaxes(lse, 1, 2)
-
-    def fwd(query, key, value, tables, kv_lengths):
-        out, lse = forward((query, key, value, kv_lengths), tables)
-        return (out, jnp.swapaxes(lse, 1, 2)), (query, key, value, tables, kv_lengths, out, lse)
-
-    def bwd(saved, cotangents):
-        query, key, value, tables, kv_lengths, out, lse = saved
-        if call.plan is None and call.backward_refusal:
-            raise UnsupportedError(call.backward_refusal)
-        d_out, d_lse = cotangents
-        given = (query, key, value, kv_lengths, out, lse, d_out.astype(query.dtype), jnp.swapaxes(d_lse, 1, 2))
-        return (*backward(given, tables), None, None)
-
-    differentiable = jax.custom_vjp(attention)
-    differentiable.defvjp(fwd, bwd)
-    return jax.jit(differentiable)
+    functions = partial(_forward, call), partial(_backward, call)
+    return differentiable(
+        "triton", *functions, refusal=call.backward_refusal, outside=lambda lse: jnp.swapaxes(lse, 1, 2)
+    )  # fmt: skip
 
 
 _of_any_plan = lru_cache(maxsize=256)(_differentiable)
-
-
-def _first_order(function: Any) -> Any:
-    """The function, with a sentence for who differentiates it: that is what happens in second derivatives."""
-    once = jax.custom_jvp(function)
-
-    @once.defjvp
-    def again(primals: Any, tangents: Any) -> Any:
-        raise UnsupportedError(
-            "the triton implementation has first derivatives only, neither forward over reverse (jax.hessian) nor "
-            "reverse over reverse. Use implementation='xla' for Hessian-vector products."
-        )
-
-    return once
 
 
 @bind_jax.vmappable("BTNH BSKH BSKH B -> BTNH BNT")
@@ -231,7 +189,7 @@ def _forward(call: _Call, batched: Any, tables: Any) -> Any:
 @bind_jax.vmappable("BTNH BSKH BSKH B BTNH BNT BTNH BNT -> BTNH BSKH BSKH")
 def _backward(call: _Call, batched: Any, tables: Any) -> Any:
     query, key, value, lengths, *rest = batched
-    passes, transposed = (_passes(call, tables, which) for which in _SCHEDULES[1:])
+    passes, transposed = (_passes(call, tables, which) for which in SCHEDULES[1:])
     return _program(call, query, key).backward(passes, transposed, query, key, value, lengths, *rest)
 
 

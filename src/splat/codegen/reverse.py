@@ -1,0 +1,86 @@
+"""What implementations that call kernels share: schedules of run-time plans, and attention with its reverse mode."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from splat.errors import SplatError, UnsupportedError
+from splat.planning import SCHEDULES, Plan
+
+
+def lower_all(plan: Plan, lower: Callable[[Any], tuple[Any, Any]]) -> tuple[tuple[Any, ...], list[Any], str | None]:
+    """(static facts, tables) of each of `SCHEDULES`, as `lower` makes them; why there is no backward, if there is none.
+
+    For run-time plans: tables become JAX arrays.
+    """
+    facts, tables, refusal = [], [], None
+    for which in SCHEDULES:
+        try:
+            found, made = lower(getattr(plan, which))
+        except SplatError as error:
+            if which == "forward":
+                raise
+            found, made, refusal = (), [], str(error)
+        facts.append(found)
+        tables.append(jax.tree.map(jnp.asarray, made))
+    return tuple(facts), tables, refusal
+
+
+def differentiable(
+    name: str,
+    forward: Callable[..., Any],
+    backward: Callable[..., Any],
+    *,
+    refusal: str | None = None,
+    outside: Callable[[Any], Any] = lambda lse: lse,
+    prepare: Callable[..., None] = lambda *_: None,
+) -> Any:
+    """(query, key, value, tables, kv_lengths) -> (output, log-sum-exp [B, T, N]), jitted, with its reverse mode.
+
+    Args:
+      name: of the implementation.
+      forward: ((query, key, value, kv_lengths), tables) -> (output, log-sum-exp).
+      backward: ((query, key, value, kv_lengths, output, log-sum-exp, their gradients), tables) -> gradients.
+      refusal: why there is no backward.
+      outside: from the functions' log-sum-exp to [B, T, N], and back.
+      prepare: called with (query, key, tables, kv_lengths) where both will be needed.
+    """
+    forward, backward = _first_order(name, forward), _first_order(name, backward)
+
+    def attention(query, key, value, tables, kv_lengths):
+        out, lse = forward((query, key, value, kv_lengths), tables)
+        return out, outside(lse)
+
+    def fwd(query, key, value, tables, kv_lengths):
+        prepare(query, key, tables, kv_lengths)
+        out, lse = forward((query, key, value, kv_lengths), tables)
+        return (out, outside(lse)), (query, key, value, tables, kv_lengths, out, lse)
+
+    def bwd(saved, cotangents):
+        query, key, value, tables, kv_lengths, out, lse = saved
+        if refusal:
+            raise UnsupportedError(refusal)
+        d_out, d_lse = cotangents[0].astype(query.dtype), outside(cotangents[1]).astype(lse.dtype)
+        return (*backward((query, key, value, kv_lengths, out, lse, d_out, d_lse), tables), None, None)
+
+    whole = jax.custom_vjp(attention)
+    whole.defvjp(fwd, bwd)
+    return jax.jit(whole)
+
+
+def _first_order(name: str, function: Callable[..., Any]) -> Any:
+    """The function, with a sentence for who differentiates it: that is what happens in second derivatives."""
+    once = jax.custom_jvp(function)
+
+    @once.defjvp
+    def again(primals: Any, tangents: Any) -> Any:
+        raise UnsupportedError(
+            f"the {name} implementation has first derivatives only, neither forward over reverse (jax.hessian) nor "
+            "reverse over reverse. Use implementation='xla' for Hessian-vector products."
+        )
+
+    return once
