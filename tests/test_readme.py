@@ -6,12 +6,17 @@ A block that cannot run in a test has ``<!-- not run: reason -->`` on the line b
 from __future__ import annotations
 
 import re
+import shlex
 import tomllib
 from pathlib import Path
 from textwrap import dedent
 from typing import Any, NamedTuple
 
 import pytest
+from typer.testing import CliRunner
+
+import splat
+from splat.cli import app
 
 ROOT = Path(__file__).parents[1]
 
@@ -75,6 +80,46 @@ def test_readme_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ran, exempt = run_blocks(ROOT / "README.md")
     print(f"README.md: {ran} Python blocks ran, {exempt} are marked as not run")
     assert ran > 0, "README.md has no Python block that runs"
+
+
+def text_of(before: str) -> str:
+    """The first block of README.md after the words."""
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    return text.split(before, 1)[1].split("```", 2)[1].split("\n", 1)[1]
+
+
+def in_order(wanted: list[str], text: str) -> None:
+    """The lines are lines of the text, one after the other; `[...]` and `...` stand for what is left out."""
+    lines = iter(text.splitlines())
+    for line in filter(None, wanted):
+        if line.strip() != "...":
+            assert any(given.startswith(line.removesuffix(" [...]")) for given in lines), (
+                f"not there, or earlier: {line}"
+            )
+
+
+def test_the_plan_that_it_shows() -> None:
+    plan = splat.plan(splat.causal() & splat.window(512) | splat.sink(4), q_len=16384, num_q_heads=8)
+    in_order(text_of("print(plan)\n```\n").splitlines(), str(plan))
+
+
+def test_the_kernel_that_it_shows() -> None:
+    made = splat.emit("causal() & window(512) | sink(4)", 4096, target="cpp", kernel="fwd")
+    in_order(text_of("--target cpp --kernel fwd`):").splitlines(), made)
+
+
+def test_the_commands_that_it_shows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All but compilation for a GPU, which tests of the command line show."""
+    monkeypatch.chdir(tmp_path)
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    commands = [shlex.split(line)[1:] for line in text.splitlines() if line.startswith("    splat ")]
+    assert len(commands) >= 6
+    for command in commands:
+        if "ptx" not in command:
+            done = CliRunner().invoke(app, command)
+            assert done.exit_code == 0, (command, done.output)
+            assert done.output.strip()
+    assert (tmp_path / "pattern.png").stat().st_size > 10_000
 
 
 def test_readme_describes_the_package() -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import doctest
 import functools
 from typing import Any
 
@@ -12,7 +11,6 @@ import numpy as np
 import pytest
 from hypothesis import strategies as st
 
-import splat.pattern.recover as module
 from splat.errors import ArgumentError, IrregularPatternError
 from splat.pattern.recover import recover
 
@@ -287,7 +285,3 @@ def test_refuses_malformed_input(
 ) -> None:
     with pytest.raises(ArgumentError, match=message):
         recover(indptr, indices, shape, **options)
-
-
-def test_docstring_example() -> None:
-    assert doctest.testmod(module) == (0, 1)

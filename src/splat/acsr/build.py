@@ -13,8 +13,19 @@ from splat.pattern.core import Array, Axis, Pattern, Run, is_runtime_array
 def build(pattern: Pattern, q_len: int, kv_len: int | None = None, query_offset: Any = 0) -> ACSR:
     """The matrix of `pattern`: row i is position `i + query_offset`, column j is position j.
 
-    `kv_len` is `q_len` where None. `query_offset` may be a traced scalar; then (or with run-time arrays in the pattern)
-    so are start and count.
+    Args:
+      q_len, kv_len: rows and columns; kv_len is q_len where None.
+      query_offset: an int, or a traced scalar: then (or with run-time arrays in the pattern) so are start and count.
+
+    Returns:
+      its components' start and count, int32 [q_len] each.
+
+    Raises:
+      PatternError: the pattern was made from data for other positions; IrregularPatternError: its rows are not regular.
+
+    >>> import splat
+    >>> splat.build(splat.causal() & splat.window(2) | splat.sink(1), 4).to_dense().astype(int).tolist()
+    [[1, 0, 0, 0], [1, 1, 0, 0], [1, 1, 1, 0], [1, 1, 1, 1]]
     """
     kv_len = q_len if kv_len is None else kv_len
     runs = pattern.runs(Axis(query_offset, q_len), Axis(0, kv_len))

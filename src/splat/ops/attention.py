@@ -176,10 +176,24 @@ def dot_product_attention(
     of the values; `bias` and traced masks are refused; `implementation` takes SPLAT's names.
 
     Args:
-      query: [B, T, N, H] or [T, N, H]; key, value: [B, S, K, H] or [S, K, H].
+      query: [B, T, N, H] or [T, N, H]; key, value: [B, S, K, H] or [S, K, H]; dtypes as in `attention`.
       mask: NumPy or concrete JAX bool, broadcastable to [B, N, T, S] with the same values for every B: its regular
         structure is recovered, once per distinct head.
+      scale: of the scores, 1/sqrt(H) where None.
+      query_seq_lengths, key_value_seq_lengths: int [B]; positions at or past them take no part.
       return_residual: also return the log-sum-exp, [B, T, N] or [T, N].
+
+    Returns:
+      output in query's shape and dtype; with `return_residual` also the log-sum-exp in float32 (float64 for float64).
+
+    Raises:
+      ArgumentError, PatternError, UnsupportedError: as `attention`, and for bias and traced masks.
+      IrregularPatternError: the mask is not regular.
+
+    >>> import jax, splat
+    >>> q = k = v = jax.numpy.ones((1, 64, 2, 16))
+    >>> splat.dot_product_attention(q, k, v, is_causal=True, pattern=splat.strided(4) | splat.window(8)).shape
+    (1, 64, 2, 16)
     """
     if bias is not None:
         raise UnsupportedError(

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from splat.codegen.cpp import compiler
@@ -19,8 +20,8 @@ pytestmark = pytest.mark.skipif(
 __all__ = ["sanitized"]
 
 
-def check(environment: dict[str, str]) -> None:
-    command = [sys.executable, "-m", "tests.codegen.cpp.values_check"]
+def check(environment: dict[str, str], rng: np.random.Generator) -> None:
+    command = [sys.executable, "-m", "tests.codegen.cpp.values_check", str(rng.integers(1 << 31))]
     variables = os.environ | {"JAX_PLATFORMS": "cpu"} | environment
     done = subprocess.run(
         command, check=False, cwd=Path(__file__).parents[3], env=variables, capture_output=True, text=True
@@ -28,11 +29,11 @@ def check(environment: dict[str, str]) -> None:
     assert done.returncode == 0, done.stderr[-4000:]
 
 
-def test_sanitizers_have_no_complaint(sanitized: dict[str, str]) -> None:
-    check(sanitized | {"SPLAT_CXXFLAGS": SANITIZERS})
+def test_sanitizers_have_no_complaint(sanitized: dict[str, str], rng: np.random.Generator) -> None:
+    check(sanitized | {"SPLAT_CXXFLAGS": SANITIZERS}, rng)
 
 
 @pytest.mark.parametrize("flags", PROCESSORS)
-def test_processors(flags: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_processors(flags: str, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch) -> None:
     can_run(flags, monkeypatch)
-    check({"SPLAT_CXXFLAGS": flags})
+    check({"SPLAT_CXXFLAGS": flags}, rng)

@@ -1,6 +1,8 @@
-"""Operations on values against dense ones, in a process of its own: `python -m tests.codegen.cpp.values_check`."""
+"""Operations on values against dense ones, in a process of its own: `python -m tests.codegen.cpp.values_check SEED`."""
 
 from __future__ import annotations
+
+import sys
 
 import numpy as np
 
@@ -13,7 +15,8 @@ class Cpp(ValuesSuite):
 
 
 def main() -> None:
-    suite, rng = Cpp(), np.random.default_rng()
+    seed = int(sys.argv[1])
+    suite, rng = Cpp(), np.random.default_rng(seed)
     for text, sizes, head_dim, dtype in (
         ("window(40, 30) | strided(7)", (210, 213), 20, "float32"),
         ("causal() & window(9) | sink(3)", (70, 70), 64, "float32"),

@@ -264,7 +264,8 @@ template <class Facts> struct ForwardAmx {
   /// A base `kHeadroom` above all scores of a chunk; what was summed is scaled down to it. Where some are `known`, only
   /// for rows that have none yet, and so nothing that was summed.
   template <bool kEdges, class M>
-  __attribute__((noinline)) void raise(State& s, const Part<M>& part, int x, bool full, const char* scores, Known known) {
+  __attribute__((noinline)) void raise(State& s, const Part<M>& part, int x, bool full, const char* scores,
+                                       Known known) {
     const int number = part.lane / kPart;
     bool all = true;
     for (int row = 0; row < kPart; row += 16) {

@@ -271,9 +271,9 @@ template <class Facts> struct Values {
 
   /// The other side where its rows need not be brought together: it is of the compute type, and all columns are used.
   SPLAT_INLINE const T* in_place(const Scalar* right) const {
+    const bool together = component.stride == 1 && component.hop == 1 && memory.rows.dense;
     if constexpr (sizeof(Scalar) == sizeof(T) && D == Dp)
-      if (component.stride == 1 && component.hop == 1 && memory.rows.dense && call.savings.spans && call.savings.anchors)
-        return (const T*)right;
+      if (together && call.savings.spans && call.savings.anchors) return (const T*)right;
     return nullptr;
   }
 
