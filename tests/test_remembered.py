@@ -53,6 +53,15 @@ def test_bytes_are_counted() -> None:
     assert kept == [[1], [1, 2], [1, 2, 3], [4], [4, 1], [9]]
 
 
+def test_some_are_kept_whatever_they_weigh() -> None:
+    remembered = Remembered[int, Sized](lambda key: Sized(key, 100), entries=3, nbytes=60, least=2)
+    kept = []
+    for key in (1, 2, 3):
+        remembered(key)
+        kept.append(list(remembered._known))
+    assert kept == [[1], [1, 2], [2, 3]]
+
+
 def test_what_fails_is_made_again() -> None:
     remembered = Remembered[int, float](lambda key: 1 / key, entries=9, nbytes=9)
     for _ in range(2):

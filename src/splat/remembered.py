@@ -17,9 +17,9 @@ class Remembered(Generic[_Key, _Made]):
     Two threads that want the same at once may both make it.
     """
 
-    def __init__(self, make: Callable[[_Key], _Made], *, entries: int, nbytes: int):
-        """Keeps one at least, and at most `entries`, whose `nbytes` (of those that have it) are at most `nbytes`."""
-        self._make, self._entries, self._limit = make, entries, nbytes
+    def __init__(self, make: Callable[[_Key], _Made], *, entries: int, nbytes: int, least: int = 1):
+        """Keeps `entries` at most, and `least` or those whose `nbytes` (of those that have it) are at most `nbytes`."""
+        self._make, self._entries, self._limit, self._least = make, entries, nbytes, least
         self._known: OrderedDict[_Key, _Made] = OrderedDict()
         self._nbytes = 0
         self._lock = threading.Lock()
@@ -37,7 +37,7 @@ class Remembered(Generic[_Key, _Made]):
             if key not in self._known:
                 self._known[key] = made
                 self._nbytes += _nbytes(made)
-            while len(self._known) > 1 and (len(self._known) > self._entries or self._nbytes > self._limit):
+            while len(self._known) > self._entries or (self._nbytes > self._limit and len(self._known) > self._least):
                 _, oldest = self._known.popitem(last=False)
                 self._nbytes -= _nbytes(oldest)
         return made

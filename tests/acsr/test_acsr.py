@@ -13,6 +13,7 @@ from hypothesis import given, reject
 
 import splat
 from splat.acsr import ACSR, NOWHERE, Component, build, build_transposed
+from splat.bench.memory import traced_peak_bytes
 from splat.errors import IrregularPatternError, PatternError
 from tests.strategies import Case, cases, more
 
@@ -54,6 +55,15 @@ def test_every_stage_keeps_the_pairs(case: Case) -> None:
         reject()
     by_numbers.validate()
     np.testing.assert_array_equal(by_numbers.to_dense(), mask.T)
+
+
+@pytest.mark.parametrize("text", ["strided(2**30)", "strided(9973) & strided(9967)", "lattice_columns(2**29, 5)"])
+def test_columns_of_a_stride_without_end(text: str) -> None:
+    """It is longer than the matrix, and takes no memory."""
+    acsr = build(splat.parse(text.replace("2**30", str(2**30)).replace("2**29", str(2**29))), 64, 64)
+    seen = np.flatnonzero(acsr.to_dense().any(axis=0))
+    assert acsr.seen_columns == (seen[0], seen[-1] + 1, seen.size)
+    assert traced_peak_bytes(lambda: dataclasses.replace(acsr).seen_columns) < 1e5
 
 
 @given(cases(max_len=24, depth=2))

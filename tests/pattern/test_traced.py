@@ -133,6 +133,13 @@ def test_positions_that_data_does_not_name(text: str, by_column: bool) -> None:
         np.testing.assert_array_equal(mask(offset), here[3 + offset :][:q_len], err_msg=f"offset {offset}")
 
 
+def test_columns_before_the_first() -> None:
+    """Runs say for which rows they are, but for no number of columns: there are none before the first."""
+    pattern = splat.from_runs([0, 1, 2, 3], 1, [1, 1, 1, 1]).T
+    np.testing.assert_array_equal(pattern.to_dense(4, 4, query_offset=-2), np.eye(4, k=-2, dtype=bool))
+    np.testing.assert_array_equal(splat.build(pattern, 4, 4, query_offset=-2).to_dense(), np.eye(4, k=-2, dtype=bool))
+
+
 @pytest.mark.parametrize("text", DATA)
 def test_known_positions_that_data_does_not_name(text: str) -> None:
     for q_len, offset, told in ((4, -2, "positions? -2"), (4, 3, "position"), (2, -2, "positions? -2")):
@@ -196,6 +203,7 @@ def test_holes_for_arrays() -> None:
     assert one != other
     assert without_arrays(one) == without_arrays(other)
     assert without_arrays(one) != without_arrays(splat.causal() & splat.segments(first) | splat.segments(first))
+    assert repr(without_arrays(splat.segments(first))) == "segments(<run-time array ?[]>)"
     filled = with_arrays(without_arrays(one), [third, first])
     assert filled == other
     np.testing.assert_array_equal(filled.to_dense(8), other.to_dense(8))

@@ -82,7 +82,7 @@ def test_numpy_integers_are_taken(rng: np.random.Generator) -> None:
     assert torch.equal(found, splat.torch.attention(q, k, v, splat.causal(), query_offset=3, scale=0.5))
 
 
-@pytest.mark.skipif(DEVICE == "cuda", reason="the examples are for the interpreter")
+@pytest.mark.skipif(DEVICE == "cuda", reason="the examples are for tensors on a CPU")
 @needs_device
 @pytest.mark.parametrize("name", ["attention", "sdpa"])
 def test_examples_in_docstrings(name: str) -> None:

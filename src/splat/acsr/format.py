@@ -129,8 +129,11 @@ class ACSR:
     @cached_property
     def seen_columns(self) -> tuple[int, int, int]:
         """(first, stop, count) of the columns that some row has; fewer than `stop - first` where some between lack."""
-        runs = [(c.start[here], (c.start + c.count * c.stride)[here], c.stride) for c in self.components
-                for here in [c.count > 0] if here.any()]  # fmt: skip
+        runs = []
+        for c in self.components:
+            here, stride = c.count > 0, c.stride if c.width > 1 else 1
+            if here.any():
+                runs.append((c.start[here], (c.start + c.count * stride)[here], stride))
         if not runs:
             return 0, 0, 0
         if all(stride == 1 for *_, stride in runs):  # intervals: the length does not matter

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -19,13 +19,14 @@ Array = Any
 Function = Callable[[Any, Any, Any], Any]
 
 
-def vmappable(axes: str) -> Callable[[Function], Function]:
+def vmappable(axes: str) -> Callable[[Function], Callable[[Any], Callable[[Any, Any], Any]]]:
     """Lets a function made of calls of kernels be mapped by `jax.vmap`, any number of times, and split over devices.
 
-    The function: (static, batched, shared) -> results. `static` is hashable; `batched` is a tuple of arrays and None,
-    whose first axis is B; `shared` is a pytree of arrays. It uses no traced array but its arguments. What is made of it
-    is to be called alike. Mapped over batched arrays, it makes one call for all; arrays of `batched` that are not
-    mapped are repeated. Mapped over arrays of `shared` too, it runs one after another.
+    The function: (static, batched, shared) -> results. `batched` is a tuple of arrays and None, whose first axis is B;
+    `shared` is a pytree of arrays. It uses no traced array but its arguments. What is made of it takes `static`, and
+    gives a function of the others, to be kept by whoever calls it: JAX knows it again only if it is the same. Mapped
+    over batched arrays, that makes one call for all; arrays of `batched` that are not mapped are repeated. Mapped over
+    arrays of `shared` too, it runs one after another.
 
     Differentiation goes outside: use it in the forward and the backward function of a `jax.custom_vjp`.
 
@@ -35,9 +36,9 @@ def vmappable(axes: str) -> Callable[[Function], Function]:
     return partial(_vmappable, Axes.parse(axes))
 
 
-def _vmappable(axes: Axes, function: Function) -> Function:
-    @functools.lru_cache(maxsize=256)
-    def bound(static: Hashable) -> Any:
+def _vmappable(axes: Axes, function: Function) -> Callable[[Any], Callable[[Any, Any], Any]]:
+    @functools.wraps(function)
+    def bound(static: Any) -> Any:
         def run(batched: Any, shared: Any) -> Any:
             return spread(partial(function, static), axes, batched, shared)
 
@@ -54,11 +55,7 @@ def _vmappable(axes: Axes, function: Function) -> Function:
 
         return call
 
-    @functools.wraps(function)
-    def wrapper(static: Any, batched: Any, shared: Any) -> Any:
-        return bound(static)(batched, shared)
-
-    return wrapper
+    return bound
 
 
 def spread(

@@ -299,6 +299,8 @@ def walk(pattern: Pattern) -> Iterator[Pattern]:
 class _Hole:
     """Stands where a pattern has a run-time array."""
 
+    dtype, shape = "?", ()
+
     def __array_namespace__(self) -> NoReturn:
         raise TypeError("there is no array yet: see with_arrays")
 

@@ -84,9 +84,9 @@ class Table(Pattern):
 
 
 def _lines(run: Run, axis: Axis) -> Run:
-    """The run's lines at the positions of the axis; those past the last that it knows have no elements."""
+    """The run's lines at the positions of the axis; those that it does not know have no elements."""
     known = run.start.shape[0]
-    if axis.is_static and axis.stop <= known:
+    if axis.is_static and axis.start >= 0 and axis.stop <= known:
         here = slice(axis.start, axis.stop)
         return Run(run.stride, run.start[here], run.count[here], run.line_step)
     xp, wanted = array_namespace(axis.start), axis.positions

@@ -28,6 +28,12 @@ from splat.tiling import Phase
 
 FORMAT = 1
 
+#: How much a plan remembers: tables of its schedules, and functions of a few scales and soft caps.
+MOST_MADE = 64
+
+#: How many plans are remembered at least and at most, and about how large those beyond the least may be together.
+LEAST_PLANS, MOST_PLANS, NBYTES = 16, 512, 1 << 28
+
 #: The schedules of a plan, by their attributes: one for each kernel.
 SCHEDULES = ("forward", "d_query", "d_key_value")
 
@@ -69,10 +75,14 @@ class Plan:
     _made: dict[Any, Any] = dataclasses.field(default_factory=dict, init=False, repr=False)
 
     def remembered(self, what: Any, make: Callable[[], Any]) -> Any:
-        """What `make()` gives for `what`: made once, and kept for as long as the plan is."""
-        if what not in self._made:
-            self._made[what] = make()
-        return self._made[what]
+        """What `make()` gives for `what`: made once, and kept for as long as the plan is, with the last few others."""
+        if what in self._made:
+            return self._made[what]
+        made = make()
+        while len(self._made) >= MOST_MADE:
+            self._made.pop(next(iter(self._made)), None)
+        self._made[what] = made
+        return made
 
     @property
     def nbytes(self) -> int:
@@ -332,7 +342,9 @@ def _make(problem, implementation, target, query_offset, block_q, block_kv) -> P
     return Plan(problem, query_offset, implementation, target, forward, blocks=(block_q, block_kv))
 
 
-_remembered = Remembered[tuple[Any, ...], Plan](lambda static: _make(*static), entries=512, nbytes=1 << 28)
+_remembered = Remembered[tuple[Any, ...], Plan](
+    lambda static: _make(*static), least=LEAST_PLANS, entries=MOST_PLANS, nbytes=NBYTES
+)
 
 __all__ = [
     "SCHEDULES",

@@ -77,18 +77,18 @@ def _backward(program: Program, batched: Any, shared: Any) -> Any:
 
 
 def _primal(program: Program, x: Any, w: Any, tables: Any) -> Any:
-    return _forward(program, (x, w), tables)
+    return _forward(program)((x, w), tables)
 
 
 def _fwd(program: Program, x: Any, w: Any, tables: Any) -> Any:
-    return _forward(program, (x, w), tables), (x, w, tables)
+    return _forward(program)((x, w), tables), (x, w, tables)
 
 
 def _bwd(program: Program, saved: Any, cotangents: Any) -> Any:
     x, w, tables = saved
     d_y, d_sums = cotangents
     d_y = (d_y.astype(jnp.float32) + d_sums[..., None]).astype(x.dtype)
-    return (*_backward(program, (x, w, d_y), tables), None)
+    return (*_backward(program)((x, w, d_y), tables), None)
 
 
 #: (program, x [B, T, H], w [B, H, H], tables) -> (scale * x[b, rows] @ w[b] [B, T, H], its row sums [B, T]); tables are

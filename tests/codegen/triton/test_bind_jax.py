@@ -230,9 +230,9 @@ def test_absent_arrays_and_every_batch(rng: np.random.Generator) -> None:
 
     seen: set[tuple[int, ...]] = set()
     x = jnp.asarray(rng.standard_normal((4, 3, 0, 2)))
-    assert jax.vmap(lambda x: scaled(3, (x, None), None)[0])(x).shape == (4, 3, 0, 2)
+    assert jax.vmap(lambda x: scaled(3)((x, None), None)[0])(x).shape == (4, 3, 0, 2)
     assert seen == {(3, 0, 2), (12, 0, 2)}
-    assert jax.vmap(lambda x: scaled(3, (x, None), None)[0])(x[:, :0]).shape == (4, 0, 0, 2)
+    assert jax.vmap(lambda x: scaled(3)((x, None), None)[0])(x[:, :0]).shape == (4, 0, 0, 2)
 
 
 def test_import_is_light() -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from functools import lru_cache, partial
+from functools import lru_cache
 from typing import Any
 
 import jax
@@ -181,7 +181,7 @@ def _differentiable(call: _Call) -> Any:
             kernels = _gradient_kernels(call, query, key)
         bind_jax.prepare_all(_every_kernel(call, tables, query, kv_lengths, ("forward", *kernels)))
 
-    functions = partial(_forward, call), partial(_backward, call)
+    functions = _forward(call), _backward(call)
     return differentiable("cpp", *functions, refusal=call.backward_refusal, prepare=prepare)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from functools import lru_cache, partial
+from functools import lru_cache
 from typing import Any
 
 import jax
@@ -171,7 +171,7 @@ def _function(call: _Call) -> Any:
 
 
 def _differentiable(call: _Call) -> Any:
-    functions = partial(_forward, call), partial(_backward, call)
+    functions = _forward(call), _backward(call)
     return differentiable(
         "triton", *functions, refusal=call.backward_refusal, outside=lambda lse: jnp.swapaxes(lse, 1, 2)
     )  # fmt: skip
