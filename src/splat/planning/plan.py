@@ -76,12 +76,12 @@ class Plan:
 
     def remembered(self, what: Any, make: Callable[[], Any]) -> Any:
         """What `make()` gives for `what`: made once, and kept for as long as the plan is, with the last few others."""
-        if what in self._made:
-            return self._made[what]
-        made = make()
-        while len(self._made) >= MOST_MADE:
-            self._made.pop(next(iter(self._made)), None)
-        self._made[what] = made
+        made = self._made.get(what, self)
+        if made is self:  # nothing yet
+            made = make()
+            while len(self._made) >= MOST_MADE:
+                self._made.pop(next(iter(self._made)), None)
+            self._made[what] = made
         return made
 
     @property
