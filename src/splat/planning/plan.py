@@ -32,7 +32,7 @@ FORMAT = 1
 MOST_MADE = 64
 
 #: How many plans are remembered at least and at most, and about how large those beyond the least may be together.
-LEAST_PLANS, MOST_PLANS, NBYTES = 16, 512, 1 << 28
+LEAST_PLANS, MOST_PLANS, NBYTES = 16, 128, 1 << 28
 
 #: The schedules of a plan, by their attributes: one for each kernel.
 SCHEDULES = ("forward", "d_query", "d_key_value")
