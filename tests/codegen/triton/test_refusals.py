@@ -65,14 +65,18 @@ def test_plans_for_other_machines_need_nothing_installed() -> None:
     ],
 )
 def test_missing_extras(hidden: set[str], expected: str) -> None:
-    """On a GPU; and the portable implementation goes on."""
+    """On a GPU; and the portable implementation goes on, and says so."""
     printed = in_subprocess(
         HIDE.format(hidden=hidden)
         + """
+    import warnings
     from splat.codegen import Request, choose, refusals
     request = Request("gpu", "bfloat16", 128)
     print(refusals(request)["triton"])
-    print(choose(request).name)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        print(choose(request).name)
+    print(*(one.message for one in said))
     try:
         choose(request, "triton")
     except NotImplementedError as error:
@@ -80,9 +84,10 @@ def test_missing_extras(hidden: set[str], expected: str) -> None:
     """,
         TRITON_INTERPRET="0",
     )
-    first, chosen, named = printed.splitlines()
+    first, chosen, said, named = printed.splitlines()
     assert first == expected
     assert chosen == "xla"
+    assert said.startswith(f"implementation='xla' serves; 'triton' would be faster: {expected} To go on without it")
     assert named == f"implementation='triton' cannot serve this call: {expected}"
 
 
