@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import threading
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 
@@ -16,57 +18,63 @@ class Sized:
     nbytes: int
 
 
+def memory(make: Callable[[int], Any], **limits: int) -> tuple[Remembered, Callable[[int], Any]]:
+    """The memory, and what asks it for what `make` makes of a key."""
+    remembered = Remembered(**limits)
+    return remembered, lambda key: remembered(key, lambda: make(key))
+
+
 def test_made_once() -> None:
     made: list[int] = []
-    remembered = Remembered[int, list[int]](lambda key: made.append(key) or [key], entries=9, nbytes=9)
-    assert remembered(1) is remembered(1)
-    assert remembered(2) == [2]
+    remembered, get = memory(lambda key: made.append(key) or [key], entries=9, nbytes=9)
+    assert get(1) is get(1)
+    assert get(2) == [2]
     assert made == [1, 2]
     remembered.clear()
     assert len(remembered) == 0
-    assert remembered(1) == [1]
+    assert get(1) == [1]
     assert made == [1, 2, 1]
 
 
 def test_nothing_is_a_result_too() -> None:
     made: list[int] = []
-    remembered = Remembered[int, None](made.append, entries=9, nbytes=9)
-    assert [remembered(1), remembered(1)] == [None, None]
+    _, get = memory(made.append, entries=9, nbytes=9)
+    assert [get(1), get(1)] == [None, None]
     assert made == [1]
 
 
 def test_what_was_used_last_is_kept() -> None:
     made: list[int] = []
-    remembered = Remembered[int, int](lambda key: made.append(key) or key, entries=2, nbytes=9)
+    remembered, get = memory(lambda key: made.append(key) or key, entries=2, nbytes=9)
     for key in (1, 2, 1, 3, 1, 2):
-        assert remembered(key) == key
+        assert get(key) == key
     assert made == [1, 2, 3, 2]
     assert len(remembered) == 2
 
 
 def test_bytes_are_counted() -> None:
-    remembered = Remembered[int, Sized](lambda key: Sized(key, 10 * key), entries=99, nbytes=60)
+    remembered, get = memory(lambda key: Sized(key, 10 * key), entries=99, nbytes=60)
     kept = []
     for key in (1, 2, 3, 4, 1, 9):
-        remembered(key)
+        get(key)
         kept.append(list(remembered._known))
     assert kept == [[1], [1, 2], [1, 2, 3], [4], [4, 1], [9]]
 
 
 def test_some_are_kept_whatever_they_weigh() -> None:
-    remembered = Remembered[int, Sized](lambda key: Sized(key, 100), entries=3, nbytes=60, least=2)
+    remembered, get = memory(lambda key: Sized(key, 100), entries=3, nbytes=60, least=2)
     kept = []
     for key in (1, 2, 3):
-        remembered(key)
+        get(key)
         kept.append(list(remembered._known))
     assert kept == [[1], [1, 2], [2, 3]]
 
 
 def test_what_fails_is_made_again() -> None:
-    remembered = Remembered[int, float](lambda key: 1 / key, entries=9, nbytes=9)
+    remembered, get = memory(lambda key: 1 / key, entries=9, nbytes=9)
     for _ in range(2):
         with pytest.raises(ZeroDivisionError):
-            remembered(0)
+            get(0)
     assert len(remembered) == 0
 
 
@@ -78,8 +86,8 @@ def test_two_threads_that_want_the_same() -> None:
         both.wait()
         return Sized(key, 10)
 
-    remembered = Remembered[int, Sized](make, entries=9, nbytes=15)
-    threads = [threading.Thread(target=remembered, args=(1,)) for _ in range(2)]
+    remembered, get = memory(make, entries=9, nbytes=15)
+    threads = [threading.Thread(target=get, args=(1,)) for _ in range(2)]
     for thread in threads:
         thread.start()
     for thread in threads:

@@ -2,37 +2,38 @@
 
 from __future__ import annotations
 
+import math
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
-from typing import Any, Generic, TypeVar
+from typing import Any, TypeVar
 
-_Key = TypeVar("_Key", bound=Hashable)
 _Made = TypeVar("_Made")
 
 
-class Remembered(Generic[_Key, _Made]):
-    """What a function makes, by what it was made for; what was used last, as much as fits. For several threads.
+class Remembered:
+    """What was made, by what it was made for; what was used last, as much as fits. For several threads.
 
     Two threads that want the same at once may both make it.
     """
 
-    def __init__(self, make: Callable[[_Key], _Made], *, entries: int, nbytes: int, least: int = 1):
+    def __init__(self, *, entries: int, nbytes: float = math.inf, least: int = 1):
         """Keeps `entries` at most, and `least` or those whose `nbytes` (of those that have it) are at most `nbytes`."""
-        self._make, self._entries, self._limit, self._least = make, entries, nbytes, least
-        self._known: OrderedDict[_Key, _Made] = OrderedDict()
+        self._entries, self._limit, self._least = entries, nbytes, least
+        self._known: OrderedDict[Hashable, Any] = OrderedDict()
         self._nbytes = 0
         self._lock = threading.Lock()
 
     def __len__(self) -> int:
         return len(self._known)
 
-    def __call__(self, key: _Key) -> _Made:
+    def __call__(self, key: Hashable, make: Callable[[], _Made]) -> _Made:
+        """What `make()` gives for the key, which says all that it depends on."""
         with self._lock:
             if key in self._known:
                 self._known.move_to_end(key)
                 return self._known[key]
-        made = self._make(key)
+        made = make()
         with self._lock:
             if key not in self._known:
                 self._known[key] = made

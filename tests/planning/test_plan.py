@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import pickle
 from typing import Any
 
 import jax
@@ -194,6 +195,9 @@ def test_what_generators_make_of_a_plan_goes_with_it() -> None:
     copy = dataclasses.replace(plan)
     assert copy == plan
     assert copy.remembered("this", lambda: 6) == 6
+    again = pickle.loads(pickle.dumps(plan))
+    assert again == plan
+    assert again.remembered("this", lambda: 7) == 7
 
 
 def test_a_static_plan_is_made_once() -> None:

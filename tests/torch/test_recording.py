@@ -47,8 +47,8 @@ def test_decoding_compiles_few_kernels_and_remembers_a_bounded_number_of_calls(
     """64 steps: as many offsets, tables and recordings, but a handful of kernels."""
     launches = Launches(monkeypatch, carry_out=False)
     monkeypatch.setattr(programs, "target_of", lambda device: target)
-    remembered = Remembered(programs._record_forward, entries=20, nbytes=1 << 20)
-    monkeypatch.setattr(programs, "_forward_of", remembered)
+    remembered = Remembered(entries=20, nbytes=1 << 20)
+    monkeypatch.setattr(programs, "_forwards", remembered)
     q, k, v, *_ = draw_inputs(rng, 1, 64, head_dim=64, dtype="bfloat16")
     for offset in range(64):
         splat.torch.attention(q, k, v, PATTERN, query_offset=offset)
@@ -90,10 +90,11 @@ def test_calls_share_their_tables(rng: np.random.Generator) -> None:
 
 
 def test_tables_go_when_they_are_too_large(rng: np.random.Generator) -> None:
-    remembered = Remembered(programs._record_forward, entries=100, nbytes=1)
+    remembered = Remembered(entries=100, nbytes=1)
     for length in (20, 21, 22):
         q, k, v, *_ = draw_inputs(rng, length, length)
-        remembered(programs._call([q, k, v], None, (repr(PATTERN), None, None, 0)))
+        call = programs._call([q, k, v], None, (repr(PATTERN), None, None, 0))
+        remembered(call, lambda call=call: programs._record_forward(call))
         assert len(remembered) == 1
 
 

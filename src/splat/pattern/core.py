@@ -59,6 +59,13 @@ class Axis:
             return np.arange(self.start, self.start + self.length, dtype=np.int32)
         return xp.arange(self.length, dtype=np.int32) + self.start.astype(np.int32)
 
+    def inside(self, known: int) -> tuple[Any, Array | None]:
+        """(index of the positions in `known` numbers, for which of them it is right; None: for all)."""
+        if self.is_static and self.start >= 0 and self.stop <= known:
+            return slice(self.start, self.stop), None
+        at = array_namespace(self.start).clip(self.positions, 0, known - 1)
+        return at, at == self.positions
+
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Run:

@@ -85,16 +85,14 @@ class Table(Pattern):
 
 def _lines(run: Run, axis: Axis) -> Run:
     """The run's lines at the positions of the axis; those that it does not know have no elements."""
-    known = run.start.shape[0]
-    if axis.is_static and axis.start >= 0 and axis.stop <= known:
-        here = slice(axis.start, axis.stop)
-        return Run(run.stride, run.start[here], run.count[here], run.line_step)
-    xp, wanted = array_namespace(axis.start), axis.positions
-    at = xp.clip(wanted, 0, known - 1)
+    at, inside = axis.inside(run.start.shape[0])
+    xp = array_namespace(axis.start)
     start, count = xp.asarray(run.start)[at], xp.asarray(run.count)[at]
-    if run.line_step != 1:
-        start = start + (wanted - at)  # of the residue that the line's group has
-    return Run(run.stride, start, xp.where(at == wanted, count, 0), run.line_step)
+    if inside is not None:
+        count = xp.where(inside, count, 0)
+        if run.line_step != 1:
+            start = start + (axis.positions - at)  # of the residue that the line's group has
+    return Run(run.stride, start, count, run.line_step)
 
 
 def _misfit(made_for: str, used_with: str) -> str:

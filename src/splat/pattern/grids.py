@@ -135,7 +135,7 @@ class Neighborhood(_Primitive):
         weights = [math.prod(self.shape[n + 1 :]) for n in range(dims)]
         start = sum(first * weight for (first, *_), weight in zip(axes, weights, strict=True))
         whole = cross.is_static and (cross.start, cross.length) == (0, total)
-        inside = None if lines.is_static else (lines.positions >= 0) & (lines.positions < total)
+        _, inside = lines.inside(total)
         # Where grids of different dilations meet at an edge, a run's residue follows no simple rule of the row.
         simple = all(d * w % dilation[-1] == 0 for d, w in zip(dilation[:-1], weights, strict=False))
         line_step = dilation[-1] if simple else None

@@ -207,11 +207,9 @@ class GlobalTokens(_Symmetric):
 
 def _at(numbers: Array, axis: Axis) -> Array:
     """The numbers [positions] at the positions of the axis; 0 where a run-time axis leaves them."""
-    if axis.is_static:
-        return numbers[axis.start : axis.stop]
-    xp, last = array_namespace(axis.start), numbers.shape[0] - 1
-    at = xp.clip(axis.positions, 0, last)
-    return xp.where(at == axis.positions, xp.asarray(numbers)[at], 0)
+    at, inside = axis.inside(numbers.shape[0])
+    xp = array_namespace(axis.start)
+    return numbers[at] if inside is None else xp.where(inside, xp.asarray(numbers)[at], 0)
 
 
 @dataclasses.dataclass(frozen=True, repr=False)

@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from collections.abc import Callable
 from functools import cached_property
 from typing import Any
 
@@ -72,17 +71,14 @@ class Plan:
     forward: Schedule
     candidates: tuple[Candidate, ...] = ()
     blocks: tuple[int | None, int | None] = (None, None)
-    _made: dict[Any, Any] = dataclasses.field(default_factory=dict, init=False, repr=False)
 
-    def remembered(self, what: Any, make: Callable[[], Any]) -> Any:
-        """What `make()` gives for `what`: made once, and kept for as long as the plan is, with the last few others."""
-        made = self._made.get(what, self)
-        if made is self:  # nothing yet
-            made = make()
-            while len(self._made) >= MOST_MADE:
-                self._made.pop(next(iter(self._made)), None)
-            self._made[what] = made
-        return made
+    @cached_property
+    def remembered(self) -> Remembered:
+        """What generators make of the plan, kept for as long as the plan is."""
+        return Remembered(entries=MOST_MADE)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != "remembered"}
 
     @property
     def nbytes(self) -> int:
@@ -327,7 +323,8 @@ def make_plan(
     """The plan of a problem for one implementation; static ones are remembered."""
     check_problem(problem)
     if problem.pattern.is_static and not is_runtime_array(query_offset):
-        return _remembered((problem, implementation, target, int(query_offset), block_q, block_kv))
+        static = problem, implementation, target, int(query_offset), block_q, block_kv
+        return _remembered(static, lambda: _make(*static))
     return _make(problem, implementation, target, query_offset, block_q, block_kv)
 
 
@@ -342,9 +339,7 @@ def _make(problem, implementation, target, query_offset, block_q, block_kv) -> P
     return Plan(problem, query_offset, implementation, target, forward, blocks=(block_q, block_kv))
 
 
-_remembered = Remembered[tuple[Any, ...], Plan](
-    lambda static: _make(*static), least=LEAST_PLANS, entries=MOST_PLANS, nbytes=NBYTES
-)
+_remembered = Remembered(least=LEAST_PLANS, entries=MOST_PLANS, nbytes=NBYTES)
 
 __all__ = [
     "SCHEDULES",

@@ -7,7 +7,6 @@ import ctypes
 import math
 from functools import cache, lru_cache
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -35,7 +34,7 @@ def forward(
     out = query.new_empty(batch, q_len, heads, width).transpose(1, 2)
     lse = query.new_empty(batch, heads, q_len, dtype=torch.promote_types(query.dtype, torch.float32))
     arrays = {"query": query, "key": key, "value": value, "out": out, "lse": lse}
-    if not _run("forward", arrays, lengths, static):
+    if not _run("forward", arrays, lengths, static, _num_threads(query, key, static)):
         return out.zero_(), lse.fill_(-math.inf)
     return out, lse
 
@@ -53,28 +52,30 @@ def backward(
                                                    ("d_value", value, wanted[1])) if here}  # fmt: skip
     made = {name: like.new_empty(like.transpose(1, 2).shape).transpose(1, 2) for name, like in results.items()}
     dtype = str(query.dtype).removeprefix("torch.")
-    kernels = gradient_kernels(dtype, query.shape[0] * key.shape[1], _num_threads(query, key, static))
+    threads = _num_threads(query, key, static)
+    kernels = gradient_kernels(dtype, query.shape[0] * key.shape[1], threads)
     if not all(wanted):
         kernels = ("d_query",) if wanted[0] else ("d_key_value",)
     for kernel in kernels:
         names = {"d_query": ["d_query"], "d_key_value": ["d_key", "d_value"]}.get(kernel, list(made))
-        if not _run(kernel, arrays | {name: made[name] for name in names}, lengths, static):
+        if not _run(kernel, arrays | {name: made[name] for name in names}, lengths, static, threads):
             for name in names:
                 made[name].zero_()
     return list(made.values())
 
 
-def _run(kernel: str, arrays: dict[str, Tensor], lengths: Tensor | None, static: Static) -> bool:
+def _run(kernel: str, arrays: dict[str, Tensor], lengths: Tensor | None, static: Static, threads: int) -> bool:
     """Runs a kernel; False where the plan has no pair at all."""
     query, key = arrays["query"], arrays["key"]
     batch, num_q_heads, q_len, width = query.shape
     num_kv_heads, kv_len = key.shape[1], key.shape[2]
-    prepared = _prepared((kernel, static, q_len, kv_len, width, str(query.dtype), lengths is not None))
+    call = kernel, static, q_len, kv_len, width, str(query.dtype), lengths is not None
+    prepared = _prepared(call, lambda: _prepare(*call))
     if prepared is None:
         return False
     kept = {name: _rows(x) for name, x in arrays.items()}
     placed = {name: _place(x) for name, x in kept.items()}
-    sizes, threads = (batch, q_len, kv_len, num_q_heads, num_kv_heads), _num_threads(query, key, static)
+    sizes = (batch, q_len, kv_len, num_q_heads, num_kv_heads)
     prepared(placed, None if lengths is None else lengths.data_ptr(), sizes, threads, _team())
     return True
 
@@ -124,7 +125,7 @@ def _prepare(
     return prepare(plan, Options(scale, cap), kernel, lengths=lengths)
 
 
-_prepared = Remembered[tuple[Any, ...], Prepared | None](lambda call: _prepare(*call), entries=512, nbytes=1 << 28)
+_prepared = Remembered(entries=512, nbytes=1 << 28)
 
 
 @lru_cache(maxsize=1024)

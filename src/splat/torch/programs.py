@@ -54,7 +54,8 @@ def forward(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """(output [B, N, T, H], log-sum-exp float32 [B, N, T])."""
     arrays = [_rows(x) for x in (query, key, value)]
-    out, lse = _forward_of(_call(arrays, lengths, static)).run([*arrays, lengths])
+    call = _call(arrays, lengths, static)
+    out, lse = _forwards(call, lambda: _record_forward(call)).run([*arrays, lengths])
     return out.transpose(1, 2), lse
 
 
@@ -67,7 +68,8 @@ def backward(
     arrays = [_rows(x) for x in (query, key, value, out, d_out)]
     lses = [lse.contiguous(), None if d_lse is None else d_lse.float().contiguous()]
     call = _call(arrays, lengths, static, d_lse is not None, wanted)
-    return [x.transpose(1, 2) for x in _backward_of(call).run([*arrays, lengths, *lses])]
+    recording = _backwards(call, lambda: _record_backward(call))
+    return [x.transpose(1, 2) for x in recording.run([*arrays, lengths, *lses])]
 
 
 def _rows(x: Tensor) -> Tensor:
@@ -124,8 +126,7 @@ def _record_backward(call: Call) -> Recording:
     return tape.ending([*([d_query] if of_query else []), *([d_key, d_value] if of_key_value else [])])
 
 
-_forward_of = Remembered(_record_forward, entries=ENTRIES, nbytes=NBYTES)
-_backward_of = Remembered(_record_backward, entries=ENTRIES, nbytes=NBYTES)
+_forwards, _backwards = (Remembered(entries=ENTRIES, nbytes=NBYTES) for _ in range(2))
 
 
 def _program(call: Call, plan: Plan, tape: Tape) -> Program:

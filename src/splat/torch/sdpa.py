@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import threading
 from typing import Any
 
 import numpy as np
@@ -12,6 +11,7 @@ from torch import Tensor
 
 from splat.errors import ArgumentError, UnsupportedError
 from splat.pattern import Pattern, PerHead, from_mask, full
+from splat.remembered import Remembered
 from splat.torch import validate
 from splat.torch.attention import autocast, groups_of, run
 
@@ -114,17 +114,9 @@ def _of_mask(mask: Any, sizes: validate.Sizes) -> Pattern:
 
 
 #: What masks were recovered as, by their shapes and digests: models give the same ones in every call.
-_known: dict[tuple[tuple[int, ...], bytes], Pattern] = {}
-_lock = threading.Lock()
-ENTRIES = 32
+_known = Remembered(entries=32)
 
 
 def _recovered(mask: np.ndarray) -> Pattern:
     key = mask.shape, hashlib.blake2b(np.packbits(mask).tobytes(), digest_size=16).digest()
-    with _lock:
-        if key not in _known:
-            found = from_mask(mask)
-            if len(_known) == ENTRIES:
-                del _known[next(iter(_known))]
-            _known[key] = found
-        return _known[key]
+    return _known(key, lambda: from_mask(mask))
