@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
+from functools import lru_cache, wraps
 from typing import Any, Protocol
 
 from splat.acsr import ACSR
@@ -81,6 +83,20 @@ def operands(operation: str, rows: Any, columns: Any, values: Any) -> tuple[Any,
 
 #: What operations do where nothing is said.
 USUAL = How()
+
+
+def kept_with_plan(make: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """`make(call)`, once for equal calls (dataclasses): kept as long as `call.plan` is; where that is None, a while."""
+    of_any_plan = lru_cache(maxsize=256)(make)
+
+    @wraps(make)
+    def made(call: Any) -> Any:
+        if call.plan is None:
+            return of_any_plan(call)
+        others = (value for name, value in vars(call).items() if name != "plan")
+        return call.plan.remembered((type(call), *others), lambda: make(call))
+
+    return made
 
 
 class Implementation(Protocol):

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-from functools import lru_cache
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from splat import __version__
-from splat.codegen.base import OPERATIONS, Missing, Options, Request
+from splat.codegen.base import OPERATIONS, Missing, Options, Request, kept_with_plan
 from splat.codegen.batching import vmappable
 from splat.codegen.cpp import bind_jax, compiler, generate, threads, values
 from splat.codegen.cpp.call import kernel_facts
@@ -166,14 +165,10 @@ def _every_kernel(call: _Call, tables: Any, query: Array, lengths: Any, kernels:
     return every
 
 
+@kept_with_plan
 def _function(call: _Call) -> Any:
     """(query, key, value, tables, kv_lengths) -> (output, log-sum-exp [B, T, N]), jitted, with its reverse mode."""
-    if call.plan is None:
-        return _of_any_plan(call)
-    return call.plan.remembered(("cpp", call.options, call.threads), lambda: _differentiable(call))
 
-
-def _differentiable(call: _Call) -> Any:
     def prepare(query, key, tables, kv_lengths):
         if jax.device_count("cpu") > 1:  # parts may want others, and programs that JAX has kept do not ask again
             kernels = generate.every_gradient_kernel(str(query.dtype))
@@ -183,9 +178,6 @@ def _differentiable(call: _Call) -> Any:
 
     functions = _forward(call), _backward(call)
     return differentiable("cpp", *functions, refusal=call.backward_refusal, prepare=prepare)
-
-
-_of_any_plan = lru_cache(maxsize=256)(_differentiable)
 
 
 @vmappable("BTNH BSKH BSKH B -> BTNH BTN")

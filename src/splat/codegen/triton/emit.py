@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from functools import lru_cache
 from typing import Any
 
 import jax
@@ -11,7 +10,7 @@ import jax.numpy as jnp
 
 from splat import __version__
 from splat.acsr import ACSR
-from splat.codegen.base import USUAL, How, Missing, Options, Request
+from splat.codegen.base import USUAL, How, Missing, Options, Request, kept_with_plan
 from splat.codegen.devices import compute_capability, device_target, nearest_target
 from splat.codegen.reverse import differentiable, lower_all
 from splat.codegen.triton import bind_jax, interpret, record, values
@@ -163,21 +162,13 @@ def _passes(call: _Call, tables: Any, which: str) -> Passes:
     return tuple(zip(call.specs[n], tables[n], strict=True))
 
 
+@kept_with_plan
 def _function(call: _Call) -> Any:
     """(query, key, value, tables, kv_lengths) -> (output, log-sum-exp [B, T, N]), jitted, with its reverse mode."""
-    if call.plan is None:
-        return _of_any_plan(call)
-    return call.plan.remembered(("triton", call.options, call.arch, call.allow_tf32), lambda: _differentiable(call))
-
-
-def _differentiable(call: _Call) -> Any:
     functions = _forward(call), _backward(call)
     return differentiable(
         "triton", *functions, refusal=call.backward_refusal, outside=lambda lse: jnp.swapaxes(lse, 1, 2)
     )  # fmt: skip
-
-
-_of_any_plan = lru_cache(maxsize=256)(_differentiable)
 
 
 @bind_jax.vmappable("BTNH BSKH BSKH B -> BTNH BNT")

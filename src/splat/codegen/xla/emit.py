@@ -5,13 +5,13 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 from collections.abc import Callable
-from functools import lru_cache, partial
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from splat.codegen.base import OPERATIONS, Options, Request
+from splat.codegen.base import OPERATIONS, Options, Request, kept_with_plan
 from splat.codegen.devices import device_target
 from splat.codegen.partitioning import vary_like
 from splat.codegen.xla import kernels, values
@@ -114,14 +114,9 @@ def _lower(schedule: Schedule, query: Array) -> _Lowered:
     return lower(schedule, query.shape[0] * query.shape[2], STEP_BYTES)
 
 
+@kept_with_plan
 def _function(program: _Program) -> Any:
     """(query, key, value, tables, kv_lengths) -> (output, log-sum-exp), jitted, with its reverse mode."""
-    if program.plan is None:
-        return _of_any_plan(program)
-    return program.plan.remembered(("xla", program.options), lambda: _differentiable(program))
-
-
-def _differentiable(program: _Program) -> Any:
     options = program.options
 
     def forward_tables(query: Array, tables: Any) -> _Lowered:
@@ -160,9 +155,6 @@ def _differentiable(program: _Program) -> Any:
     differentiable = jax.custom_vjp(attention)
     differentiable.defvjp(fwd, bwd)
     return jax.jit(differentiable)
-
-
-_of_any_plan = lru_cache(maxsize=256)(_differentiable)
 
 
 def _grouped(values: Array, num_kv_heads: int) -> Array:
