@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import operator
 from typing import Any
 
 import numpy as np
@@ -10,9 +12,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import splat
-from splat.errors import IrregularPatternError
+from splat.acsr import build_transposed
+from splat.errors import IrregularPatternError, PatternError
 from splat.pattern import Axis, Pattern, Run
 from splat.pattern.algebra import MAX_COMPONENTS, coalesce, difference, intersect, intersection, prune, subtract, union
+from splat.pattern.core import MAX_DEPTH
 from tests import strategies
 from tests.strategies import Case, cases, more
 
@@ -204,15 +208,53 @@ def test_empty_operands() -> None:
 
 def test_refuses_what_needs_too_many_components() -> None:
     with pytest.raises(IrregularPatternError) as caught:
-        (~splat.strided(1000)).to_dense(2000)
+        splat.build(~splat.strided(1000), 2, 400_000)
     message = str(caught.value)
-    assert "strides 1 and 1000 needs 1000 affine components, more than 256" in message
+    assert "strides 1 and 1000 needs 401 affine components, more than 256" in message
     assert "Choose strides that divide each other, or use dense masked attention" in message
-    assert caught.value.runs == 1000
+    assert caught.value.runs == 401
     assert caught.value.row is None
     blocks = splat.random_blocks(1, 200, 0) & splat.lattice_columns(2)
     with pytest.raises(IrregularPatternError, match=rf"affine components, more than {MAX_COMPONENTS}. Simplify the"):
         (blocks | splat.random_blocks(1, 250, 1)).to_dense(3000)
+
+
+@pytest.mark.parametrize(
+    ("pattern", "q_len", "components"),
+    [
+        (splat.strided(64) | splat.strided(65), 4096, 3),  # by classes of the common stride: 64
+        (splat.strided(257) | splat.strided(509), 4096, 3),
+        (splat.strided(40) - splat.strided(90), 700, 3),
+        (~splat.strided(1000), 2000, 3),
+    ],
+)
+def test_lattices_that_meet_in_few_columns(pattern: Pattern, q_len: int, components: int) -> None:
+    """They are cut there: what is left keeps its own stride, and rows that go well together."""
+    assert len(splat.build(pattern, q_len).components) <= components
+    distance = np.subtract.outer(np.arange(700), np.arange(700))
+    expected = {
+        "strided(64) | strided(65)": (distance % 64 == 0) | (distance % 65 == 0),
+        "strided(257) | strided(509)": (distance % 257 == 0) | (distance % 509 == 0),
+        "strided(40) - strided(90)": (distance % 40 == 0) & (distance % 90 != 0),
+        "~strided(1000)": distance % 1000 != 0,
+    }[repr(pattern)]
+    np.testing.assert_array_equal(pattern.to_dense(700), expected)
+    np.testing.assert_array_equal(build_transposed(pattern, 700, 700).to_dense(), expected.T)
+
+
+def test_runs_that_share_no_line_are_disjoint() -> None:
+    mask = splat.from_runs([0, 1], [257, 509], [3, 3]).to_dense(2, 2000)
+    assert [np.flatnonzero(row).tolist() for row in mask] == [[0, 257, 514], [1, 510, 1019]]
+
+
+def test_expressions_are_no_deeper_than_their_text_can_be_read() -> None:
+    deep = functools.reduce(operator.or_, [splat.window(n) for n in range(MAX_DEPTH)])
+    assert splat.parse(repr(deep)) == deep
+    assert hash(splat.parse(repr(deep))) == hash(deep)
+    assert splat.plan(deep, 300).nnz == splat.plan(splat.window(MAX_DEPTH - 1), 300).nnz
+    for deeper in (lambda: deep | splat.sink(1), lambda: splat.sink(1) & deep, lambda: ~deep, lambda: deep.T):
+        with pytest.raises(PatternError, match=f"more than {MAX_DEPTH} operations one inside the other. Combine"):
+            deeper()
 
 
 def test_union_of_strides_avoids_the_refusal() -> None:

@@ -214,6 +214,11 @@ def test_columns_that_are_not_regular_are_refused() -> None:
         (lambda: splat.from_csr([0, 2], [1], (1, 3)), "indptr must go from 0 to len(indices) = 1, got 0 to 2"),
         (lambda: splat.from_csr([0, 1], [1], (2, 3)), "indptr must have length rows + 1 = 3 for shape (2, 3), got 2"),
         (lambda: splat.from_csr([0.0, 1], [1], (1, 3)), "indptr must be a 1-D integer array"),
+        (lambda: splat.from_csr([0, 1], [0], 4), "from_csr: shape must be (q_len, kv_len), but 4 was given"),  # type: ignore[arg-type]
+        (lambda: splat.from_csr([0, 1], [0], (1, 2, 3)), "shape must be (q_len, kv_len), but (1, 2, 3) was given"),  # type: ignore[arg-type]
+        (lambda: splat.from_csr([0, 1], [0], (1, 2.0)), "from_csr: shape[1] must be an int, but 2.0 of type float"),  # type: ignore[arg-type]
+        (lambda: splat.from_runs([0], 1, [1], kv_len="8"), "from_runs: kv_len must be an int, but '8' of type str"),  # type: ignore[arg-type]
+        (lambda: splat.from_runs([0], 1, [1], kv_len=-1), "from_runs: kv_len must be in [0, 1073741824], but -1 was"),
         (lambda: splat.from_runs([0.5], 1, [1]), "from_runs: start must be integers, but float64 was given"),
         (lambda: splat.from_runs([0], 1, [1.5]), "from_runs: count must be integers, but float64 was given"),
         (lambda: splat.from_runs([0], 1.5, [1]), "from_runs: stride must be integers, but float64 was given"),
@@ -243,9 +248,19 @@ def test_traced_data_is_refused() -> None:
     assert splat.from_mask(jnp.ones((2, 2), bool)) == splat.from_mask(np.ones((2, 2), bool))
 
 
-# -- numbers that 32 bits do not hold ----------------------------------------------------------------------------------
+def test_ids_that_recur_too_often_are_refused() -> None:
+    """Clusters of tokens that are not sorted by it; said before a component for each stretch is made."""
+    ids = np.random.default_rng(0).integers(0, 4, 4096)
+    with pytest.raises(IrregularPatternError, match=r"segments: id \d, of position \d+, is in \d+ stretches") as caught:
+        splat.build(splat.causal() & splat.segments(ids), 4096)
+    row, runs = caught.value.row, caught.value.runs
+    assert runs == np.count_nonzero(np.diff((ids == ids[row]).astype(int), prepend=0) > 0)
+    few = splat.segments(ids).to_dense(30, 40)  # here none is in as many
+    np.testing.assert_array_equal(few, ids[:30, None] == ids[:40])
+    np.testing.assert_array_equal(splat.segments(np.sort(ids)).to_dense(4096).sum(), (np.bincount(ids) ** 2).sum())
 
-WRAPS = "numbers are cut to 32 bits before they are looked at"
+
+# -- numbers that 32 bits do not hold ----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import splat
+from splat.acsr import build_transposed
 from splat.errors import PatternError
 from splat.pattern import Axis, Pattern, Run
 from tests import strategies as meaning
@@ -182,6 +183,14 @@ def test_random_blocks_chooses_distinct_blocks() -> None:
     assert not splat.random_blocks(4, 0, seed=7).to_dense(40).any()
 
 
+@pytest.mark.parametrize("offset", [-1, -4, -6, -8, -40])
+def test_random_blocks_before_the_first_position(offset: int) -> None:
+    for pattern in (splat.random_blocks(4, 2, 0), splat.random_blocks(4, 2, 0).T):
+        mask = pattern.to_dense(16, query_offset=offset)
+        transposed = build_transposed(pattern, 16, 16, offset)
+        np.testing.assert_array_equal(transposed.to_dense(), mask.T)
+
+
 def test_random_blocks_is_spread_evenly() -> None:
     """Every block column is chosen about equally often, and seeds differ."""
     counts = splat.random_blocks(1, 8, seed=0).to_dense(2048, 64).sum(axis=0)
@@ -232,7 +241,7 @@ def test_largest_arguments(pattern: Pattern, predicate: Predicate) -> None:
     check(Case(pattern & splat.causal(), 9, 12, 0, lambda i, j: predicate(i, j) & (j <= i)))
 
 
-@pytest.mark.parametrize("position", [2**24 + 3, 2**30 - 40])
+@pytest.mark.parametrize("position", [2**24 + 3, 2**30 - 40, 2**30 - 20])
 def test_far_positions(position: int) -> None:
     """Positions are exact to the last of them."""
     for pattern, predicate in VOCABULARY:
@@ -280,6 +289,9 @@ def test_empty_axes() -> None:
         (lambda: splat.segments([0.5]), "ids must be integers of rank 1, but float64[1] was given"),
         (lambda: splat.segments([[0]]), "ids must be integers of rank 1, but int64[1, 1] was given"),
         (lambda: splat.segments(lengths=[3, -2]), "lengths must not be negative, but -2 was given"),
+        (lambda: splat.window(np.array([3])), "window: left must be an int, but array([3]) of type ndarray was given"),  # type: ignore[arg-type]
+        (lambda: splat.neighborhood((4, 4), 3, causal="no"), "causal must be True or False"),  # type: ignore[arg-type]
+        (lambda: splat.per_head(splat.causal()), "per_head: patterns must be a list, one for each query head, but"),  # type: ignore[arg-type]
         (lambda: splat.neighborhood((2, 2, 2, 2), 1), "shape must have 1 to 3 dimensions"),
         (lambda: splat.neighborhood((4, 4), (1, 1, 1)), "does not fit shape (4, 4): give one value or 2"),
         (lambda: splat.neighborhood((8, 4), 3, 2), "kernel * dilation must not exceed the grid, but 3 * 2 > 4"),
@@ -289,6 +301,36 @@ def test_constructors_refuse(make: Callable[[], Pattern], message: str) -> None:
     with pytest.raises(PatternError) as caught:
         make()
     assert message in str(caught.value)
+
+
+def test_grids_of_numpy_numbers() -> None:
+    made = splat.neighborhood(np.array([8, 4]), np.array([3, 1]), np.array([2, 1]), np.array([True, False]))  # type: ignore[arg-type]
+    assert made == splat.neighborhood((8, 4), (3, 1), (2, 1), (True, False))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((4.0,), "q_len must be an int, but 4.0 of type float was given"),
+        ((-1,), "q_len must be in [0, 1073741824], but -1 was given"),
+        ((4, 2**31), "1073741824], but 2147483648 was given"),
+        ((4, 8, 2**31 - 5), "query_offset must be in [-1073741824, 1073741820], but 2147483643 was given"),
+        ((4, 8, 1.7), "query_offset must be an int, but 1.7 of type float was given"),
+        ((4, 8, "3"), "query_offset must be an int, but '3' of type str was given"),
+        ((4, 8, True), "query_offset must be an int, but True of type bool was given"),
+    ],
+)
+def test_positions_that_there_are_not(arguments: tuple[Any, ...], message: str) -> None:
+    q_len, kv_len, offset = (*arguments, *(8, 0)[len(arguments) - 1 :])
+    uses = [
+        lambda: splat.build(splat.causal(), q_len, kv_len, offset),
+        lambda: splat.causal().to_dense(q_len, kv_len, query_offset=offset),
+        lambda: splat.plan(splat.causal(), q_len, kv_len, query_offset=offset),
+    ]
+    for use in uses:
+        with pytest.raises(PatternError) as caught:
+            use()
+        assert message in str(caught.value)
 
 
 def test_part_of_a_grid() -> None:

@@ -275,9 +275,16 @@ def test_words_of_python_are_told_their_operator(text: str, word: str, operator:
     assert mark == "  " + " " * column + "^"
 
 
-def test_a_word_on_a_line_of_its_own() -> None:
-    with pytest.raises(ParseError, match="write &\n  full\\(\\)\\)\n  \\^$"):
+def test_lines_may_end_anywhere() -> None:
+    assert splat.parse("causal()\n  & window(3)\n| sink(2)") == splat.causal() & splat.window(3) | splat.sink(2)
+    with pytest.raises(ParseError, match="write &\n  \\(causal\\(\\) and full\\(\\)\\)\n            \\^$"):
         splat.parse("(causal()\nand\nfull())")
+
+
+def test_expressions_as_programs_have_them() -> None:
+    assert splat.parse("splat.causal() & ~splat.window(3).T") == splat.causal() & ~splat.window(3).T
+    with pytest.raises(ParseError, match="only named constructors can be called"):
+        splat.parse("np.causal()")
 
 
 def test_an_argument_given_twice() -> None:

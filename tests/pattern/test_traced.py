@@ -72,6 +72,25 @@ def test_large_strides_meet_exactly() -> None:
     np.testing.assert_array_equal(count, 1)
 
 
+@given(st.data())
+def test_strides_whose_common_one_is_longer_than_any_position(data: st.DataObject) -> None:
+    """They meet once or never; what is in between does not fit in 32 bits."""
+    p, q = 49999, 50000
+    at = data.draw(st.lists(st.integers(0, 2**30 - 1), min_size=4, max_size=4).map(np.array))
+    shift = data.draw(st.sampled_from([0, 0, 1, p - 1]))
+    a, b = ((start.astype(np.int32), ((2**30 - 1 - start) // stride + 1).astype(np.int32))
+            for start, stride in ((at % p, p), ((at + shift) % q, q)))  # fmt: skip
+    both = intersect(Run(p, *a), Run(q, *b))
+    traced = jax.jit(lambda a, b: [(run.start, run.count) for run in [intersect(Run(p, *a), Run(q, *b))]])(a, b)
+    for count, (start, found) in ((both.count, (both.start, both.count)), (both.count, traced[0])):
+        np.testing.assert_array_equal(found, count)
+        np.testing.assert_array_equal(np.asarray(start)[count > 0] % p, at[count > 0] % p)
+        np.testing.assert_array_equal(np.asarray(start)[count > 0] % q, (at[count > 0] + shift) % q)
+    if not shift:
+        np.testing.assert_array_equal(both.count, 1)
+        np.testing.assert_array_equal(both.start, at)
+
+
 IDS = [0, 0, 0, 1, 1, -1, -1, 0, 2, 2, 2, 2, -3, 1, 5] + [7] * 25
 VOCABULARY = [
     "full()",

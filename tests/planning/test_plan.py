@@ -172,12 +172,17 @@ def test_plans_are_values() -> None:
         splat.plan(splat.causal() & splat.window(8), 64, batch=2),
         splat.plan(splat.causal() & splat.window(8), 64, dtype="bfloat16"),
         splat.plan(splat.causal() & splat.window(8), 64, query_offset=1),
+        splat.plan(splat.causal() & splat.window(8), 64, query_offset=1 << 20),
         splat.plan(splat.causal() & splat.window(8), 64, target="h100"),
         splat.plan(splat.causal() & splat.window(8), 64, block_q=16),
     ]
     assert len({a, *different}) == 1 + len(different)
     assert all(a != other for other in different)
     assert a != "a plan"
+
+
+def test_plans_of_equal_tables_at_other_positions_are_not_equal() -> None:
+    assert splat.plan(splat.full(), 4, 8) != splat.plan(splat.full(), 4, 8, query_offset=5)
 
 
 def test_offsets_have_hashes_of_their_own() -> None:
@@ -211,6 +216,12 @@ def test_arguments_in_all_forms() -> None:
     assert splat.plan("window(8)", 64, 64, dtype=jnp.bfloat16) == expected
     assert splat.plan("window(8)", 64, dtype=jnp.dtype("bfloat16"), num_kv_heads=1) == expected
     assert splat.plan("window(8)", 64, dtype="bfloat16", query_offset=np.int32(0)) == expected
+    sizes: dict[str, Any] = dict(q_len=np.int64(64), kv_len=np.int32(64), head_dim=np.int64(64), batch=np.int8(1))
+    numpy = splat.plan("window(8)", dtype="bfloat16", **sizes)
+    assert numpy == expected
+    assert numpy.to_json() == expected.to_json()
+    blocks = splat.plan("window(8)", 64, implementation="xla", block_q=np.int64(32))  # type: ignore[arg-type]
+    assert blocks.to_json() == splat.plan("window(8)", 64, implementation="xla", block_q=32).to_json()
 
 
 @pytest.mark.parametrize(
@@ -247,6 +258,12 @@ def test_arguments_in_all_forms() -> None:
         ),
         (dict(implementation="cpp", block_q=32), ArgumentError, "block_q must be 16 or None for implementation 'cpp'"),
         (dict(implementation="cpp", block_kv=8), ArgumentError, "block_kv must be 1 or None for implementation 'cpp'"),
+        (
+            dict(implementation="triton", target="h100", block_q=24),
+            ArgumentError,
+            "block_q must be a power of two, 16 or more, or None for implementation 'triton'",
+        ),
+        (dict(query_offset=2**30), PatternError, "plan: query_offset must be in [-1073741824, 1073741816], but"),
         (dict(implementation="triton"), UnsupportedError, "needs a GPU, and this is for a cpu"),
         (dict(dtype="float8_e4m3fn"), UnsupportedError, "not float8_e4m3fn. Convert the inputs."),
         (dict(pattern=splat.segments([0, 0])), PatternError, "ids name 2 positions, but the pattern is used up to"),
@@ -282,6 +299,8 @@ def test_edited_digest_is_refused() -> None:
         lambda data: data["problem"].update(pattern="causal() & window(9) | strided(4)"),
         lambda data: data["problem"].update(q_len=63),
         lambda data: data["problem"].update(kv_len=65),
+        lambda data: data["problem"].update(dtype="foo"),
+        lambda data: data.update(blocks=[8, None]),
         lambda data: data.update(query_offset=1),
         lambda data: data["passes"][0].update(block_q=8),
         lambda data: data["passes"][0].update(block_kv=8),
@@ -317,9 +336,6 @@ def test_other_text_is_refused(text: str, message: str) -> None:
     assert message in str(caught.value)
 
 
-NOT_CHECKED = "from_json makes the problem without check_problem, and looks at neither the target nor the blocks"
-
-
 @pytest.mark.parametrize(
     "change",
     [
@@ -327,6 +343,9 @@ NOT_CHECKED = "from_json makes the problem without check_problem, and looks at n
         lambda data: data["problem"].update(q_len=10**12),
         lambda data: data["problem"].update(batch=-1),
         lambda data: data["problem"].update(head_dim="64"),
+        lambda data: data.update(blocks=[8]),
+        lambda data: data.update(blocks=["8", None]),
+        lambda data: data.update(query_offset=2**31),
         lambda data: data.update(target="tpu"),
         lambda data: data.update(implementation="cuda"),
         lambda data: data["passes"][0].update(block_q=0),

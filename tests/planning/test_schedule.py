@@ -162,6 +162,43 @@ def test_few_long_rows_get_a_pass_of_their_own() -> None:
     assert {one.decision.step for one in made.passes} == {1, None}
 
 
+def test_as_many_passes_as_pay() -> None:
+    """Each dilation wants rows of its own together."""
+    pattern = splat.window(64) | splat.dilated_window(64, 64, 4) | splat.dilated_window(64, 64, 16)
+    made = schedule(build(pattern | splat.dilated_window(64, 64, 64), 16384, 16384), MODELS[0])
+    assert [one.decision.step for one in made.passes] == [1, 4, 16, 64]
+
+
+def test_rows_of_several_components_are_one_grouping() -> None:
+    """Register tokens, which all see each other: one component for each of them, all in the same rows."""
+    ids = 1 + np.arange(64 * 64) // 64
+    ids[::64] = 0
+    made = schedule(build(splat.segments(ids), 4096, 4096), MODELS[0])
+    assert {one.decision.step for one in made.passes} == {1, None}
+    assert len(made.passes) == 2
+
+
+@pytest.mark.parametrize("text", ["strided(64) | strided(65)", "window(128) | strided(100) | strided(128)"])
+def test_strides_that_have_little_in_common(text: str) -> None:
+    for model in MODELS:
+        made = schedule(build(splat.parse(text), 4096, 4096), model)
+        assert made.waste < 3
+        assert made.area < 4096**2 / 4
+
+
+def test_tile_sizes_are_chosen_for_tiles_that_components_share() -> None:
+    """13 rows of a grid that lie side by side: wide tiles serve several of them."""
+    made = schedule(build(splat.neighborhood((64, 64), 13), 4096, 4096), MODELS[0])
+    (one,) = made.passes
+
+    def seconds(block_q: int, block_kv: int) -> float:
+        (other,) = schedule(made.acsr, MODELS[0], block_q=block_q, block_kv=block_kv).passes
+        return MODELS[0].tiles_s(other.num_tiles, block_q, block_kv)
+
+    own = seconds(one.decision.block_q, one.decision.block_kv)
+    assert own == min(seconds(q, kv) for q in (32, 64, 128, 256) for kv in (32, 64, 128, 256, 512))
+
+
 def test_a_matrix_without_pairs_needs_no_pass() -> None:
     made = schedule(build(splat.window(3) - splat.window(3), 64, 64), MODELS[0])
     assert (made.passes, made.area, made.waste) == ((), 0, 1.0)

@@ -46,11 +46,11 @@ def test_more_tiles_cost_more(implementation: str, device: str) -> None:
     assert model.tiles_s(2, 64, 64) == 2 * model.tiles_s(1, 64, 64) > 0
     assert model.tiles_s(1, 64, 128) > model.tiles_s(1, 64, 64)
     assert model.tiles_s(1, 128, 128) < model.tiles_s(4, 64, 64), "one large tile is cheaper than four small ones"
-    seconds, block_kv = model.best_block_kv([spans(4096)], 64, None)
-    assert seconds <= min(model.best_block_kv([spans(4096)], 64, width)[0] for width in model.block_kv)
-    assert seconds == model.best_block_kv([spans(4096)], 64, block_kv)[0]
+    seconds, block_kv = model.best_block_kv([[spans(4096)]], 64, None)
+    assert seconds <= min(model.best_block_kv([[spans(4096)]], 64, width)[0] for width in model.block_kv)
+    assert seconds == model.best_block_kv([[spans(4096)]], 64, block_kv)[0]
     assert implementation == "xla" or block_kv in model.block_kv, "kernels have fixed tile sizes"
-    assert model.best_block_kv([spans(100)], 64, 17) == (model.tiles_s(4 * 6, 64, 17), 17)
+    assert model.best_block_kv([[spans(100)]], 64, 17) == (model.tiles_s(4 * 6, 64, 17), 17)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16", "float64"])
@@ -60,7 +60,7 @@ def test_cpp_counts_scores(dtype: str) -> None:
     model = cost_model("cpp", target, 64, dtype)
     score = 4 * 64 / target.attention_flops[dtype]
     assert model.tiles_s(3, 16, 1) == pytest.approx(3 * 16 * score)
-    assert model.best_block_kv([spans(4096)], 16, None) == (pytest.approx(4 * 4096 * 16 * score), 1)
+    assert model.best_block_kv([[spans(4096)]], 16, None) == (pytest.approx(4 * 4096 * 16 * score), 1)
     assert model.kernel_block_q(4) == 16, "groups of fewer rows take as long"
 
 

@@ -13,7 +13,7 @@ import splat
 from splat.acsr import ACSR, Component, build, build_transposed
 from splat.geometry import align_by_step, analyze, is_aligned
 from splat.pattern.core import ceil_div
-from splat.tiling import Phase, Walk, cover
+from splat.tiling import Phase, Walk, chains, count_tiles, cover
 from splat.tiling import Test as Comparison
 from tests.strategies import Case, cases, more
 
@@ -110,6 +110,15 @@ def test_a_component_that_fills_a_phase_in_one_row_tile_only() -> None:
         length=12,
     )
     check_cover(acsr, 1, 2, 2)
+
+
+@given(neighbours(), st.sampled_from([1, 2, 4, 8]))
+def test_tiles_are_counted_as_they_are_placed(acsr: ACSR, block_q: int) -> None:
+    tiles, widths = align_by_step(acsr.shape[0], 1, block_q), [1, 2, 3, 5, 8, 32]
+    strides, spans = [one.stride for one in acsr.components], [analyze(one, tiles) for one in acsr.components]
+    counted = np.sum([count_tiles([spans[n] for n in one], np.array(widths)) for one in chains(strides, spans)], axis=0)
+    for width, count in zip(widths, counted, strict=True):
+        assert count == sum(int(walk.num_tiles.sum()) for walk in cover(range(len(spans)), strides, spans, width))
 
 
 def check_cover(acsr: ACSR, step: int, block_q: int, block_kv: int) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from splat.acsr.format import ACSR, Component
-from splat.pattern.core import Array, Axis, Pattern, Run, is_runtime_array
+from splat.pattern.core import Array, Pattern, Run, check_axes, is_runtime_array
 
 
 def build(pattern: Pattern, q_len: int, kv_len: int | None = None, query_offset: Any = 0) -> ACSR:
@@ -21,21 +21,22 @@ def build(pattern: Pattern, q_len: int, kv_len: int | None = None, query_offset:
       its components' start and count, int32 [q_len] each.
 
     Raises:
-      PatternError: the pattern was made from data for other positions; IrregularPatternError: its rows are not regular.
+      PatternError: lengths or an offset that are no positions, or the pattern was made from data for other ones;
+        IrregularPatternError: its rows are not regular.
 
     >>> import splat
     >>> splat.build(splat.causal() & splat.window(2) | splat.sink(1), 4).to_dense().astype(int).tolist()
     [[1, 0, 0, 0], [1, 1, 0, 0], [1, 1, 1, 0], [1, 1, 1, 1]]
     """
-    kv_len = q_len if kv_len is None else kv_len
-    runs = pattern.runs(Axis(query_offset, q_len), Axis(0, kv_len))
-    return ACSR((q_len, kv_len), tuple(_component(run, 0) for run in runs))
+    rows, cols = check_axes("build", q_len, q_len if kv_len is None else kv_len, query_offset)
+    return ACSR((rows.length, cols.length), tuple(_component(run, 0) for run in pattern.runs(rows, cols)))
 
 
 def build_transposed(pattern: Pattern, q_len: int, kv_len: int, query_offset: Any = 0) -> ACSR:
     """The transposed matrix in closed form: row j is key position j, column i is query position `i + query_offset`."""
-    runs = pattern.column_runs(Axis(0, kv_len), Axis(query_offset, q_len))
-    return ACSR((kv_len, q_len), tuple(_component(run, query_offset) for run in runs))
+    rows, cols = check_axes("build_transposed", q_len, kv_len, query_offset)
+    runs = pattern.column_runs(cols, rows)
+    return ACSR((cols.length, rows.length), tuple(_component(run, rows.start) for run in runs))
 
 
 def _component(run: Run, origin: Any) -> Component:

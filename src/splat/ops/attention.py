@@ -78,7 +78,7 @@ def attention(
     sizes = validate.check_arrays(query, key, value)
     pattern = validate.check_pattern(pattern, sizes.num_q_heads)
     options = Options(validate.check_scale(scale, sizes.head_dim), validate.check_soft_cap(logits_soft_cap))
-    offset = validate.check_offset(query_offset)
+    offset = validate.check_offset(query_offset, sizes.q_len)
     lengths = validate.check_lengths("kv_lengths", kv_lengths, sizes.batch, sizes.kv_len)
     request = Request(platform_of(query), str(query.dtype), sizes.head_dim)
     chosen = choose(request, implementation)

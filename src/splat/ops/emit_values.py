@@ -37,7 +37,7 @@ def emit_values(target: str, operation: str, problem: Problem, query_offset: Any
       ArgumentError: the pattern has no pair, for which there is no kernel; or a bad argument.
       UnsupportedError: the pattern is a run-time one; or the generator cannot serve the problem.
     """
-    check_problem(problem)
+    problem = check_problem(problem)
     acsr = build(problem.pattern, problem.q_len, problem.kv_len, query_offset)
     if not acsr.is_static:
         raise UnsupportedError(

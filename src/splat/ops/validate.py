@@ -168,11 +168,13 @@ def check_lengths(name: str, lengths: Any, batch: int, limit: int) -> Any:
     return jnp.broadcast_to(jnp.asarray(wide.clip(0, limit), jnp.int32), (batch,))
 
 
-def check_offset(query_offset: Any) -> Any:
+def check_offset(query_offset: Any, q_len: int) -> Any:
     """`query_offset` as an int, or as a run-time int32 scalar."""
     if isinstance(query_offset, (int, np.integer)) and not isinstance(query_offset, bool):
-        if not 0 <= query_offset <= 2**30:
-            raise ArgumentError(f"query_offset must be in [0, 2**30], but {query_offset} was given")
+        if not 0 <= query_offset <= 2**30 - q_len:
+            raise ArgumentError(
+                f"query_offset must be in [0, 2**30 - {q_len}] for {q_len} queries, but {query_offset} was given"
+            )
         return int(query_offset)
     array = jnp.asarray(query_offset)
     if array.shape != () or not jnp.issubdtype(array.dtype, jnp.integer):

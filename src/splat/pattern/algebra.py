@@ -45,8 +45,9 @@ def _where(xp, keep: Array, count: Array) -> Array:
     return xp.where(keep, count, 0)
 
 
-def _meet(a: Run, b: Run) -> tuple[Array, Array, int]:
-    """Two strides above 1: (whether a common residue exists, its least value, the common stride), per line."""
+def _meet(a: Run, b: Run) -> tuple[Array, Array, Array, int]:
+    """Two strides above 1, line by line: (whether they have a common residue, a's residue, steps of a's stride from
+    there to the least common one, the common stride)."""
     common = math.gcd(a.stride, b.stride)
     step = b.stride // common
     inverse = pow(a.stride // common, -1, step) if step > 1 else 0
@@ -57,10 +58,10 @@ def _meet(a: Run, b: Run) -> tuple[Array, Array, int]:
     # step < 2**31 and gap // common < step, but their product may not fit: reduce through 64 bits where NumPy has them.
     factor = (gap // common) % step
     if xp is np:
-        first = residue + a.stride * ((factor.astype(np.int64) * inverse) % step)
+        steps = (factor.astype(np.int64) * inverse) % step
     else:
-        first = residue + a.stride * _mulmod(xp, factor, inverse, step)
-    return exists, first, a.stride * step
+        steps = _mulmod(xp, factor, inverse, step)
+    return exists, residue, steps, a.stride * step
 
 
 def _mulmod(xp, x: Array, factor: int, modulus: int) -> Array:
@@ -84,17 +85,37 @@ def intersect(a: Run, b: Run) -> Run:
         step = a.line_step if a.stride > 1 else lcm(a.line_step, b.line_step)
         return dataclasses.replace(clipped, line_step=step)
     xp = array_namespace(a.start, b.start)
-    exists, first, stride = _meet(a, b)
+    exists, residue, steps, stride = _meet(a, b)
+    exists = exists & (a.count > 0) & (b.count > 0)
     lo = xp.maximum(a.start, b.start)
     last = xp.minimum(a.stop - a.stride, b.stop - b.stride)
-    start = first + -((first - lo) // stride) * stride
-    count = xp.maximum((last - start) // stride + 1, 0)
-    count = _where(xp, exists & (a.count > 0) & (b.count > 0) & (start <= last), count)
     if stride > MAX_LENGTH:  # then no line has more than one element, and any stride describes it
-        stride, start = 1, _where(xp, count > 0, start)
+        start, exists = _only_element(a.stride, residue, steps, stride // a.stride - steps, exists, lo)
+        stride, count = 1, xp.where(start <= last, 1, 0)
+    else:
+        first = residue + a.stride * steps
+        start = first + -((first - lo) // stride) * stride
+        count = xp.maximum((last - start) // stride + 1, 0)
+    count = _where(xp, exists & (start <= last), count)
     if xp is np:
         start, count = start.astype(np.int32), count.astype(np.int32)
     return Run(stride, start, count, 1 if stride == 1 else lcm(a.line_step, b.line_step))
+
+
+def _only_element(
+    stride: int, residue: Array, above: Array, below: Array, exists: Array, lo: Array
+) -> tuple[Array, Array]:
+    """(the element at or after `lo`, whether there is one): `above` steps after the residue, or `below` before it.
+
+    Steps that leave the positions would leave 32 bits, too.
+    """
+    xp = array_namespace(residue, above, lo)
+    reach = MAX_LENGTH // stride
+    after, before = residue + stride * xp.minimum(above, reach), residue - stride * xp.minimum(below, reach + 1)
+    is_before = (below <= reach + 1) & (before >= lo)
+    start = xp.where(is_before, before, after)
+    exists = exists & (is_before | (above <= reach)) & (start >= lo)
+    return _where(xp, exists, start), exists
 
 
 def subtract(a: Run, b: Run) -> list[Run]:
@@ -115,17 +136,26 @@ def subtract(a: Run, b: Run) -> list[Run]:
 
 
 def _subtract_lattice(a: Run, b: Run) -> list[Run]:
-    """`a` minus a coarser or incommensurable lattice: a's lattice falls in classes, and `b` lies in the first alone."""
-    exists, first, stride = _meet(a, b)
-    parts = stride // a.stride
-    if parts > MAX_COMPONENTS or stride > MAX_LENGTH:
+    """`a` minus a coarser or incommensurable lattice.
+
+    Where they meet in few columns of a line, `a` is cut there. Else a's lattice falls in classes, and `b` lies in the
+    first alone.
+    """
+    exists, residue, steps, stride = _meet(a, b)
+    needed = parts = stride // a.stride
+    if a.is_static and b.is_static:
+        shared = intersect(a, b)
+        needed = min(parts, int(shared.count.max(initial=0)) + 1)
+        if needed < parts and needed <= MAX_COMPONENTS:
+            return _cut(a, shared, needed - 1)
+    if needed > MAX_COMPONENTS or stride > MAX_LENGTH:
         raise IrregularPatternError(
-            f"a difference of runs with strides {a.stride} and {b.stride} needs {parts} affine components, more than "
+            f"a difference of runs with strides {a.stride} and {b.stride} needs {needed} affine components, more than "
             f"{MAX_COMPONENTS}. Choose strides that divide each other, or use dense masked attention.",
-            runs=parts,
+            runs=needed,
         )
-    xp = array_namespace(a.start, a.count, first)
-    first = xp.where(exists, first, a.start % a.stride)
+    xp = array_namespace(a.start, a.count, residue)
+    first = residue + a.stride * xp.where(exists, steps, 0)
     step = b.line_step if a.stride == 1 else lcm(a.line_step, b.line_step)
     out: list[Run] = []
     for k in range(parts):
@@ -135,6 +165,17 @@ def _subtract_lattice(a: Run, b: Run) -> list[Run]:
         part = Run(stride, start, _where(xp, a.count > 0, count), step)
         out += subtract(part, b) if k == 0 else [part]
     return out
+
+
+def _cut(a: Run, holes: Run, most: int) -> list[Run]:
+    """`a` without the elements of `holes`, which are some of its own, `most` in a line: the runs between them."""
+    out, rest = [], a
+    for n in range(most):
+        at, here = holes.start + n * holes.stride, n < holes.count
+        left, right = rest.before(at), rest.since(at + 1)
+        out.append(Run(a.stride, rest.start, np.where(here, left.count, rest.count), a.line_step))
+        rest = Run(a.stride, right.start, _where(np, here, right.count), a.line_step)
+    return [*out, rest]
 
 
 def difference(minuend: Sequence[Run], subtrahend: Sequence[Run]) -> list[Run]:

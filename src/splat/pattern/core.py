@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import math
+import operator
 from collections.abc import Callable, Iterable, Iterator
 from contextvars import ContextVar
 from functools import cache, cached_property
@@ -15,6 +16,9 @@ import numpy as np
 from splat.errors import PatternError
 
 Array = Any  # a NumPy array, or a (traced) JAX array: whatever follows the array API
+
+#: Operations one inside the other, at most: what goes through an expression calls itself.
+MAX_DEPTH = 128
 
 #: Positions are int32; half of its range leaves room for `i - left` and the like.
 MAX_LENGTH = 2**30
@@ -223,6 +227,11 @@ class Pattern:
         return ()
 
     @cached_property
+    def depth(self) -> int:
+        """How many operations are one inside the other."""
+        return 1 + max((child.depth for child in self.children), default=0)
+
+    @cached_property
     def is_static(self) -> bool:
         """Whether everything is known now: no traced or device array inside."""
         return not self.run_time_arrays
@@ -238,10 +247,10 @@ class Pattern:
 
     def to_dense(self, q_len: int, kv_len: int | None = None, *, query_offset: int = 0) -> np.ndarray:
         """The mask, bool [q_len, kv_len], True = attend. For looking and testing: it is O(q_len x kv_len)."""
-        cols = Axis(0, q_len if kv_len is None else kv_len)
-        mask = np.zeros((q_len, cols.length), bool)
-        line = np.arange(q_len)
-        for run in self.runs(Axis(query_offset, q_len), cols):
+        rows, cols = check_axes("to_dense", q_len, q_len if kv_len is None else kv_len, query_offset)
+        mask = np.zeros((rows.length, cols.length), bool)
+        line = np.arange(rows.length)
+        for run in self.runs(rows, cols):
             start, count = np.asarray(run.start), np.asarray(run.count)
             for t in range(int(count.max(initial=0))):
                 here = t < count
@@ -260,12 +269,12 @@ class Pattern:
         return _combine("difference", self, other)
 
     def __invert__(self) -> Pattern:
-        return _OPERATIONS["complement"](self)
+        return _shallow(_OPERATIONS["complement"](self))
 
     @property
     def T(self) -> Pattern:
         """The same pairs with queries and keys swapped."""
-        return _OPERATIONS["transpose"](self)
+        return _shallow(_OPERATIONS["transpose"](self))
 
     def __bool__(self) -> NoReturn:
         """Refused: `p and q` would be q alone, `p or q` p alone, and `not p` False."""
@@ -293,7 +302,17 @@ def _combine(operation: str, left: Pattern, right: object) -> Any:
     lift = getattr(right, "lift", None)  # per_head on the right: combine head by head
     if lift is not None:
         return lift(operation, left)
-    return _OPERATIONS[operation](left, right)
+    return _shallow(_OPERATIONS[operation](left, right))
+
+
+def _shallow(pattern: Pattern) -> Pattern:
+    """The pattern, if it is not too deep."""
+    if pattern.depth > MAX_DEPTH:
+        raise PatternError(
+            f"this pattern is an expression of more than {MAX_DEPTH} operations one inside the other. Combine patterns "
+            "in pairs, and those in pairs again; documents are segments(...), rows from data from_runs(...)."
+        )
+    return pattern
 
 
 def walk(pattern: Pattern) -> Iterator[Pattern]:
@@ -340,8 +359,8 @@ def check_int(
 ) -> int:
     """`value` as an int in `[minimum, maximum]`, or a `PatternError` naming the argument, and what to do instead."""
     try:
-        number = value.__index__()
-    except AttributeError:
+        number = operator.index(value)
+    except TypeError:
         number = None
     if isinstance(value, bool) or number is None:
         raise PatternError(
@@ -351,6 +370,14 @@ def check_int(
         message = f"{constructor}: {argument} must be in [{minimum}, {maximum}], but {number} was given"
         raise PatternError(f"{message}. {remedy}" if remedy else message)
     return int(number)
+
+
+def check_axes(caller: str, q_len: Any, kv_len: Any, query_offset: Any) -> tuple[Axis, Axis]:
+    """Query positions `query_offset + [0, q_len)` and key positions `[0, kv_len)`, or a `PatternError`."""
+    q_len, kv_len = check_int(caller, "q_len", q_len, 0), check_int(caller, "kv_len", kv_len, 0)
+    if not is_runtime_array(query_offset):
+        query_offset = check_int(caller, "query_offset", query_offset, -MAX_LENGTH, MAX_LENGTH - q_len)
+    return Axis(query_offset, q_len), Axis(0, kv_len)
 
 
 def check_positions(has: str, known: int, axes: Iterable[Axis], remedy: str) -> None:

@@ -11,7 +11,17 @@ import numpy as np
 
 from splat.errors import IrregularPatternError, PatternError
 from splat.pattern.algebra import MAX_COMPONENTS, prune, union
-from splat.pattern.core import MAX_LENGTH, Axis, Frozen, Pattern, Run, array_namespace, decode_array, is_runtime_array
+from splat.pattern.core import (
+    MAX_LENGTH,
+    Axis,
+    Frozen,
+    Pattern,
+    Run,
+    array_namespace,
+    check_int,
+    decode_array,
+    is_runtime_array,
+)
 from splat.pattern.recover import recover
 
 
@@ -206,7 +216,10 @@ def from_csr(indptr: Any, indices: Any, shape: tuple[int, int], *, max_component
       IrregularPatternError: a row needs more than `max_components` runs; it says which row and how many.
     """
     indptr, indices = _as_numpy("from_csr", indptr), _as_numpy("from_csr", indices)
-    return _recovered(indptr, indices, tuple(shape), max_components)
+    if not isinstance(shape, (tuple, list)) or len(shape) != 2:
+        raise PatternError(f"from_csr: shape must be (q_len, kv_len), but {shape!r} was given")
+    sizes = tuple(check_int("from_csr", f"shape[{n}]", size, 0) for n, size in enumerate(shape))
+    return _recovered(indptr, indices, sizes, max_components)
 
 
 def _recovered(indptr: np.ndarray, indices: np.ndarray, shape: tuple[int, ...], max_components: int) -> Pattern:
@@ -262,6 +275,7 @@ def from_runs(start: Any, stride: Any, count: Any, *, kv_len: int | None = None)
     if stride.ndim > 1 or (stride.ndim == 1 and stride.size not in (1, start.shape[0])):
         raise PatternError(f"from_runs: {stride.size} strides were given for {start.shape[0]} components")
     strides = np.broadcast_to(stride, start.shape[:1]).tolist()
+    kv_len = None if kv_len is None else check_int("from_runs", "kv_len", kv_len, 0)
     limit = MAX_LENGTH if kv_len is None else kv_len
     given: list[Run] = []
     runs: list[Run] = []

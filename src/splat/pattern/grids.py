@@ -58,7 +58,7 @@ class RandomBlocks(_Primitive):
 
     def runs(self, rows: Axis, cols: Axis) -> list[Run]:
         _needs_static(cols, ".T", "the number of block columns")
-        if self.per_row == 0 or cols.length == 0 or rows.length == 0:
+        if self.per_row == 0 or cols.length == 0 or cols.stop <= 0 or rows.length == 0:  # blocks begin at 0
             return []
         lo, hi = cols.start, cols.stop
         # The same choice serves all rows of a block: draw once a block where positions are known.
@@ -75,7 +75,7 @@ class RandomBlocks(_Primitive):
     def column_runs(self, cols: Axis, rows: Axis) -> list[Run]:
         _needs_static(rows, "gradients", "which rows choose a block column")
         _needs_static(cols, ".T", "the number of block columns")
-        if self.per_row == 0 or cols.length == 0 or rows.length == 0:
+        if self.per_row == 0 or cols.length == 0 or cols.stop <= 0 or rows.length == 0:  # blocks begin at 0
             return []
         num_cols = ceil_div(cols.stop, self.block)
         first = rows.start // self.block
@@ -87,11 +87,11 @@ class RandomBlocks(_Primitive):
         col, row = col[order], row[order]
         kth = np.arange(col.size) - np.searchsorted(col, col, side="left")
         width = int(kth.max(initial=-1)) + 1
-        table = np.full((width, num_cols), -1, np.int32)
-        table[kth, col] = row
-        here = table[:, cols.positions // self.block]
+        start, count = (np.zeros((width, num_cols), np.int32) for _ in range(2))
+        start[kth, col], count[kth, col] = row * self.block, self.block
+        at, inside = (cols.positions // self.block).clip(0), cols.positions >= 0
         lo, hi = rows.start, rows.stop
-        runs = [Run(1, c * self.block, np.where(c >= 0, np.int32(self.block), 0)).clip(lo, hi) for c in here]
+        runs = [Run(1, start[k, at], np.where(inside, count[k, at], 0)).clip(lo, hi) for k in range(width)]
         return prune(coalesce(runs))
 
 
@@ -190,6 +190,13 @@ def random_blocks(block: int, per_row: int, seed: int) -> Pattern:
     return RandomBlocks(block, per_row, check_int("random_blocks", "seed", seed, 0))
 
 
+def _each(value: Any, count: int = 1) -> tuple[Any, ...]:
+    """One value per dimension: as given, or the same for all."""
+    if isinstance(value, np.ndarray) and value.ndim:
+        return tuple(value.tolist())
+    return tuple(value) if isinstance(value, Sequence) and not isinstance(value, str) else (value,) * count
+
+
 def neighborhood(
     shape: int | Sequence[int],
     kernel: int | Sequence[int],
@@ -209,13 +216,13 @@ def neighborhood(
 
     Source: Hassani et al., "Neighborhood Attention Transformer", CVPR 2023, arXiv 2204.07143; dilated: 2209.15001.
     """
-    grid = tuple(shape) if isinstance(shape, Sequence) else (shape,)
+    grid = _each(shape)
     if not 1 <= len(grid) <= 3:
         raise PatternError(f"neighborhood: shape must have 1 to 3 dimensions, but {grid} was given")
     grid = tuple(check_int("neighborhood", "shape", n, 1) for n in grid)
 
     def spread(name: str, value) -> tuple:
-        values = tuple(value) if isinstance(value, Sequence) else (value,) * len(grid)
+        values = _each(value, len(grid))
         if len(values) != len(grid):
             raise PatternError(
                 f"neighborhood: {name} {values} does not fit shape {grid}: give one value or {len(grid)}"
@@ -224,7 +231,10 @@ def neighborhood(
 
     kernels = tuple(check_int("neighborhood", "kernel", k, 1) for k in spread("kernel", kernel))
     dilations = tuple(check_int("neighborhood", "dilation", d, 1) for d in spread("dilation", dilation))
-    flags = tuple(bool(c) for c in spread("causal", causal))
+    flags = spread("causal", causal)
+    if not all(isinstance(flag, (bool, np.bool_)) for flag in flags):
+        raise PatternError(f"neighborhood: causal must be True or False, or one of them per dimension, not {causal!r}")
+    flags = tuple(map(bool, flags))
     for length, k, d in zip(grid, kernels, dilations, strict=True):
         if k * d > length:
             raise PatternError(

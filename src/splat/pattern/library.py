@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from splat.errors import PatternError
-from splat.pattern.algebra import everything, union
+from splat.errors import IrregularPatternError, PatternError
+from splat.pattern.algebra import MAX_COMPONENTS, everything, union
 from splat.pattern.core import (
     MAX_LENGTH,
     Array,
@@ -85,7 +85,10 @@ class Window(_Primitive):
     right: int
 
     def runs(self, rows: Axis, cols: Axis) -> list[Run]:
-        return _between(rows, cols, rows.positions - self.left, rows.positions + (self.right + 1))
+        xp = array_namespace(rows.start)
+        # No position lies past the last of these, and the sum fits in 32 bits.
+        last = xp.minimum(rows.positions, MAX_LENGTH - 1 - self.right) + self.right
+        return _between(rows, cols, rows.positions - self.left, last + 1)
 
     def column_runs(self, cols: Axis, rows: Axis) -> list[Run]:
         return Window(self.right, self.left).runs(cols, rows)
@@ -234,24 +237,33 @@ class Segments(_Symmetric):
     def _static_runs(self, rows: Axis, cols: Axis, ids: np.ndarray) -> list[Run]:
         first = _starts_of_stretches(ids).astype(np.int32)
         stop = np.append(first[1:], np.int32(ids.size))
-        stretch_id = ids[first]
-        # k-th stretch of its id: with ids that never recur there is one component.
-        order = np.argsort(stretch_id, kind="stable")
-        sorted_ids = stretch_id[order]
-        group_start = np.searchsorted(sorted_ids, sorted_ids, side="left")
-        kth = np.arange(order.size) - group_start
-        group = np.empty(order.size, np.int64)
-        group[order] = group_start
-        here = np.repeat(np.arange(first.size), stop - first)
+        stretch = np.repeat(np.arange(first.size), stop - first)  # of each position
+        own = ids[first]
+        met = own >= 0
+        if cols.is_static:
+            met &= (stop > cols.start) & (first < cols.stop)
+        seen = np.flatnonzero(met)
+        seen = seen[np.argsort(own[seen], kind="stable")]
+        # Those of one id are neighbours in `seen`: from `begin` on, `count` of them.
+        begin = np.searchsorted(own[seen], own, side="left")
+        count = np.searchsorted(own[seen], own, side="right") - begin
+        of_row = count[stretch[rows.start : rows.stop] if rows.is_static else stretch]
+        most = int(of_row.max(initial=0))
+        if most > MAX_COMPONENTS:
+            row = int(np.argmax(of_row))
+            position = row + (rows.start if rows.is_static else 0)
+            raise IrregularPatternError(
+                f"segments: id {ids[position]}, of position {position}, is in {most} stretches of positions, more than "
+                f"{MAX_COMPONENTS}. Sort the tokens by id.",
+                row=row,
+                runs=most,
+            )
         out: list[Run] = []
-        for k in range(int(kth.max(initial=-1)) + 1):
-            # the k-th stretch with the same id as each stretch, or nothing
-            index = np.minimum(group + k, order.size - 1)
-            mate = order[index]
-            ok = (stretch_id[mate] == stretch_id) & (stretch_id >= 0) & (group + k < order.size)
-            begin = np.where(ok, first[mate], 0).astype(np.int32)[here]
-            end = np.where(ok, stop[mate], 0).astype(np.int32)[here]
-            out += _between(rows, cols, _at(begin, rows), _at(end, rows))
+        for k in range(most):  # a component of the k-th stretches: with ids that never recur there is one
+            here = k < count
+            mate = seen[np.where(here, begin + k, 0)]
+            start, end = (np.where(here, edge[mate], np.int32(0))[stretch] for edge in (first, stop))
+            out += _between(rows, cols, _at(start, rows), _at(end, rows))
         return out
 
     def __repr__(self) -> str:

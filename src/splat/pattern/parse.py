@@ -1,11 +1,12 @@
 """Text to pattern: the grammar of `repr`, read without evaluating anything.
 
     pattern  = pattern ("|" | "&" | "-") pattern | "~" pattern | pattern ".T" | "(" pattern ")" | call
-    call     = name "(" [ argument { "," argument } ] ")"          name: a constructor of the vocabulary
+    call     = [ "splat." ] name "(" [ argument { "," argument } ] ")"     name: a constructor of the vocabulary
     argument = [ name "=" ] value
     value    = integer | "True" | "False" | "None" | string | "[" values "]" | "(" values ")" | pattern
 
-Operators bind as in Python: `|` loosest, then `&`, `-`, `~`, `.T`. Integers may be products (`4*128`).
+Operators bind as in Python: `|` loosest, then `&`, `-`, `~`, `.T`. Integers may be products (`4*128`). Lines may end
+anywhere.
 """
 
 from __future__ import annotations
@@ -55,15 +56,16 @@ def parse(text: str) -> Pattern:
     """
     if not isinstance(text, str):
         raise ParseError(f"parse: text must be a str, but {type(text).__name__} was given")
+    text = " ".join(text.strip().splitlines())
     try:
-        tree = ast.parse(text.strip(), mode="eval")
+        tree = ast.parse(text, mode="eval")
     except SyntaxError as error:
         line, column = (error.text or "").rstrip()[:200], max((error.offset or 1) - 1, 0)
         raise ParseError(f"cannot read this pattern: {error.msg}\n  {line}\n  {' ' * min(column, 200)}^") from None
     except (ValueError, RecursionError, MemoryError) as error:
         raise ParseError(f"cannot read this pattern: {error}") from None
     try:
-        pattern = _Reader(text.strip()).pattern(tree.body)
+        pattern = _Reader(text).pattern(tree.body)
     except RecursionError:
         raise ParseError("cannot read this pattern: it is nested too deeply") from None
     return pattern
@@ -128,9 +130,11 @@ class _Reader:
         return value
 
     def _call(self, node: ast.Call) -> Any:
-        if not isinstance(node.func, ast.Name):
-            raise self.fail(node, "only named constructors can be called")
-        name = node.func.id
+        match node.func:
+            case ast.Name(id=name) | ast.Attribute(value=ast.Name(id="splat"), attr=name):
+                pass
+            case _:
+                raise self.fail(node, "only named constructors can be called")
         if name not in CONSTRUCTORS:
             close = difflib.get_close_matches(name, CONSTRUCTORS, n=1)
             hint = f"did you mean {close[0]}?" if close else f"the vocabulary is: {', '.join(sorted(CONSTRUCTORS))}"

@@ -14,6 +14,7 @@ from splat.errors import ArgumentError
 from splat.geometry import Spans
 from splat.planning.kernels import kernel_configs
 from splat.planning.target import Target
+from splat.tiling import count_tiles
 
 #: (block_q, block_kv) of the C++ kernels: 16 rows, one to a vector lane, and one key at a time. So the phases of a walk
 #: are exact spans, to the column; larger tiles are the kernels' own business.
@@ -62,13 +63,11 @@ class CostModel:
         tile = block_q * block_kv * element_s + block_q * self.row_s + block_kv * self.col_s + self.tile_s
         return float(tiles) * tile
 
-    def best_block_kv(self, spans: list[Spans], block_q: int, given: int | None) -> tuple[float, int]:
-        """(seconds, block_kv) of the best tile width for spans that share one pass."""
-        widths = [s.width for s in spans]
+    def best_block_kv(self, chains: list[list[Spans]], block_q: int, given: int | None) -> tuple[float, int]:
+        """(seconds, block_kv) of the best tile width for chains of spans (`tiling.chains`) that share one pass."""
+        widths = [span.width for chain in chains for span in chain]
         options = np.array([given] if given else self._widths(widths, block_q), np.int64)
-        tiles = np.zeros(options.shape, np.int64)
-        for width in widths:
-            tiles += (-(-width[None, :] // options[:, None])).sum(axis=1)
+        tiles = np.sum([count_tiles(chain, options) for chain in chains], axis=0)
         seconds = [self.tiles_s(float(n), block_q, int(b)) for n, b in zip(tiles, options, strict=True)]
         best = int(np.argmin(seconds))
         return seconds[best], int(options[best])

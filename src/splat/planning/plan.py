@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from splat.acsr import ACSR, build, build_transposed
-from splat.errors import ArgumentError, PatternError
+from splat.errors import ArgumentError, PatternError, SplatError
 from splat.pattern import Pattern, PerHead, parse
 from splat.pattern.core import MAX_LENGTH, brief, check_int, is_runtime_array
 from splat.planning.cost import CPP_TILE, CostModel, cost_model
@@ -190,15 +190,17 @@ class Plan:
             if data["format"] != FORMAT:
                 raise PatternError(f"this plan has format {data['format']}, but format {FORMAT} is read. Plan again.")
             problem = Problem(**{**data["problem"], "pattern": parse(data["problem"]["pattern"])})
-            check_problem(problem)
+            problem = check_problem(problem)
             cost_model(data["implementation"], find(data["target"]), problem.head_dim, problem.dtype)
             decisions = tuple(PassDecision(**{**d, "components": tuple(d["components"])}) for d in data["passes"])
             candidates = tuple(Candidate(**c) for c in data["candidates"])
-            offset, blocks, digest = data["query_offset"], tuple(data["blocks"]), data["digest"]
+            offset, blocks, digest = data["query_offset"], _check_sizes(data["blocks"]), data["digest"]
             acsr = build(problem.pattern, problem.q_len, problem.kv_len, offset)
             forward = build_schedule(acsr, decisions)
             plan = Plan(problem, offset, data["implementation"], data["target"], forward, candidates, blocks)
-        except (KeyError, TypeError, IndexError, json.JSONDecodeError) as error:
+        except SplatError:
+            raise
+        except (KeyError, TypeError, ValueError, IndexError) as error:
             raise PatternError(f"this is not the JSON of a plan: {error!r}") from None
         if plan.digest != digest:
             raise PatternError(
@@ -208,8 +210,10 @@ class Plan:
 
     @cached_property
     def digest(self) -> str:
-        """A hash of every number that generators read."""
-        state = hashlib.sha256()
+        """A hash of every number that generators read, and of what later schedules are made for."""
+        problem = dataclasses.replace(self.problem, pattern=None)  # type: ignore[arg-type]
+        asked = problem, int(self.query_offset), self.implementation, self.target, self.blocks
+        state = hashlib.sha256(repr(asked).encode())
         for component in self.acsr.components:
             for bound in component.bounds:
                 state.update(np.asarray(bound).tobytes())
@@ -282,8 +286,8 @@ def predict_ms(schedule: Schedule, model: CostModel, problem: Problem) -> float 
     return 1e3 * seconds * problem.num_q_heads * problem.batch
 
 
-def check_problem(problem: Problem) -> None:
-    """Raises ArgumentError or PatternError where the problem cannot be planned."""
+def check_problem(problem: Problem) -> Problem:
+    """The problem, its numbers as ints. Raises ArgumentError or PatternError where it cannot be planned."""
     if not isinstance(problem.pattern, Pattern):
         raise ArgumentError(
             f"pattern must be a splat pattern such as causal() & window(512), but {type(problem.pattern).__name__} was "
@@ -291,17 +295,28 @@ def check_problem(problem: Problem) -> None:
         )
     if isinstance(problem.pattern, PerHead):
         raise ArgumentError("a plan is for one pattern: plan each of per_head([...]).patterns, or call splat.attention")
-    for name in ("q_len", "kv_len", "head_dim", "num_q_heads", "num_kv_heads", "batch"):
-        check_int("plan", name, getattr(problem, name), 0 if name in ("q_len", "batch") else 1, MAX_LENGTH)
+    numbers = {
+        name: check_int("plan", name, getattr(problem, name), 0 if name in ("q_len", "batch") else 1)
+        for name in ("q_len", "kv_len", "head_dim", "num_q_heads", "num_kv_heads", "batch")
+    }
     if problem.num_q_heads % problem.num_kv_heads:
         raise ArgumentError(
             f"plan: num_q_heads must be a multiple of num_kv_heads, but {problem.num_q_heads} and "
             f"{problem.num_kv_heads} were given (grouped-query attention shares one key head among equally many)"
         )
+    same = all(getattr(problem, name) is number for name, number in numbers.items())
+    return problem if same else dataclasses.replace(problem, **numbers)
 
 
 def check_blocks(implementation: str, block_q: int | None, block_kv: int | None) -> None:
     """Raises ArgumentError where an implementation has no kernels for the given tile sizes."""
+    if implementation == "triton":
+        for name, given in (("block_q", block_q), ("block_kv", block_kv)):
+            if given is not None and (given < 16 or given & (given - 1)):
+                raise ArgumentError(
+                    f"{name} must be a power of two, 16 or more, or None for implementation 'triton', whose tiles are "
+                    f"operands of tensor cores, but {given} was given."
+                )
     if implementation == "cpp":
         for name, given, wanted in zip(("block_q", "block_kv"), (block_q, block_kv), CPP_TILE, strict=True):
             if given not in (None, wanted):
@@ -321,18 +336,28 @@ def make_plan(
     block_kv: int | None = None,
 ) -> Plan:
     """The plan of a problem for one implementation; static ones are remembered."""
-    check_problem(problem)
-    if problem.pattern.is_static and not is_runtime_array(query_offset):
-        static = problem, implementation, target, int(query_offset), block_q, block_kv
-        return _remembered(static, lambda: _make(*static))
-    return _make(problem, implementation, target, query_offset, block_q, block_kv)
+    problem = check_problem(problem)
+    block_q, block_kv = _check_sizes((block_q, block_kv))
+    check_blocks(implementation, block_q, block_kv)
+    if is_runtime_array(query_offset):
+        return _make(problem, implementation, target, query_offset, block_q, block_kv)
+    query_offset = check_int("plan", "query_offset", query_offset, -MAX_LENGTH, MAX_LENGTH - problem.q_len)
+    if not problem.pattern.is_static:
+        return _make(problem, implementation, target, query_offset, block_q, block_kv)
+    static = problem, implementation, target, query_offset, block_q, block_kv
+    return _remembered(static, lambda: _make(*static))
+
+
+def _check_sizes(blocks: Any) -> tuple[int | None, int | None]:
+    """Tile sizes as ints, or None."""
+    block_q, block_kv = (
+        None if block is None else check_int("plan", name, block, 1, 1 << 16)
+        for name, block in zip(("block_q", "block_kv"), blocks, strict=True)
+    )
+    return block_q, block_kv
 
 
 def _make(problem, implementation, target, query_offset, block_q, block_kv) -> Plan:
-    for name, block in (("block_q", block_q), ("block_kv", block_kv)):
-        if block is not None:
-            check_int("plan", name, block, 1, 1 << 16)
-    check_blocks(implementation, block_q, block_kv)
     model = cost_model(implementation, find(target), problem.head_dim, problem.dtype)
     acsr = build(problem.pattern, problem.q_len, problem.kv_len, query_offset)
     forward = schedule(acsr, model, block_q=block_q, block_kv=block_kv)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+from collections.abc import Callable
 from functools import cached_property
 from typing import NamedTuple
 
@@ -19,7 +20,7 @@ from splat.errors import PatternError
 from splat.geometry import RowTiles, Spans, align_by_step, align_rows_of, analyze, is_aligned
 from splat.pattern.core import Array, array_namespace
 from splat.planning.cost import CostModel
-from splat.tiling import Phase, Walk, cover
+from splat.tiling import Phase, Walk, chains, cover
 
 #: Spans are first taken at this many rows a tile (fewer where a model has smaller tiles only); larger tiles are merged
 #: from them, which costs next to nothing.
@@ -198,8 +199,9 @@ def schedule(acsr: ACSR, model: CostModel, *, block_q: int | None = None, block_
     spans = {key: _spans_of(acsr, tiles) for key, tiles in groupings.items()}
     passes = []
     for key, members in _assign(acsr, groupings, spans, model, block_q, block_kv):
-        _, bq, bk = _best_blocks([spans[key][n] for n in members], groupings[key], model, block_q, block_kv)
-        tiles = groupings[key]
+        tiles, those = groupings[key], [spans[key][n] for n in members]
+        together = [[those[k] for k in chain] for chain in chains([acsr.components[n].stride for n in members], those)]
+        _, bq, bk = _best_blocks(together, tiles, model, block_q, block_kv)
         factor = max(min(bq, tiles.tiles_per_group * tiles.block_q) // tiles.block_q, 1) if key.rows_of is None else 1
         coarse = {n: spans[key][n].coarsen(factor, tiles) for n in members}
         passes.append(_build_pass(acsr, PassDecision(members, key.step, bq, bk, key.rows_of), coarse))
@@ -222,10 +224,14 @@ def _candidates(acsr: ACSR, base: int, mapped: int) -> dict[Grouping, RowTiles]:
     rows = acsr.shape[0]
     for step in sorted({c.line_step for c in acsr.components if c.line_step is not None} | {1}):
         out[Grouping(min(step, max(rows, 1)))] = align_by_step(rows, step, base)
+    mapped_rows: set[bytes] = set()  # of components with the same rows, one serves
     for n, component in enumerate(acsr.components):
         sparse = component.has_empty_rows and 4 * int(np.count_nonzero(component.count > 0)) <= rows
         if sparse or (component.line_step is None and component.stride > 1):
-            out[Grouping(None, n)] = align_rows_of(component, rows, mapped)
+            tiles = align_rows_of(component, rows, mapped)
+            if tiles.rows.tobytes() not in mapped_rows:
+                out[Grouping(None, n)] = tiles
+            mapped_rows.add(tiles.rows.tobytes())
     return out
 
 
@@ -235,9 +241,9 @@ def _spans_of(acsr: ACSR, tiles: RowTiles) -> dict[int, Spans]:
 
 
 def _best_blocks(
-    spans: list[Spans], tiles: RowTiles, model: CostModel, block_q: int | None, block_kv: int | None
+    chains: list[list[Spans]], tiles: RowTiles, model: CostModel, block_q: int | None, block_kv: int | None
 ) -> tuple[float, int, int]:
-    """(seconds, block_q, block_kv) for components that share a pass."""
+    """(seconds, block_q, block_kv) for chains of components that share a pass."""
     longest = tiles.tiles_per_group * tiles.block_q if tiles.row_map is None else tiles.block_q
     options = [block_q] if block_q else [b for b in model.block_q if b % tiles.block_q == 0]
     options = sorted({max(min(b, longest), tiles.block_q) // tiles.block_q * tiles.block_q for b in options})
@@ -245,7 +251,8 @@ def _best_blocks(
         options = [tiles.block_q]
     best = (float("inf"), 0, 0)
     for bq in options:
-        coarse = [s.coarsen(bq // tiles.block_q, tiles) for s in spans] if tiles.row_map is None else spans
+        factor = bq // tiles.block_q if tiles.row_map is None else 1
+        coarse = [[span.coarsen(factor, tiles) for span in chain] for chain in chains]
         rows = bq if block_q else model.kernel_block_q(bq)
         seconds, bk = model.best_block_kv(coarse, rows, block_kv)
         best = min(best, (seconds, rows, bk))
@@ -253,37 +260,45 @@ def _best_blocks(
 
 
 def _assign(acsr, groupings, spans, model, block_q, block_kv) -> list[tuple[Grouping, tuple[int, ...]]]:
-    """Components to groupings: the cheapest subset of groupings, each further pass paying for its merge."""
-    every = range(len(acsr.components))
+    """Components to groupings, each further pass paying for its merge.
+
+    Groupings are added and left out one at a time while that is cheaper: once from the best that serves all components,
+    and once from every component's own best.
+    """
+    keys, every = list(groupings), range(len(acsr.components))
     if not acsr.components:
         return []
-    if len(groupings) == 1:
-        return [(next(iter(groupings)), tuple(every))]
-    cost = {
-        key: {n: _best_blocks([s], groupings[key], model, block_q, block_kv)[0] for n, s in known.items()}
-        for key, known in spans.items()
-    }
-    best: tuple[float, list] = (float("inf"), [])
-    keys = list(groupings)
-    for size in range(1, min(len(keys), 3) + 1):
-        for chosen in itertools.combinations(keys, size):
-            merged = sorted(groupings[key].num_tiles * groupings[key].block_q for key in chosen)[:-1]
-            total = sum(merged) * model.pass_row_s
-            members: dict[Grouping, list[int]] = {key: [] for key in chosen}
-            for n in every:
-                options = [(cost[key][n], k, key) for k, key in enumerate(chosen) if n in cost[key]]
-                if not options:
-                    total = float("inf")
-                    break
-                seconds, _, key = min(options)
-                total += seconds
-                members[key].append(n)
-            if total < best[0]:
-                best = (total, [(key, tuple(m)) for key, m in members.items() if m])
-    if not best[1]:  # more than three groupings are needed: one pass per component's own
-        own = {n: min((cost[key][n], k, key) for k, key in enumerate(keys) if n in cost[key])[2] for n in every}
-        return [(key, tuple(n for n in every if own[n] == key)) for key in dict.fromkeys(own.values())]
-    return best[1]
+    if len(keys) == 1:
+        return [(keys[0], tuple(every))]
+    cost = np.full((len(keys), len(every)), np.inf)
+    for g, key in enumerate(keys):
+        for n, one in spans[key].items():
+            cost[g, n] = _best_blocks([[one]], groupings[key], model, block_q, block_kv)[0]
+    merge = np.array([groupings[key].num_tiles * groupings[key].block_q for key in keys]) * model.pass_row_s
+
+    def total(chosen: list[int]) -> float:
+        return float(cost[chosen].min(axis=0).sum() + merge[chosen].sum() - merge[chosen].max())
+
+    serving_all = [[g] for g in range(len(keys)) if np.isfinite(cost[g]).all()]
+    starts = [min(serving_all, key=total)] if serving_all else []
+    starts.append(np.unique(cost.argmin(axis=0)).tolist())
+    _, chosen = min(_improved(start, len(keys), total) for start in starts)
+    member_of = cost[chosen].argmin(axis=0)
+    members = [(keys[g], tuple(np.flatnonzero(member_of == k).tolist())) for k, g in enumerate(chosen)]
+    return [(key, those) for key, those in members if those]
+
+
+def _improved(chosen: list[int], count: int, total: Callable[[list[int]], float]) -> tuple[float, list[int]]:
+    """(the total, numbers below `count`): from `chosen` on, one is added or left out while that is less."""
+    now = total(chosen)
+    while True:
+        moves = [sorted([*chosen, g]) for g in range(count) if g not in chosen]
+        if len(chosen) > 1:
+            moves += [[g for g in chosen if g != out] for out in chosen]
+        least, move = min(((total(move), move) for move in moves), default=(now, chosen))
+        if least >= now:
+            return now, chosen
+        now, chosen = least, move
 
 
 def _choose_unseen(acsr: ACSR, model: CostModel, block_q, block_kv) -> tuple[PassDecision, ...]:

@@ -16,6 +16,7 @@ from __future__ import annotations
 import dataclasses
 import enum
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
@@ -87,13 +88,13 @@ class Walk:
 def cover(components: Sequence[int], strides: Sequence[int], spans: Sequence[Spans], block_kv: int) -> list[Walk]:
     """Walks that cover the spans of all `components` (indices; strides and spans in the same order)."""
     walks: list[Walk] = []
-    for chain in _chains(strides, spans):
+    for chain in chains(strides, spans):
         walks += _cover_chain([components[n] for n in chain], strides[chain[0]], [spans[n] for n in chain], block_kv)
     return sorted(walks, key=lambda walk: walk.component)
 
 
-def _chains(strides: Sequence[int], spans: Sequence[Spans]) -> list[list[int]]:
-    """Components that can share tiles: one stride, one residue in every row tile, first columns in one order."""
+def chains(strides: Sequence[int], spans: Sequence[Spans]) -> list[list[int]]:
+    """Components that can share tiles, by number: one stride, one residue in a row tile, first columns in one order."""
 
     def first(n: int) -> float:
         here = spans[n].x0[spans[n].x0 < NOWHERE]
@@ -101,18 +102,37 @@ def _chains(strides: Sequence[int], spans: Sequence[Spans]) -> list[list[int]]:
 
     if not all(isinstance(s.x0, np.ndarray) for s in spans):
         return [[n] for n in range(len(spans))]
-    chains: list[tuple[list[int], np.ndarray, np.ndarray]] = []  # members, last x0, residue (-1: any) per row tile
+    found: list[tuple[list[int], np.ndarray, np.ndarray]] = []  # members, last x0, residue (-1: any) per row tile
     for n in sorted(range(len(spans)), key=lambda n: (strides[n], first(n))):
         x0, here = spans[n].x0, spans[n].x3 > spans[n].x0
         residue = np.where(here, spans[n].residue, -1)
-        for k, (members, last, common) in enumerate(chains):
+        for k, (members, last, common) in enumerate(found):
             agree = (common == residue) | (common < 0) | (residue < 0)
             if strides[members[0]] == strides[n] and bool(((x0 >= last) & agree)[here].all()):
-                chains[k] = ([*members, n], np.where(here, x0, last), np.maximum(common, residue))
+                found[k] = ([*members, n], np.where(here, x0, last), np.maximum(common, residue))
                 break
         else:
-            chains.append(([n], np.where(here, x0, -NOWHERE), residue))
-    return [members for members, *_ in chains]
+            found.append(([n], np.where(here, x0, -NOWHERE), residue))
+    return [members for members, *_ in found]
+
+
+def count_tiles(chain: Sequence[Spans], block_kv: np.ndarray) -> np.ndarray:
+    """How many tiles cover a chain's spans, for each of several widths; static numbers only."""
+    widths = block_kv[:, None]
+    covered, count = np.full((widths.size, chain[0].x0.size), -NOWHERE, np.int64), np.zeros(widths.size, np.int64)
+    for span in chain:
+        begin, total = _place(span, covered, widths)
+        covered = np.where(total > 0, begin + total * widths, covered)
+        count += total.sum(axis=1)
+    return count
+
+
+def _place(span: Spans, covered: Array, block_kv: Any) -> tuple[Array, Array]:
+    """Where a component's tiles begin, and how many there are: what lies before `covered` has some already."""
+    xp = array_namespace(span.x0)
+    here = span.x3 > span.x0
+    begin = xp.where(here, xp.maximum(covered, span.x0), 0)
+    return begin, xp.where(here, xp.maximum(-((begin - span.x3) // block_kv), 0), 0)
 
 
 def _cover_chain(members: list[int], stride: int, spans: list[Spans], block_kv: int) -> list[Walk]:
@@ -120,9 +140,7 @@ def _cover_chain(members: list[int], stride: int, spans: list[Spans], block_kv: 
     covered = xp.full_like(spans[0].x0, -NOWHERE)
     walks = []
     for n, span in enumerate(spans):
-        here = span.x3 > span.x0
-        begin = xp.where(here, xp.maximum(covered, span.x0), 0)
-        total = xp.where(here, xp.maximum(-((begin - span.x3) // block_kv), 0), 0)
+        begin, total = _place(span, covered, block_kv)
         head = xp.clip(-((begin - span.x1) // block_kv), 0, total)
         full_begin = begin + head * block_kv
         full = xp.clip((span.x2 - full_begin) // block_kv, 0, total - head)

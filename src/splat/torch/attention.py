@@ -87,7 +87,7 @@ def run(
             f"pattern: per_head names {num_heads} heads, but query has {sizes.num_q_heads}. Give one for each."
         )
     scale, cap = validate.check_scale(scale), validate.check_soft_cap(logits_soft_cap)
-    offset = validate.check_offset(query_offset)
+    offset = validate.check_offset(query_offset, sizes.q_len)
     lengths = validate.check_lengths(kv_lengths, sizes.batch, sizes.kv_len, query.device)
 
     if len(patterns) == 1:

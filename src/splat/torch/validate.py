@@ -194,7 +194,7 @@ def _number(name: str, value: Any) -> float:
     return number
 
 
-def check_offset(query_offset: Any) -> int:
+def check_offset(query_offset: Any, q_len: int) -> int:
     """`query_offset` as an int."""
     if isinstance(query_offset, bool) or not isinstance(query_offset, (int, np.integer, torch.SymInt)):
         raise ArgumentError(
@@ -202,8 +202,8 @@ def check_offset(query_offset: Any) -> int:
             "host: pass int(query_offset), and run-time lengths as kv_lengths."
         )
     offset = int(query_offset) if isinstance(query_offset, np.integer) else query_offset  # symbolic ones stay symbolic
-    if not 0 <= offset <= 2**30:
-        raise ArgumentError(f"query_offset must be in [0, 2**30], but {offset} was given")
+    if not 0 <= offset <= 2**30 - q_len:
+        raise ArgumentError(f"query_offset must be in [0, 2**30 - {q_len}] for {q_len} queries, but {offset} was given")
     return offset
 
 
