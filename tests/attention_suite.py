@@ -477,6 +477,16 @@ class AttentionSuite:
         rest = np.arange(24) != 7
         np.testing.assert_array_equal(out[:, rest], good[:, rest])
 
+    def test_nan_from_any_pass_stays(self, rng: np.random.Generator) -> None:
+        """In the output and in the log-sum-exp of every query that attends to it."""
+        inputs = draw_inputs(rng, 40, 40)
+        pattern = splat.window(3) | splat.strided(16)
+        bad = inputs.key.at[:, 4].set(jnp.nan)
+        out, lse = self.attention(inputs.query, bad, inputs.value, pattern, return_lse=True)
+        attending = pattern.to_dense(40)[:, 4]
+        assert np.isnan(out[:, attending]).all()
+        assert np.isnan(lse[:, attending]).all()
+
     def test_a_query_without_keys_may_hold_anything(self, rng: np.random.Generator) -> None:
         inputs = draw_inputs(rng, 24, 24)
         pattern = splat.window(2) & splat.segments([0] * 10 + [-1] * 4 + [1] * 10)

@@ -77,6 +77,31 @@ def test_kernels_are_not_compiled_for_single_lengths() -> None:
     assert set(printed.split()) == {"splat_forward"}
 
 
+def test_tables_outlive_what_reads_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On another stream than they were made on, and in a captured graph: what is asked of PyTorch, without a GPU."""
+    held: list[Any] = []
+
+    class OnDevice:
+        def record_stream(self, stream: Any) -> None:
+            held.append((self, stream))
+
+    table = recording.Table(np.zeros(1, np.int32), OnDevice(), "first")  # type: ignore[arg-type]
+    recorded = recording.Recording(torch.device("cuda"), (), 0, (), (table,), interpreted=False)
+    state = {"stream": "first", "captures": False}
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: state["stream"])
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: state["captures"])
+    monkeypatch.setattr(recording, "_CAPTURED", {})
+    recorded._hold()
+    assert held == []
+    state["stream"] = "second"
+    recorded._hold()
+    assert held == [(table.tensor, "second")]
+    assert recording._CAPTURED == {}
+    state["captures"] = True
+    recorded._hold()
+    assert list(recording._CAPTURED.values()) == [table]
+
+
 def test_calls_share_their_tables(rng: np.random.Generator) -> None:
     """Other strides, another batch, other heads: other recordings, the same tables."""
     recordings = []

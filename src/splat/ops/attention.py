@@ -123,8 +123,10 @@ class _Part:
         return self._run(pattern, offset, query, key, value, lengths)
 
     def _run(self, pattern: Pattern, offset: Any, query: Any, key: Any, value: Any, lengths: Any) -> tuple[Any, Any]:
-        # One head and one sequence: the plan is the same for any number of them.
-        problem = Problem(pattern, query.shape[1], key.shape[1], query.shape[3], dtype=str(query.dtype))
+        # One sequence and one key head: the plan is the same for any number of them, and two query heads stand for all
+        # that share a key head.
+        share = 2 if query.shape[2] > key.shape[2] else 1
+        problem = Problem(pattern, query.shape[1], key.shape[1], query.shape[3], share, dtype=str(query.dtype))
         plan = make_plan(problem, implementation=self.implementation, target=self.target, query_offset=offset)
         try:
             return load(self.implementation).attention(plan, self.options, query, key, value, lengths)

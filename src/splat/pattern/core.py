@@ -226,10 +226,13 @@ class Pattern:
     def children(self) -> tuple[Pattern, ...]:
         return ()
 
-    @cached_property
+    @property
     def depth(self) -> int:
         """How many operations are one inside the other."""
-        return 1 + max((child.depth for child in self.children), default=0)
+        known = self.__dict__.get("_depth")  # no cached_property: torch.compile cannot look through its lock
+        if known is None:
+            known = self.__dict__["_depth"] = 1 + max([child.depth for child in self.children], default=0)
+        return known
 
     @cached_property
     def is_static(self) -> bool:

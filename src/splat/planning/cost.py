@@ -85,10 +85,13 @@ class CostModel:
         return sorted(set(self.block_kv) | narrow | {min(max(f, 32), 1024) for f in fitted})
 
 
-def cost_model(implementation: str, target: Target, head_dim: int, dtype: str, kernel: str = "forward") -> CostModel:
+def cost_model(
+    implementation: str, target: Target, head_dim: int, dtype: str, kernel: str = "forward", grouped: bool = False
+) -> CostModel:
     """The model of `implementation` ("xla", "cpp", "triton") on `target`. Raises ArgumentError for another.
 
-    `kernel` is "forward", "d_query" or "d_key_value": they differ in the tile sizes that there are.
+    `kernel` is "forward", "d_query" or "d_key_value": they differ in the tile sizes that there are, some of which are
+    not for query heads that share key heads (`grouped`).
     """
     if implementation not in ("xla", "cpp", "triton"):
         raise ArgumentError(f"implementation must be 'triton', 'cpp' or 'xla', but {implementation!r} was given")
@@ -111,7 +114,7 @@ def cost_model(implementation: str, target: Target, head_dim: int, dtype: str, k
     reach = target.efficiency.get(head_dim, 0.61)
     element_s = (products + 1 / 16) * cycle_s / reach
     load = 2 * head_dim * 2 / (target.bandwidth_bytes * 3)  # tiles come mostly from L2, about 3x main memory
-    configs = kernel_configs(target.arch, kernel, head_dim, dtype) if implementation == "triton" else ()
+    configs = kernel_configs(target.arch, kernel, head_dim, dtype, grouped) if implementation == "triton" else ()
     shapes = tuple((c.block_q, c.block_kv, c.cycles * cycle_s / reach or element_s) for c in configs)
     return CostModel(
         implementation, target, block_q=tuple(sorted({b for b, _, _ in shapes})) or (64, 128),

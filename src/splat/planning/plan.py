@@ -113,7 +113,9 @@ class Plan:
         return schedule(self.transposed, self._model("d_key_value"), block_q=self.blocks[0], block_kv=self.blocks[1])
 
     def _model(self, kernel: str) -> CostModel:
-        return cost_model(self.implementation, find(self.target), self.problem.head_dim, self.problem.dtype, kernel)
+        p = self.problem
+        grouped = p.num_q_heads > p.num_kv_heads
+        return cost_model(self.implementation, find(self.target), p.head_dim, p.dtype, kernel, grouped)
 
     # -- numbers ---------------------------------------------------------------------------------------------------
 
@@ -358,7 +360,8 @@ def _check_sizes(blocks: Any) -> tuple[int | None, int | None]:
 
 
 def _make(problem, implementation, target, query_offset, block_q, block_kv) -> Plan:
-    model = cost_model(implementation, find(target), problem.head_dim, problem.dtype)
+    grouped = problem.num_q_heads > problem.num_kv_heads
+    model = cost_model(implementation, find(target), problem.head_dim, problem.dtype, grouped=grouped)
     acsr = build(problem.pattern, problem.q_len, problem.kv_len, query_offset)
     forward = schedule(acsr, model, block_q=block_q, block_kv=block_kv)
     return Plan(problem, query_offset, implementation, target, forward, blocks=(block_q, block_kv))

@@ -195,7 +195,8 @@ def schedule(acsr: ACSR, model: CostModel, *, block_q: int | None = None, block_
     base = min(block_q or most, most)
     if block_q and block_q % base:
         base = block_q
-    groupings = _candidates(acsr, base, block_q or (most if most < BASE_BLOCK else 2 * BASE_BLOCK))
+    mapped = most if most < BASE_BLOCK else 2 * BASE_BLOCK
+    groupings = _candidates(acsr, base, block_q or min(model.kernel_block_q(mapped), max(model.block_q)))
     spans = {key: _spans_of(acsr, tiles) for key, tiles in groupings.items()}
     passes = []
     for key, members in _assign(acsr, groupings, spans, model, block_q, block_kv):
@@ -277,7 +278,7 @@ def _assign(acsr, groupings, spans, model, block_q, block_kv) -> list[tuple[Grou
     merge = np.array([groupings[key].num_tiles * groupings[key].block_q for key in keys]) * model.pass_row_s
 
     def total(chosen: list[int]) -> float:
-        return float(cost[chosen].min(axis=0).sum() + merge[chosen].sum() - merge[chosen].max())
+        return float(cost[chosen].min(axis=0).sum() + (merge[chosen].sum() - merge[chosen].max()))
 
     serving_all = [[g] for g in range(len(keys)) if np.isfinite(cost[g]).all()]
     starts = [min(serving_all, key=total)] if serving_all else []

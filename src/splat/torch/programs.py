@@ -91,11 +91,13 @@ def _call(
     strides = tuple((x.stride(0), x.stride(1), x.stride(2)) for x in arrays)
     aligned = all(x.data_ptr() % 16 == 0 for x in arrays)
     has_lengths = lengths is not None
-    return Call(static, sizes, strides, query.device, has_lengths, d_lse, wanted, aligned, _allows_tf32())
+    return Call(static, sizes, strides, query.device, has_lengths, d_lse, wanted, aligned, _allows_tf32(query.device))
 
 
-def _allows_tf32() -> bool:
-    """PyTorch's own setting for float32 matrix products, in its new spelling or its old one."""
+def _allows_tf32(device: torch.device) -> bool:
+    """PyTorch's own setting for float32 matrix products, in its new spelling or its old one, where the GPU has tf32."""
+    if torch.version.hip is not None and "gfx942" not in torch.cuda.get_device_properties(device).gcnArchName:
+        return False
     matmul = torch.backends.cuda.matmul
     precision = getattr(matmul, "fp32_precision", "none")
     return bool(matmul.allow_tf32) if precision == "none" else precision == "tf32"
@@ -154,8 +156,9 @@ def _parsed(text: str) -> Pattern:
 
 def _plan(call: Call) -> Plan:
     (text, _, _, offset), s = call.static, call.sizes
-    # One head and one sequence: the plan is the same for any number of them.
-    problem = Problem(_parsed(text), s.q_len, s.kv_len, s.head_dim, dtype=s.dtype)
+    # One sequence and one key head: the plan is the same for any number of them, and two query heads stand for all that
+    # share a key head.
+    problem = Problem(_parsed(text), s.q_len, s.kv_len, s.head_dim, 2 if s.group > 1 else 1, dtype=s.dtype)
     return make_plan(problem, implementation="triton", target=target_of(call.device), query_offset=offset)
 
 

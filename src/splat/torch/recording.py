@@ -34,10 +34,11 @@ class Slot:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Table:
-    """A table on a device, and the array that it was made from."""
+    """A table on a device, the array that it was made from, and the stream that it was made on (of a GPU)."""
 
     array: np.ndarray
     tensor: Tensor
+    stream: Any = None
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -86,6 +87,8 @@ class Recording:
 
     def run(self, inputs: Sequence[Tensor | None]) -> list[Tensor]:
         """Carries out the steps on the current stream; the results."""
+        if self.device.type == "cuda":
+            self._hold()
         arrays: list[Any] = [*inputs, *(None,) * (self.count - len(inputs))]
         with torch.cuda.device(self.device) if self.device.type == "cuda" else contextlib.nullcontext():
             for step in self.steps:
@@ -96,6 +99,20 @@ class Recording:
                 for number in step.dropped:
                     arrays[number] = None
         return [arrays[number] for number in self.results]
+
+    def _hold(self) -> None:
+        """Sees to it that the tables outlive what is about to read them, though they may be forgotten before that.
+
+        Their memory goes back to the stream that they were made on: others have to be named. What a CUDA graph reads is
+        kept for good.
+        """
+        if torch.cuda.is_current_stream_capturing():
+            _CAPTURED.update({id(table): table for table in self.tables})
+            return
+        stream = torch.cuda.current_stream(self.device)
+        for table in self.tables:
+            if table.stream not in (None, stream):
+                table.tensor.record_stream(stream)
 
     def _new(self, shape: tuple[int, ...], dtype: torch.dtype, fill: float | None) -> Tensor:
         if fill is None and not self.interpreted:
@@ -202,6 +219,9 @@ def _for_all_sizes(function: Any, scalars: tuple[str, ...]) -> Any:
     return jit(function.fn, do_not_specialize=list(scalars))
 
 
+#: What captured CUDA graphs read, by identity.
+_CAPTURED: dict[int, Table] = {}
+
 _UPLOADED: weakref.WeakValueDictionary[tuple[int, torch.device], Table] = weakref.WeakValueDictionary()
 
 
@@ -214,6 +234,7 @@ def _on_device(array: np.ndarray, device: torch.device) -> Table:
                 "a CUDA graph is being captured, and this call's tables are not on the device yet. Call "
                 "splat.torch.attention once with the same pattern, shapes and offset before the capture."
             )
-        table = Table(array, torch.tensor(array, dtype=torch.int32, device=device))
+        stream = torch.cuda.current_stream(device) if device.type == "cuda" else None
+        table = Table(array, torch.tensor(array, dtype=torch.int32, device=device), stream)
         _UPLOADED[id(array), device] = table
     return table

@@ -18,6 +18,7 @@ from hypothesis import HealthCheck, given, settings
 import splat
 from splat.acsr import NOWHERE
 from splat.codegen.cpp.lower import (
+    ALONE,
     GROUP,
     UNROLLED_WALKS,
     Holes,
@@ -54,7 +55,7 @@ def rows_of(facts: PassFacts, tables: dict[str, Array], num_rows: int) -> Array:
         assert tables["ROWS"].shape == (len(tables["GROUPS"]), GROUP)
         return tables["ROWS"]
     per_residue = ceil_div(num_rows, facts.step * GROUP)
-    assert len(tables["GROUPS"]) == facts.step * per_residue
+    assert len(tables["GROUPS"]) == min(facts.step, num_rows) * per_residue
     n = np.arange(len(tables["GROUPS"]))[:, None]
     rows = n // per_residue + facts.step * (GROUP * (n % per_residue) + np.arange(GROUP))
     return np.minimum(rows, num_rows)
@@ -160,6 +161,15 @@ def test_lengths_do_not_change_the_facts() -> None:
     """One kernel for all lengths. The tables hold what differs."""
     for text in ("causal() & window(100, 0)", "strided(16)", "causal() & (window(40, 0) | sink(3))", "global_rows(5)"):
         assert len({lower(plan_of(text, n).forward)[0] for n in (512, 768, 1280)}) == 1, text
+
+
+@pytest.mark.parametrize("which", SCHEDULES)
+def test_lengths_below_a_stride_are_no_strides(which: str) -> None:
+    """Chunks of a prompt, say: each row is alone in its residue, and none of them needs a kernel of its own."""
+    for text in ("causal() & (window(8) | strided(512))", "causal() & dilated_window(40, 0, 512)"):
+        lengths = range(48, 500, 64)  # whole groups
+        assert len({lower(getattr(plan_of(text, n), which))[0] for n in lengths}) == 1, text
+        assert {one.step for one in lower(getattr(plan_of(text, 400), which))[0]} <= {1, ALONE}
 
 
 def test_facts() -> None:

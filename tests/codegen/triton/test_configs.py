@@ -39,10 +39,13 @@ def compiled(arch: str, **arguments: Any) -> Compiled:
     return found
 
 
-def row(arch: str, kernel: str, head_dim: int, config: KernelConfig, dtype: str) -> Compiled:
+def row(
+    arch: str, kernel: str, head_dim: int, config: KernelConfig, dtype: str, num_kv_heads: int | None = None
+) -> Compiled:
     return compiled(
         arch, kernel=kernel, head_dim=head_dim, dtype=dtype, block_q=config.block_q, block_kv=config.block_kv,
         num_warps=config.num_warps, num_stages=config.num_stages, descriptors=config.descriptors,
+        num_kv_heads=num_kv_heads or (2 if config.grouped else None),
     )  # fmt: skip
 
 
@@ -50,7 +53,7 @@ def row(arch: str, kernel: str, head_dim: int, config: KernelConfig, dtype: str)
 def test_sixteen_bits(arch: str, kernel: str, head_dim: int, config: KernelConfig) -> None:
     found = row(arch, kernel, head_dim, config, "bfloat16")
     assert found.problems(config.spilled_bytes) == []
-    assert list(found.tensor_core) == [TENSOR_CORE[arch]]
+    assert list(found.tensor_core) == ["mma.sync" if arch == "sm_100" and config.grouped else TENSOR_CORE[arch]]
     assert found.num_warps == config.num_warps
     assert ("tma" in found.copies) == (config.descriptors and arch in WITH_TMA)
 
@@ -63,12 +66,22 @@ def test_single_precision(arch: str, kernel: str, head_dim: int, config: KernelC
     assert bool(found.tensor_core) == arch.startswith("gfx")
 
 
+GROUPED = [one for one in rows("bfloat16") if one.values[1] == "d_key_value" and one.values[3].grouped is None]
+
+
+@pytest.mark.parametrize(("arch", "kernel", "head_dim", "config"), GROUPED)
+def test_grouped_query_heads(arch: str, kernel: str, head_dim: int, config: KernelConfig) -> None:
+    """A loop over the query heads of a key head, which is around all others."""
+    assert row(arch, kernel, head_dim, config, "bfloat16", num_kv_heads=2).problems(config.spilled_bytes) == []
+
+
 def test_every_case_has_a_row() -> None:
     """And other tile sizes have a rule."""
     for arch in ARCHITECTURES:
         for kernel in KERNELS:
             for dtype in ("bfloat16", "float16", "float32"):
                 for head_dim in (1, 64, 65, 80, 128, 129, 256):
+                    assert all(kernel_configs(arch, kernel, head_dim, dtype, grouped) for grouped in (False, True))
                     (first, *_) = known = kernel_configs(arch, kernel, head_dim, dtype)
                     assert find_config(arch, kernel, head_dim, dtype, first.block_q, first.block_kv) == first
                     assert len({(one.block_q, one.block_kv) for one in known}) == len(known), "one row hides another"

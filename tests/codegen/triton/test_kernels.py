@@ -80,8 +80,8 @@ def test_composed_patterns(
     [
         ("neighborhood((3, 3, 4), (3, 3, 3))", "forward", False),
         ("random_blocks(3, 10, 0)", "d_key_value", False),
-        ("window(3) | lattice_columns(5, 1) | lattice_columns(7, 3)", "forward", True),
-        ("(window(3) | lattice_columns(5, 1) | lattice_columns(7, 3)).T", "d_key_value", True),
+        ("random_blocks(3, 6, 0) | lattice_columns(5, 1)", "forward", True),
+        ("(random_blocks(3, 6, 0) | lattice_columns(5, 1)).T", "d_key_value", True),
     ],
 )
 @pytest.mark.parametrize("lengths", [None, [33]])

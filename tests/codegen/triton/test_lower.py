@@ -6,6 +6,7 @@ Nothing is shared with the kernels, and neither triton nor a GPU is needed.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -21,7 +22,8 @@ import splat
 from splat.acsr import NOWHERE
 from splat.codegen.triton.lower import UNROLLED_WALKS, PassSpec, Tables, lower
 from splat.pattern import Pattern
-from splat.planning import SCHEDULES, Plan, Problem, Schedule, make_plan
+from splat.planning import SCHEDULES, Plan, Problem, Schedule, find, make_plan
+from splat.planning.kernels import kernel_configs
 from splat.tiling import Test as Comparison
 from tests.attention_suite import MODELS, SPARSE_SUITE, VOCABULARY
 from tests.strategies import Case, cases, more
@@ -159,7 +161,7 @@ def test_patterns(text: str, target: str) -> None:
 
 
 @settings(more(4), suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much])
-@given(cases(), st.sampled_from(["interpreter", "h100"]), st.sampled_from([{}, (16, 16), (32, 64), (8, 16)]))
+@given(cases(), st.sampled_from(["interpreter", "h100"]), st.sampled_from([{}, (16, 16), (32, 64), (64, 16)]))
 def test_composed_patterns(case: Case, target: str, blocks: Any) -> None:
     sizes = dict(zip(("block_q", "block_kv"), blocks, strict=True)) if blocks else {}
     try:
@@ -177,6 +179,54 @@ def test_lengths_do_not_change_the_facts() -> None:
             tuple(spec.facts for spec in lower(plan_of(splat.parse(text), n, n).forward)[0]) for n in (512, 768, 1280)
         }
         assert len(facts) == 1, text
+
+
+@pytest.mark.parametrize("which", SCHEDULES)
+def test_lengths_below_a_stride_are_no_strides(which: str) -> None:
+    """Chunks of a prompt, say: each row is alone in its residue, and none of them needs a kernel of its own."""
+    for text in ("causal() & (window(64) | strided(512))", "causal() & dilated_window(40, 0, 512)"):
+        facts = set()
+        for n in range(260, 500, 40):
+            problem = Problem(splat.parse(text), n, n, 128, dtype="bfloat16")
+            plan = make_plan(problem, implementation="triton", target="h100")
+            facts.add(tuple(spec.facts for spec in lower(getattr(plan, which))[0]))
+        assert len(facts) == 1, text
+
+
+#: Some rows, or keys, of these have most of the pairs: they are read from a map.
+MAPPED = ("blocked(64, 1, 1) | global_tokens(64) | random_blocks(64, 3, 0)", "random_blocks(64, 3, 0)",
+          "causal() & (blocked(256) | lattice_columns(256, 255))")  # fmt: skip
+
+
+@pytest.mark.parametrize("target", ["a100", "h100", "b200", "mi300x"])
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+def test_tiles_are_those_that_there_are_kernels_for(target: str, head_dim: int) -> None:
+    """Also where rows are read from a map: as many as the kernel takes, of what it was surveyed for."""
+    arch = find(target).arch
+    for dtype, text in itertools.product(("bfloat16", "float32"), MAPPED):
+        grouped = text == MAPPED[0]
+        problem = Problem(splat.parse(text), 8192, 8192, head_dim, 2 if grouped else 1, dtype=dtype)
+        plan = make_plan(problem, implementation="triton", target=target)
+        for which in SCHEDULES:
+            known = [(one.block_q, one.block_kv) for one in kernel_configs(arch, which, head_dim, dtype, grouped)]
+            specs, tables = lower(getattr(plan, which))
+            for spec, table in zip(specs, tables, strict=True):
+                assert (spec.block_q, spec.block_kv) in known
+                assert spec.tile_rows <= spec.block_q
+                assert rows_of(spec, table, 8192).shape == (spec.num_slots, spec.block_q)
+
+
+@pytest.mark.parametrize("target", ["a100", "h100", "b200", "mi300x"])
+def test_maps_of_other_sizes_keep_every_pair(target: str) -> None:
+    pattern = splat.causal() & (splat.window(50) | splat.strided(50))
+    for head_dim in (64, 256):
+        plan = make_plan(
+            Problem(pattern, 16, 500, head_dim, dtype="bfloat16"), implementation="triton", target=target,
+            query_offset=484,
+        )  # fmt: skip
+        mask = pattern.to_dense(16, 500, query_offset=484)
+        for which in SCHEDULES:
+            check(*lower(getattr(plan, which)), mask.T if which == "d_key_value" else mask)
 
 
 def test_more_walks_than_are_written_out() -> None:

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from functools import lru_cache
 
 from splat import __version__
-from splat.codegen.cpp.lower import GROUP, PassFacts, WalkFacts
+from splat.codegen.cpp.lower import ALONE, GROUP, PassFacts, WalkFacts
 
 #: dtype -> its type in C++.
 SCALARS = {"float32": "float", "float64": "double", "bfloat16": "bfloat16", "float16": "float16"}
@@ -132,7 +132,7 @@ def _pass(n: int, facts: PassFacts, kernel: str) -> Iterator[str]:
     _, rows, columns = _WORDS[kernel]
     where = "read from a table" if facts.step is None else "neighbours"
     if facts.step is not None and facts.step > 1:
-        where = f"{facts.step} apart"
+        where = "of which one is there" if facts.step == ALONE else f"{facts.step} apart"
     yield f"// Groups of {GROUP} {rows}, {where}."
     for w, walk in enumerate(facts.walks):
         which = f"Walks w = 0 to {facts.loop - 1}" if facts.loop else f"Walk {w}"

@@ -23,6 +23,9 @@ from splat.tiling import Test, Walk, cover
 #: Rows of a group: one to a lane of the kernels' vectors.
 GROUP, COLUMN = CPP_TILE
 
+#: The step of rows that are alone in their groups, where a stride is longer than there are rows: one text for all.
+ALONE = 1 << 30
+
 #: Up to so many walks are written out one after the other; more are a loop, where they are alike.
 UNROLLED_WALKS = 8
 
@@ -49,7 +52,7 @@ class PassFacts:
     """Static facts of a pass.
 
     Attributes:
-      step: group n holds rows at distances of `step`; None: they are read from ROWS.
+      step: group n holds rows at distances of `step`, or one row where it is `ALONE`; None: they are read from ROWS.
       num_tests: rows of BOUNDS; 0: there is no such table.
       walks: one after the other; the only one where `loop` is set.
       loop: so many walks are alike, and walk w compares with row w of BOUNDS (`walks[0].tests` says how).
@@ -108,12 +111,15 @@ def _lower_pass(schedule: Schedule, one: Pass) -> tuple[PassFacts, Tables]:
         full, edges = any(walk.full for walk in facts), any(walk.edges for walk in facts)
         facts = (WalkFacts(facts[0].stride, full, edges, (Test(0, True, True),) if edges else ()),)
         tested = tested if edges else []
+    num_rows = schedule.acsr.shape[0]
     step = one.tiles.step if one.tiles.row_map is None else None
+    if step is not None and step >= num_rows > 1:
+        step = ALONE
     tables = [_groups(one, walks)]
     if tested:
         tables.append(_bounds(schedule.acsr, tested))
     if step is None:
-        tables.append(_padded(one.tiles.rows, schedule.acsr.shape[0]))
+        tables.append(_padded(one.tiles.rows, num_rows))
     return PassFacts(step, len(tested), facts, loop), tables
 
 

@@ -233,7 +233,8 @@ def _d_key_value_text(facts: PassFacts, variant: Variant) -> Iterator[str]:
     body = [f"    {line}" for line in inner]
     body += _walks(facts, sources, call, limited=False, live=variant.lengths)
     if variant.grouped:
-        yield "    for member in range(GROUP):"
+        # Left to itself, the compiler makes what every member needs ahead of the loop, and spills it.
+        yield "    for member in tl.range(0, GROUP, disable_licm=True):"
         body = ["    " + line for line in body]
     yield from body
     yield "    d_k = d_k * scale"
@@ -258,7 +259,7 @@ def _walks(facts: PassFacts, sources: dict[str, tuple[str, str]], call: Any, *, 
         stride, tests = facts.looped
         both = tuple(Test(n, True, True) for n in range(tests))
         generic = WalkFacts(stride or 0, both, True, both)
-        yield "    for walk in range(num_walks):"
+        yield "    for walk in tl.range(0, num_walks, disable_licm=True):"
         yield f"        walk_of = WALKS + walk * {1 + tests}"
         if stride is None:
             yield "        stride = tl.load(walk_of)"
@@ -367,11 +368,11 @@ def _combine_lines(name: str, passes: int, results: int, with_lse: bool) -> Iter
         yield "    top = lse0"
         for n in range(1, passes):
             yield f"    top = tl.maximum(top, lse{n})"
-        yield '    top = tl.where(top > -float("inf"), top, 0.0)'
+        yield '    top = tl.where(top != -float("inf"), top, 0.0)'
         for n in range(passes):
             yield f"    share{n} = share(lse{n}, top)"
         yield f"    total = {' + '.join(f'share{n}' for n in range(passes))}"
-        yield "    safe = tl.where(total > 0.0, total, 1.0)"
+        yield "    safe = tl.where(total != 0.0, total, 1.0)"
     for r in range(results):
         for n in range(passes):
             weight = f" * (share{n} / safe)[:, None]" if with_lse else ""

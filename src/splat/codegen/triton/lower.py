@@ -88,8 +88,8 @@ def lower(schedule: Schedule) -> tuple[tuple[PassSpec, ...], list[Tables]]:
     one with the largest step: the others' results are written by slot, and it would have most slots without a row.
     """
     passes = [one for one in schedule.passes if one.order.shape[0] and one.walks]
+    passes.sort(key=lambda one: one.tiles.step if one.tiles.row_map is None else 0)  # 0: some rows are in no tile
     lowered = [_lower_pass(schedule, one) for one in passes]
-    lowered.sort(key=lambda pair: pair[0].facts.step or 0)  # 0: some rows are in no tile
     for spec, tables in lowered[: -1 if lowered and lowered[-1][0].facts.covers_rows else None]:
         tables["SLOTS"] = _slots(spec, tables, schedule.acsr.shape[0])
     return tuple(spec for spec, _ in lowered), [tables for _, tables in lowered]
@@ -105,8 +105,10 @@ def _lower_pass(schedule: Schedule, one: Pass) -> tuple[PassSpec, Tables]:
     walks = tuple(_walk_facts(walk, tested) for walk in one.walks)
     tests = max((len(_all_tests(walk)) for walk in walks), default=0)
     strides = {walk.stride for walk in walks}
+    # A row that is alone in its tile needs no step: there are as many as rows, where a stride is longer than these.
+    step = one.tiles.step if tile_rows > 1 else 1
     facts = PassFacts(
-        step=one.tiles.step if one.tiles.row_map is None else None,
+        step=step if one.tiles.row_map is None else None,
         walks=() if looped else walks,
         looped=(strides.pop() if len(strides) == 1 else None, tests) if looped else None,
         covers_rows=one.tiles.row_map is None,

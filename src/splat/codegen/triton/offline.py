@@ -36,6 +36,9 @@ from splat.codegen.triton.launch import Launch
 from splat.codegen.triton.offline_model import ARCHITECTURES
 from splat.errors import ArgumentError
 
+#: That a multiprocessor of the Blackwell generation has: what is compiled for more is no kernel.
+TENSOR_MEMORY_COLUMNS = 512
+
 _TENSOR_CORE = {
     "wgmma": r"\bwgmma\.mma_async\b",
     "mma.sync": r"\bmma\.sync\b",
@@ -60,6 +63,7 @@ class Compiled:
       registers: per thread; on AMD vector registers, accumulation registers included.
       spilled_bytes: per thread, written to memory because registers ran out.
       shared_bytes: of shared memory (LDS), per program.
+      tensor_memory_columns: of Blackwell's tensor memory, per program.
       tensor_core: instructions in the assembly text by name: "wgmma", "mma.sync", "tcgen05.mma", "mfma".
       copies: asynchronous copies to shared memory in the assembly text: "cp.async", "tma", "buffer_load lds".
       serialized: why ptxas put a wait after every wgmma (its C7515), in its words; empty where it did not.
@@ -74,6 +78,7 @@ class Compiled:
     registers: int
     spilled_bytes: int
     shared_bytes: int
+    tensor_memory_columns: int
     tensor_core: dict[str, int]
     copies: dict[str, int]
     serialized: str
@@ -98,6 +103,11 @@ class Compiled:
             found.append(
                 f"{self.name} needs {self.shared_bytes:,} bytes of shared memory; {self.arch} has {limit:,}. "
                 "Use smaller tiles or fewer stages."
+            )
+        if self.tensor_memory_columns > TENSOR_MEMORY_COLUMNS:
+            found.append(
+                f"{self.name} needs {self.tensor_memory_columns} columns of tensor memory; {self.arch} has "
+                f"{TENSOR_MEMORY_COLUMNS}. Use smaller tiles."
             )
         if self.spilled_bytes > allowed_spill_bytes:
             found.append(
@@ -276,6 +286,7 @@ def compile_launch(launch: Launch, arch: str, *, options: dict[str, Any] | None 
         registers=registers,
         spilled_bytes=spilled,
         shared_bytes=kernel.metadata.shared,
+        tensor_memory_columns=getattr(kernel.metadata, "tmem_size", None) or 0,
         tensor_core=_counts(_TENSOR_CORE, assembly),
         copies=_counts(_COPIES, assembly),
         serialized=reason[1] if (reason := re.search(r"serialized due to (.*?)(?: in the function|$)", log)) else "",

@@ -299,7 +299,7 @@ class Program:
 
     @property
     def _precision(self) -> str:
-        return "tf32" if self.binding.allow_tf32 else "ieee"
+        return "tf32" if self.binding.allow_tf32 and self.sizes.dtype == "float32" else "ieee"
 
     def _scale(self) -> tuple[float, int]:
         """(scale > 0, factor of q): kernels look for the largest score before they scale it."""

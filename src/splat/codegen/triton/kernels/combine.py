@@ -29,20 +29,20 @@ def partial_rows(X, pair, slots, num_slots, HEAD_DIM: tl.constexpr, WIDTH: tl.co
 @triton.jit
 def share(lse, top):
     """A pass's share of the softmax's denominator, relative to the largest log-sum-exp."""
-    return tl.where(lse > -float("inf"), tl.exp2((lse - top) * LOG2E), 0.0)
+    return tl.where(lse != -float("inf"), tl.exp2((lse - top) * LOG2E), 0.0)
 
 
 @triton.jit
 def merged_lse(top, total):
-    """Log-sum-exp of all passes; -inf where no pass has anything."""
-    return tl.where(total > 0.0, top + tl.log2(tl.where(total > 0.0, total, 1.0)) * LN2, -float("inf"))
+    """Log-sum-exp of all passes; -inf where no pass has anything. NaN stays."""
+    return tl.where(total != 0.0, top + tl.log2(tl.where(total != 0.0, total, 1.0)) * LN2, -float("inf"))
 
 
 @triton.jit
 def resume(top, total, acc, LSE, X, pair, slots, num_slots, HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr):
     """The online softmax's state after an earlier pass's pairs too: as if they were one more tile."""
     lse = partial_lse(LSE, pair, slots, num_slots)
-    some = lse > -float("inf")
+    some = lse != -float("inf")
     last = tl.where(some, lse * LOG2E, LEAST)
     new_top = tl.maximum(top, last)
     decay = tl.exp2(top - new_top)

@@ -236,7 +236,7 @@ template <Kind kKind, class Facts, class... Passes> class Handler {
   template <class One>
   static void read_pass(Reader& reader, int64_t rows, const int32_t** tables, int64_t* num_groups) {
     int64_t walks = One::kWalks, fields = 5, bounds = One::kBounds, sides = 2, lanes = 16;
-    *num_groups = One::kStep ? One::kStep * ((rows + One::kStep * lanes - 1) / (One::kStep * lanes)) : -1;
+    *num_groups = One::kStep ? One::residues(rows) * One::groups_of_residue(rows) : -1;
     *tables++ = reader.operand<int32_t>("GROUPS", *num_groups, walks, fields);
     if (One::kBounds) *tables++ = reader.operand<int32_t>("BOUNDS", bounds, sides, rows);
     if (!One::kStep) *tables++ = reader.operand<int32_t>("ROWS", *num_groups, lanes);

@@ -8,8 +8,7 @@ namespace splat {
 /// Of a gradient, what no pass writes: rows that no tile has, and keys past their sequence's length.
 template <class Facts> void fill_query_gradients(const Call& call, Pool& pool) {
   if (!Facts::fill) return;
-  parallel_for(pool, call.batch * call.num_q_heads, [&](int64_t index) {
-    const int64_t b = index / call.num_q_heads, h = index % call.num_q_heads;
+  for_heads(pool, call.batch, call.num_q_heads, [&](int64_t b, int64_t h) {
     clear_rows<typename Facts::Scalar, Facts::head_dim>(call.d_query, b, h, 0, call.q_len);
   });
 }
@@ -17,8 +16,7 @@ template <class Facts> void fill_key_gradients(const Call& call, Pool& pool) {
   bool all_written = !Facts::fill;
   for (int64_t b = 0; b < call.batch && call.kv_lengths; ++b) all_written &= call.kv_lengths[b] >= call.kv_len;
   if (all_written) return;
-  parallel_for(pool, call.batch * call.num_kv_heads, [&](int64_t index) {
-    const int64_t b = index / call.num_kv_heads, h = index % call.num_kv_heads;
+  for_heads(pool, call.batch, call.num_kv_heads, [&](int64_t b, int64_t h) {
     const int64_t from = Facts::fill ? 0 : call.kv_lengths[b];
     clear_rows<typename Facts::Scalar, Facts::head_dim>(call.d_key, b, h, from, call.kv_len);
     clear_rows<typename Facts::Scalar, Facts::head_dim>(call.d_value, b, h, from, call.kv_len);

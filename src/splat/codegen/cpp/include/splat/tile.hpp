@@ -241,6 +241,11 @@ template <class Facts> SPLAT_INLINE double lane_factor(const Call& call) {
   return Facts::soft_cap ? call.scale / call.soft_cap : call.scale * kLog2e<double>;
 }
 
+/// body(batch, head) for all of them, on the pool's threads.
+template <class Body> void for_heads(Pool& pool, int64_t batch, int64_t heads, Body&& body) {
+  parallel_for(pool, batch * heads, [&](int64_t index) { body(index / heads, index % heads); });
+}
+
 /// Sets rows of a head of a result to 0.
 template <class Scalar, int D>
 void clear_rows(const Array& array, int64_t batch, int64_t head, int64_t from, int64_t to) {
@@ -253,8 +258,7 @@ template <class Facts> void fill_outputs(const Call& call, Pool& pool) {
   using Scalar = typename Facts::Scalar;
   using T = Compute<Scalar>;
   if (!Facts::fill) return;
-  parallel_for(pool, call.batch * call.num_q_heads, [&](int64_t index) {
-    const int64_t b = index / call.num_q_heads, h = index % call.num_q_heads;
+  for_heads(pool, call.batch, call.num_q_heads, [&](int64_t b, int64_t h) {
     clear_rows<Scalar, Facts::head_dim>(call.out, b, h, 0, call.q_len);
     for (int64_t i = 0; i < call.q_len; ++i) at<T>(call.lse, b, h)[i * call.lse.position] = -kInfinity<T>;
   });

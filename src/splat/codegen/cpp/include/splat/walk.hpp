@@ -32,6 +32,13 @@ template <int kStep_, int kBounds_, class... Walks> struct Pass {
   static constexpr int kStep = kStep_, kBounds = kBounds_;
   static constexpr int kWalks = (0 + ... + Walks::kWalks);
   static constexpr int kTables = 1 + (kBounds > 0) + (kStep == 0);
+
+  /// Where kStep: residues that some of so many rows have, and groups of each.
+  static constexpr int64_t residues(int64_t rows) { return kStep < rows ? kStep : rows; }
+  static constexpr int64_t groups_of_residue(int64_t rows) {
+    constexpr int64_t of_group = (kStep ? kStep : 1) * (int64_t)kGroup;
+    return (rows + of_group - 1) / of_group;
+  }
 };
 
 /// What a masked block compares: bounds [test][lower, upper][lane] of one row tile.
