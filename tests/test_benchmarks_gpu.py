@@ -126,6 +126,11 @@ def test_gate_passes_the_truth_and_nothing_else() -> None:
     for ours, theirs in zip((truth.d_query, truth.d_key, truth.d_value), made, strict=True):
         torch.testing.assert_close(ours, theirs.nan_to_num(0.0))
     assert check.gate(truth, arrays, text)[1] == []
+    shared = check.reference([arrays[0], arrays[1][:1], arrays[2][:1], arrays[3]], text)
+    apart = check.reference([arrays[0], *(x[[0, 0]] for x in arrays[1:3]), arrays[3]], text)
+    torch.testing.assert_close(shared.d_query, apart.d_query)
+    torch.testing.assert_close(shared.d_key, apart.d_key.sum(0, keepdim=True))
+    torch.testing.assert_close(shared.d_value, apart.d_value.sum(0, keepdim=True))
     for field in main.dataclasses.fields(check.Results):
         for wrong in (torch.nan, 9.0):
             bad = getattr(truth, field.name).clone()
@@ -321,8 +326,9 @@ def test_rehearsal(tmp_path: Path) -> None:
     kept = json.loads((tmp_path / "rehearsal.json").read_text(encoding="utf-8"))
     said = kept["messages"]
     assert kept["rehearsal"]
-    assert [m["faults"] for m in said if m["what"] == "gate"] == [[], []]
-    assert {m["binding"] for m in said if m["what"] == "gate"} == {"PyTorch", "JAX"}
+    assert [m["faults"] for m in said if m["what"] == "gate"] == [[], [], []]
+    bindings = {"PyTorch", "PyTorch, 4 heads a key head, H 16", "JAX"}
+    assert {m["binding"] for m in said if m["what"] == "gate"} == bindings
     timed = {(m["kind"], m["direction"]): set(m["ms"]) for m in said if m["what"] == "time"}
     assert timed["attention", FORWARD] == {"splat", "flex 128", "flex 64", "dense causal"}
     assert timed["attention", BOTH] == {"splat", "dense causal"}  # FlexAttention has no gradients on a CPU

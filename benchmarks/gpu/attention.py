@@ -15,7 +15,7 @@ import splat.torch
 from benchmarks import report, timing
 from benchmarks.gpu import check
 from benchmarks.gpu.flex import BLOCKS, Attention, Dense, Flex, is_causal
-from benchmarks.gpu.jobs import BOTH, DIRECTIONS, FORWARD, Job, case_of
+from benchmarks.gpu.jobs import BOTH, DIRECTIONS, FORWARD, SHARE, Job, case_of
 from benchmarks.gpu.worker import Bench
 from splat.planning import Plan, Problem, make_plan
 from splat.torch.programs import target_of
@@ -59,6 +59,9 @@ class AttentionBench(Bench):
             self._facts(q_len)
             if self.within("splat", q_len):
                 self._check(q_len)
+        for head_dim in self.job.sizes.grouped:
+            if self.within("splat, grouped", min(self.job.lengths)):
+                self._check_grouped(min(self.job.lengths), head_dim)
         for q_len in self.job.lengths:
             self._compile(q_len, Flex(self._text(q_len), BLOCKS[0], self.job.device))
         for q_len in self.job.lengths:
@@ -81,29 +84,34 @@ class AttentionBench(Bench):
         """The gate: only what passes is timed."""
         ours = Ours(splat.parse(self._text(q_len))).build(q_len)
         with self.guarded("splat", q_len):
-            begin = time.perf_counter()
-            results, arrays = self._results(q_len)
-            seconds = time.perf_counter() - begin
-            found, faults = check.gate(results, arrays, self._text(q_len))
-            self.say("gate", binding="PyTorch", q_len=q_len, errors=found, faults=faults, first_call_s=seconds)
-            if not faults:
+            sizes = self.job.sizes
+            arrays = check.inputs(q_len, sizes.heads, sizes.head_dim, sizes.dtype, self.job.device)
+            heads = check.checked_heads(sizes.heads, sizes.num_checked)
+            if not self._gate(q_len, "PyTorch", arrays, heads):
                 self.built |= {("splat", q_len, direction): ours for direction in DIRECTIONS}
 
-    def _results(self, q_len: int) -> tuple[check.Results, list[Tensor]]:
-        """Ours for the heads that are looked at, and the inputs of these heads; compiles both directions."""
-        sizes = self.job.sizes
-        query, key, value, d_out = check.inputs(q_len, sizes.heads, sizes.head_dim, sizes.dtype, self.job.device)
+    def _check_grouped(self, q_len: int, head_dim: int) -> None:
+        """Query heads that share key heads, where the kernel of dK and dV is another; of all head dims."""
+        with self.guarded("splat, grouped", q_len):
+            arrays = check.inputs(q_len, 2 * SHARE, head_dim, self.job.sizes.dtype, self.job.device, share=SHARE)
+            self._gate(q_len, f"PyTorch, {SHARE} heads a key head, H {head_dim}", arrays, slice(None))
+
+    def _gate(self, q_len: int, binding: str, arrays: list[Tensor], heads: list[int] | slice) -> list[str]:
+        """Ours for the heads that are looked at, compared; compiles both directions. The faults."""
+        begin = time.perf_counter()
+        query, key, value, d_out = arrays
         for x in (query, key, value):
             x.requires_grad_()
         pattern = splat.parse(self._text(q_len))
         with poisoned():
             out, lse = splat.torch.attention(query, key, value, pattern, return_lse=True)
             gradients = torch.autograd.grad(out, (query, key, value), d_out)
-        heads = check.checked_heads(sizes.heads, sizes.num_checked)
         out, lse, d_query, d_key, d_value = (x.detach()[0, heads] for x in (out, lse, *gradients))
-        return check.Results(out, lse, d_query, d_key, d_value), [
-            x.detach()[0, heads] for x in (query, key, value, d_out)
-        ]
+        results = check.Results(out, lse, d_query, d_key, d_value)
+        seconds = time.perf_counter() - begin
+        found, faults = check.gate(results, [x.detach()[0, heads] for x in arrays], self._text(q_len))
+        self.say("gate", binding=binding, q_len=q_len, errors=found, faults=faults, first_call_s=seconds)
+        return faults
 
     def _compile(self, q_len: int, peer: Any) -> None:
         """One call in each direction."""

@@ -34,7 +34,7 @@ TOLERANCE = (
 
 @dataclasses.dataclass(frozen=True)
 class Results:
-    """[N, T, H] each, log-sum-exp [N, T]."""
+    """[N, T, H] each, log-sum-exp [N, T]; d_key and d_value with the heads of keys."""
 
     out: Tensor
     lse: Tensor
@@ -43,11 +43,14 @@ class Results:
     d_value: Tensor
 
 
-def inputs(q_len: int, heads: int, head_dim: int, dtype: str, device: str, seed: int = 0) -> list[Tensor]:
-    """query, key, value and the output's gradient, [1, N, T, H], normal."""
+def inputs(
+    q_len: int, heads: int, head_dim: int, dtype: str, device: str, seed: int = 0, share: int = 1
+) -> list[Tensor]:
+    """query, key, value and the output's gradient, [1, N, T, H], normal; `share` query heads have one of the keys."""
     generator = torch.Generator(device).manual_seed(seed)
-    shape, kind = (1, heads, q_len, head_dim), getattr(torch, dtype)
-    return [torch.randn(shape, generator=generator, device=device, dtype=torch.float32).to(kind) for _ in range(4)]
+    kind = getattr(torch, dtype)
+    shapes = [(1, number, q_len, head_dim) for number in (heads, heads // share, heads // share, heads)]
+    return [torch.randn(x, generator=generator, device=device, dtype=torch.float32).to(kind) for x in shapes]
 
 
 def checked_heads(heads: int, count: int) -> list[int]:
@@ -56,10 +59,14 @@ def checked_heads(heads: int, count: int) -> list[int]:
 
 
 def reference(arrays: Sequence[Tensor], text: str) -> Results:
-    """Dense attention and its gradients in float64; arrays are [N, T, H]."""
+    """Dense attention and its gradients in float64; arrays are [N, T, H], key and value perhaps of fewer heads."""
     query, key, value, d_out = (x.double() for x in arrays)
-    parts = [_one_head(*head, text=text) for head in zip(query, key, value, d_out, strict=True)]
-    return Results(*(torch.stack(list(each)) for each in zip(*parts, strict=True)))
+    share = query.shape[0] // key.shape[0]
+    heads = zip(query, key.repeat_interleave(share, 0), value.repeat_interleave(share, 0), d_out, strict=True)
+    parts = [_one_head(*head, text=text) for head in heads]
+    out, lse, d_query, d_key, d_value = (torch.stack(list(each)) for each in zip(*parts, strict=True))
+    d_key, d_value = (x.unflatten(0, (-1, share)).sum(1) for x in (d_key, d_value))
+    return Results(out, lse, d_query, d_key, d_value)
 
 
 def _one_head(query: Tensor, key: Tensor, value: Tensor, d_out: Tensor, *, text: str) -> list[Tensor]:

@@ -19,15 +19,22 @@ SUITES = ("sas", "gpu-planning", "models", "paper")
 
 @dataclasses.dataclass(frozen=True)
 class Sizes:
-    """Of the arrays; batch is 1. `num_checked` heads are compared with a dense computation: the last, the first, ..."""
+    """Of the arrays; batch is 1.
+
+    Attributes:
+      num_checked: heads that are compared with a dense computation: the last, the first, ...
+      grouped: head dims at which `SHARE` query heads to a key head are checked, which are not timed.
+    """
 
     heads: int
     head_dim: int
     num_checked: int = 2
     dtype: str = "bfloat16"
+    grouped: tuple[int, ...] = ()
 
 
-USUAL, TINY = Sizes(64, 128), Sizes(2, 16, num_checked=1)
+SHARE = 4
+USUAL, TINY = Sizes(64, 128, grouped=(64, 128, 256)), Sizes(2, 16, num_checked=1, grouped=(16,))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,7 +72,8 @@ class Job:
         """From `dataclasses.asdict`, by way of JSON."""
         tuples = {key: tuple(data[key]) for key in ("cases", "lengths", "skip")}
         configs = tuple(tuple(config) for config in data["configs"])
-        return Job(**{**data, **tuples, "sizes": Sizes(**data["sizes"]), "configs": configs})
+        sizes = Sizes(**{**data["sizes"], "grouped": tuple(data["sizes"]["grouped"])})
+        return Job(**{**data, **tuples, "sizes": sizes, "configs": configs})
 
 
 def name_of(case: Case) -> str:

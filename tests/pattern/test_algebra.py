@@ -248,17 +248,46 @@ def test_runs_that_share_no_line_are_disjoint() -> None:
 
 
 def test_expressions_are_no_deeper_than_their_text_can_be_read() -> None:
-    deep = functools.reduce(operator.or_, [splat.window(n) for n in range(MAX_DEPTH)])
+    deep = functools.reduce(operator.or_, [splat.window(n) for n in range(MAX_DEPTH + 1)])
     assert splat.parse(repr(deep)) == deep
     assert hash(splat.parse(repr(deep))) == hash(deep)
-    assert splat.plan(deep, 300).nnz == splat.plan(splat.window(MAX_DEPTH - 1), 300).nnz
-    for deeper in (lambda: deep | splat.sink(1), lambda: splat.sink(1) & deep, lambda: ~deep, lambda: deep.T):
+    assert splat.plan(deep, 300).nnz == splat.plan(splat.window(MAX_DEPTH), 300).nnz
+    each = splat.per_head([deep, splat.causal()])
+    for deeper in (
+        lambda: deep | splat.sink(1), lambda: splat.sink(1) & deep, lambda: ~deep, lambda: deep.T,
+        lambda: each | splat.sink(1), lambda: splat.sink(1) | each,
+    ):  # fmt: skip
         with pytest.raises(PatternError, match=f"more than {MAX_DEPTH} operations one inside the other. Combine"):
             deeper()
 
 
+@pytest.mark.parametrize(
+    ("text", "q_len", "components"),
+    [
+        ("strided(512) | global_rows(16) | strided(300)", 16384, 4),
+        ("blocked(4096) | strided(1200) | strided(300)", 16384, 9),
+    ],
+)
+def test_unions_fall_into_few_pieces(text: str, q_len: int, components: int) -> None:
+    """Whichever side loses what they share."""
+    pattern = splat.parse(text)
+    assert len(splat.build(pattern, q_len).components) <= components
+    mask = np.zeros((700, 700), bool)
+    for part in text.split(" | "):
+        mask |= splat.parse(part).to_dense(700)
+    np.testing.assert_array_equal(pattern.to_dense(700), mask)
+
+
+def test_strides_that_hardly_fit_meet_once() -> None:
+    pattern = splat.strided(600_000_000) - splat.strided(400_000_000)
+    assert splat.build(pattern, 10).nnz == 0
+    assert splat.build(pattern, 1, 700_000_000).nnz == 1
+
+
 def test_union_of_strides_avoids_the_refusal() -> None:
     """Only one of the two differences need be possible."""
+    few = splat.build(splat.strided(4) | splat.lattice_columns(1021), 1, 2_000_000)
+    assert len(few.components) < 10
     pattern = splat.strided(1000) | splat.window(3) | splat.strided(10)
     mask = pattern.to_dense(2100)
     assert mask.sum() == (splat.strided(10) | splat.window(3)).to_dense(2100).sum()

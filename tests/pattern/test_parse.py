@@ -275,10 +275,18 @@ def test_words_of_python_are_told_their_operator(text: str, word: str, operator:
     assert mark == "  " + " " * column + "^"
 
 
-def test_lines_may_end_anywhere() -> None:
-    assert splat.parse("causal()\n  & window(3)\n| sink(2)") == splat.causal() & splat.window(3) | splat.sink(2)
-    with pytest.raises(ParseError, match="write &\n  \\(causal\\(\\) and full\\(\\)\\)\n            \\^$"):
+def test_a_word_on_a_line_of_its_own() -> None:
+    with pytest.raises(ParseError, match="write &\n  full\\(\\)\\)\n  \\^$"):
         splat.parse("(causal()\nand\nfull())")
+
+
+def test_lines_may_end_anywhere() -> None:
+    expected = splat.causal() & splat.window(3) | splat.sink(2)
+    assert splat.parse("causal()\n  & window(3)\n| sink(2)") == expected
+    assert splat.parse("causal() & window(3) \\\n | sink(2)") == expected
+    assert splat.parse("(causal()  # itself and before\n & window(3) | sink(2))") == expected
+    with pytest.raises(ParseError, match="named 'wndow'; did you mean window"):
+        splat.parse("causal()\n  & wndow(3)")
 
 
 def test_expressions_as_programs_have_them() -> None:

@@ -357,6 +357,15 @@ def test_values_that_no_plan_has_are_refused(change: Any) -> None:
         Plan.from_json(edited(change))
 
 
+def test_tile_sizes_that_one_implementation_lacks() -> None:
+    """The best that can serve is another, and nothing is predicted for the one that cannot."""
+    plan = splat.plan("causal()", 4096, target="h100", block_q=24, dtype="bfloat16")
+    assert plan.implementation == "xla"
+    (triton,) = (one for one in plan.candidates if one.implementation == "triton")
+    assert triton.predicted_ms is None
+    assert "block_q must be a power of two" in str(triton.refusal)
+
+
 def test_json_is_readable() -> None:
     data = json.loads(splat.plan("window(8)", 64, num_q_heads=2).to_json())
     assert data["problem"] == dataclasses.asdict(Problem("window(8)", 64, 64, 64, 2, 2))  # type: ignore[arg-type]

@@ -178,6 +178,17 @@ def test_rows_of_several_components_are_one_grouping() -> None:
     assert len(made.passes) == 2
 
 
+@pytest.mark.parametrize("rows", [16, 64])
+def test_the_same_rows_in_other_tiles_are_another_grouping(rows: int) -> None:
+    """Side by side they are one tile; by the residue of their columns they are two, of half as many rows."""
+    row = np.arange(512)
+    start = [np.zeros(512, int), np.where(row < rows // 2, 100, 101)]
+    count = [np.where(row < rows, 10, 0), np.where(row < rows, 20, 0)]
+    pattern = splat.from_runs(start, [1, 2], count)
+    for model in MODELS:
+        check(schedule(build(pattern, 512, 256), model), pattern.to_dense(512, 256))
+
+
 @pytest.mark.parametrize("text", ["strided(64) | strided(65)", "window(128) | strided(100) | strided(128)"])
 def test_strides_that_have_little_in_common(text: str) -> None:
     for model in MODELS:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import contextvars
 from typing import Any
 
@@ -90,16 +91,38 @@ def test_tables_outlive_what_reads_them(monkeypatch: pytest.MonkeyPatch) -> None
     state = {"stream": "first", "captures": False}
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: state["stream"])
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: state["captures"])
+    monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
     monkeypatch.setattr(recording, "_CAPTURED", {})
-    recorded._hold()
+    recorded.run([])
     assert held == []
     state["stream"] = "second"
-    recorded._hold()
+    recorded.run([])
     assert held == [(table.tensor, "second")]
     assert recording._CAPTURED == {}
     state["captures"] = True
-    recorded._hold()
+    recorded.run([])
     assert list(recording._CAPTURED.values()) == [table]
+
+
+def test_tables_know_the_stream_that_they_were_made_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: "this")
+    monkeypatch.setattr(torch, "tensor", lambda array, dtype, device: (array, device))
+    assert recording._on_device(np.zeros(3, np.int32), torch.device("cuda")).stream == "this"
+
+
+@pytest.mark.parametrize(("kv_heads", "sizes"), [(1, (32, 64)), (2, (64, 32))])
+def test_grouped_heads_have_kernels_of_their_own(
+    kv_heads: int, sizes: tuple[int, int], monkeypatch: pytest.MonkeyPatch, rng: np.random.Generator
+) -> None:
+    """On a B200 at head dim 256, whose tensor memory is too small for a loop over heads as well."""
+    launches = Launches(monkeypatch, carry_out=False)
+    monkeypatch.setattr(programs, "target_of", lambda device: "b200")
+    q = torch.ones(1, 2, 64, 256, dtype=torch.bfloat16, device=DEVICE, requires_grad=True)
+    k, v = (torch.ones(1, kv_heads, 64, 256, dtype=torch.bfloat16, device=DEVICE, requires_grad=True) for _ in range(2))
+    splat.torch.attention(q, k, v, splat.causal()).sum().backward()
+    (one,) = (x for x in launches.launches if x.kernel.name == "splat_d_key_value")
+    assert (one.constants["BLOCK_Q"], one.constants["BLOCK_KV"]) == sizes
 
 
 def test_calls_share_their_tables(rng: np.random.Generator) -> None:

@@ -1,8 +1,8 @@
-"""What implementations that call kernels share: schedules of run-time plans, and attention with its reverse mode."""
+"""What implementations share: schedules of run-time plans, and, where kernels are called, attention's reverse mode."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -12,13 +12,15 @@ from splat.errors import SplatError, UnsupportedError
 from splat.planning import SCHEDULES, Plan
 
 
-def lower_all(plan: Plan, lower: Callable[[Any], tuple[Any, Any]]) -> tuple[tuple[Any, ...], list[Any], str | None]:
-    """(static facts, tables) of each of `SCHEDULES`, as `lower` makes them; why there is no backward, if there is none.
+def lower_all(
+    plan: Plan, lower: Callable[[Any], tuple[Any, Any]], schedules: Sequence[str] = SCHEDULES
+) -> tuple[tuple[Any, ...], list[Any], str | None]:
+    """(static facts, tables) of each of `schedules`, as `lower` makes them; why there is no backward, if there is none.
 
     For run-time plans: tables become JAX arrays.
     """
     facts, tables, refusal = [], [], None
-    for which in SCHEDULES:
+    for which in schedules:
         try:
             found, made = lower(getattr(plan, which))
         except SplatError as error:

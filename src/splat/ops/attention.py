@@ -123,10 +123,9 @@ class _Part:
         return self._run(pattern, offset, query, key, value, lengths)
 
     def _run(self, pattern: Pattern, offset: Any, query: Any, key: Any, value: Any, lengths: Any) -> tuple[Any, Any]:
-        # One sequence and one key head: the plan is the same for any number of them, and two query heads stand for all
-        # that share a key head.
-        share = 2 if query.shape[2] > key.shape[2] else 1
-        problem = Problem(pattern, query.shape[1], key.shape[1], query.shape[3], share, dtype=str(query.dtype))
+        grouped = self.implementation == "triton" and query.shape[2] > key.shape[2]
+        _, q_len, _, head_dim = query.shape
+        problem = Problem.of_any_heads(pattern, q_len, key.shape[1], head_dim, str(query.dtype), grouped=grouped)
         plan = make_plan(problem, implementation=self.implementation, target=self.target, query_offset=offset)
         try:
             return load(self.implementation).attention(plan, self.options, query, key, value, lengths)

@@ -8,6 +8,7 @@ evaluates NumPy arrays and traced JAX arrays. Where numbers are known, runs that
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 from collections.abc import Sequence
@@ -146,7 +147,7 @@ def _subtract_lattice(a: Run, b: Run) -> list[Run]:
     if a.is_static and b.is_static:
         shared = intersect(a, b)
         needed = min(parts, int(shared.count.max(initial=0)) + 1)
-        if needed < parts and needed <= MAX_COMPONENTS:
+        if needed <= MAX_COMPONENTS and (needed < parts or stride > MAX_LENGTH):
             return _cut(a, shared, needed - 1)
     if needed > MAX_COMPONENTS or stride > MAX_LENGTH:
         raise IrregularPatternError(
@@ -192,15 +193,21 @@ def intersection(left: Sequence[Run], right: Sequence[Run]) -> list[Run]:
 
 
 def union(left: Sequence[Run], right: Sequence[Run]) -> list[Run]:
-    """A disjoint union: the denser side is kept whole, the other loses what they share."""
+    """A disjoint union: the denser side is kept whole, the other loses what they share; or the other way round.
+
+    The other way where the first is refused, or falls into pieces of which there are fewer then.
+    """
     a, b = list(left), list(right)
     if max((r.stride for r in a), default=1) > max((r.stride for r in b), default=1):
         a, b = b, a
     try:
-        joined = a + difference(b, a)
+        joined = prune(coalesce(a + difference(b, a)))
     except IrregularPatternError:
-        joined = b + difference(a, b)
-    return prune(coalesce(joined))
+        return prune(coalesce(b + difference(a, b)))
+    if len(joined) > len(a) + len(b) + 1 and all(run.is_static for run in joined):
+        with contextlib.suppress(IrregularPatternError):
+            return min(joined, prune(coalesce(b + difference(a, b))), key=len)
+    return joined
 
 
 def coalesce(runs: Sequence[Run]) -> list[Run]:

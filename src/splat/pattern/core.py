@@ -231,7 +231,7 @@ class Pattern:
         """How many operations are one inside the other."""
         known = self.__dict__.get("_depth")  # no cached_property: torch.compile cannot look through its lock
         if known is None:
-            known = self.__dict__["_depth"] = 1 + max([child.depth for child in self.children], default=0)
+            known = self.__dict__["_depth"] = max([1 + child.depth for child in self.children], default=0)
         return known
 
     @cached_property

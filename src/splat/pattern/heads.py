@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 
 from splat.errors import PatternError
-from splat.pattern.core import _OPERATIONS, Axis, Pattern, Run
+from splat.pattern.core import Axis, Pattern, Run, _combine
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
@@ -55,7 +55,7 @@ class PerHead(Pattern):
 
     def lift(self, operation: str, left: Pattern) -> Pattern:
         """`left` combined with every head's pattern (`left & per_head(...)`)."""
-        return PerHead(tuple(_OPERATIONS[operation](left, p) for p in self.patterns))
+        return PerHead(tuple(_combine(operation, left, p) for p in self.patterns))
 
     def __and__(self, other: Pattern) -> Pattern:
         return self._each("__and__", other)

@@ -56,10 +56,12 @@ def parse(text: str) -> Pattern:
     """
     if not isinstance(text, str):
         raise ParseError(f"parse: text must be a str, but {type(text).__name__} was given")
-    text = " ".join(text.strip().splitlines())
+    text = text.strip()
     try:
         tree = ast.parse(text, mode="eval")
     except SyntaxError as error:
+        if len(lines := text.splitlines()) > 1 and "#" not in text:  # lines may end anywhere
+            return parse(" ".join(lines))
         line, column = (error.text or "").rstrip()[:200], max((error.offset or 1) - 1, 0)
         raise ParseError(f"cannot read this pattern: {error.msg}\n  {line}\n  {' ' * min(column, 200)}^") from None
     except (ValueError, RecursionError, MemoryError) as error:

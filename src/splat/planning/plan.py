@@ -59,6 +59,16 @@ class Problem:
     batch: int = 1
     dtype: str = "float32"
 
+    @staticmethod
+    def of_any_heads(
+        pattern: Pattern, q_len: int, kv_len: int, head_dim: int, dtype: str, *, grouped: bool = False
+    ) -> Problem:
+        """One sequence and one key head: the plan is the same for any number of them.
+
+        Where kernels may differ for query heads that share key heads (`grouped`), two of them stand for any number.
+        """
+        return Problem(pattern, q_len, kv_len, head_dim, 2 if grouped else 1, dtype=dtype)
+
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Plan:
@@ -317,7 +327,7 @@ def check_blocks(implementation: str, block_q: int | None, block_kv: int | None)
             if given is not None and (given < 16 or given & (given - 1)):
                 raise ArgumentError(
                     f"{name} must be a power of two, 16 or more, or None for implementation 'triton', whose tiles are "
-                    f"operands of tensor cores, but {given} was given."
+                    f"operands of tensor cores, but {given} was given. Leave it out, or use 16, 32, 64 or 128."
                 )
     if implementation == "cpp":
         for name, given, wanted in zip(("block_q", "block_kv"), (block_q, block_kv), CPP_TILE, strict=True):

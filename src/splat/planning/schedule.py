@@ -8,6 +8,7 @@ decisions out; the numbers that generators need are all in its result.
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import itertools
 from collections.abc import Callable
 from functools import cached_property
@@ -225,14 +226,15 @@ def _candidates(acsr: ACSR, base: int, mapped: int) -> dict[Grouping, RowTiles]:
     rows = acsr.shape[0]
     for step in sorted({c.line_step for c in acsr.components if c.line_step is not None} | {1}):
         out[Grouping(min(step, max(rows, 1)))] = align_by_step(rows, step, base)
-    mapped_rows: set[bytes] = set()  # of components with the same rows, one serves
+    same: set[tuple[int, bytes]] = set()  # of components with the same rows in the same tiles, one serves
     for n, component in enumerate(acsr.components):
         sparse = component.has_empty_rows and 4 * int(np.count_nonzero(component.count > 0)) <= rows
         if sparse or (component.line_step is None and component.stride > 1):
             tiles = align_rows_of(component, rows, mapped)
-            if tiles.rows.tobytes() not in mapped_rows:
+            digest = tiles.block_q, hashlib.blake2b(tiles.rows.tobytes(), digest_size=16).digest()
+            if digest not in same:
                 out[Grouping(None, n)] = tiles
-            mapped_rows.add(tiles.rows.tobytes())
+            same.add(digest)
     return out
 
 
@@ -242,7 +244,7 @@ def _spans_of(acsr: ACSR, tiles: RowTiles) -> dict[int, Spans]:
 
 
 def _best_blocks(
-    chains: list[list[Spans]], tiles: RowTiles, model: CostModel, block_q: int | None, block_kv: int | None
+    together: list[list[Spans]], tiles: RowTiles, model: CostModel, block_q: int | None, block_kv: int | None
 ) -> tuple[float, int, int]:
     """(seconds, block_q, block_kv) for chains of components that share a pass."""
     longest = tiles.tiles_per_group * tiles.block_q if tiles.row_map is None else tiles.block_q
@@ -253,7 +255,7 @@ def _best_blocks(
     best = (float("inf"), 0, 0)
     for bq in options:
         factor = bq // tiles.block_q if tiles.row_map is None else 1
-        coarse = [[span.coarsen(factor, tiles) for span in chain] for chain in chains]
+        coarse = [[span.coarsen(factor, tiles) for span in chain] for chain in together]
         rows = bq if block_q else model.kernel_block_q(bq)
         seconds, bk = model.best_block_kv(coarse, rows, block_kv)
         best = min(best, (seconds, rows, bk))

@@ -118,6 +118,8 @@ def chains(strides: Sequence[int], spans: Sequence[Spans]) -> list[list[int]]:
 
 def count_tiles(chain: Sequence[Spans], block_kv: np.ndarray) -> np.ndarray:
     """How many tiles cover a chain's spans, for each of several widths; static numbers only."""
+    if len(chain) == 1:
+        return np.array([(-(-chain[0].width // width)).sum() for width in block_kv])
     widths = block_kv[:, None]
     covered, count = np.full((widths.size, chain[0].x0.size), -NOWHERE, np.int64), np.zeros(widths.size, np.int64)
     for span in chain:

@@ -135,8 +135,7 @@ def _nnz(static: Static, q_len: int, kv_len: int, head_dim: int, dtype: str) -> 
 
 def _plan(static: Static, q_len: int, kv_len: int, head_dim: int, dtype: str) -> Plan:
     text, _, _, offset = static
-    # One head and one sequence: the plan is the same for any number of them.
-    problem = Problem(_parsed(text), q_len, kv_len, head_dim, dtype=dtype.removeprefix("torch."))
+    problem = Problem.of_any_heads(_parsed(text), q_len, kv_len, head_dim, dtype.removeprefix("torch."))
     return make_plan(problem, implementation="cpp", query_offset=offset)
 
 

@@ -96,8 +96,12 @@ def _call(
 
 def _allows_tf32(device: torch.device) -> bool:
     """PyTorch's own setting for float32 matrix products, in its new spelling or its old one, where the GPU has tf32."""
-    if torch.version.hip is not None and "gfx942" not in torch.cuda.get_device_properties(device).gcnArchName:
-        return False
+    if device.type == "cuda" and torch.version.hip is not None:
+        return "gfx942" in torch.cuda.get_device_properties(device).gcnArchName and _prefers_tf32()
+    return _prefers_tf32()
+
+
+def _prefers_tf32() -> bool:
     matmul = torch.backends.cuda.matmul
     precision = getattr(matmul, "fp32_precision", "none")
     return bool(matmul.allow_tf32) if precision == "none" else precision == "tf32"
@@ -156,9 +160,7 @@ def _parsed(text: str) -> Pattern:
 
 def _plan(call: Call) -> Plan:
     (text, _, _, offset), s = call.static, call.sizes
-    # One sequence and one key head: the plan is the same for any number of them, and two query heads stand for all that
-    # share a key head.
-    problem = Problem(_parsed(text), s.q_len, s.kv_len, s.head_dim, 2 if s.group > 1 else 1, dtype=s.dtype)
+    problem = Problem.of_any_heads(_parsed(text), s.q_len, s.kv_len, s.head_dim, s.dtype, grouped=s.group > 1)
     return make_plan(problem, implementation="triton", target=target_of(call.device), query_offset=offset)
 
 

@@ -87,10 +87,10 @@ class Recording:
 
     def run(self, inputs: Sequence[Tensor | None]) -> list[Tensor]:
         """Carries out the steps on the current stream; the results."""
-        if self.device.type == "cuda":
-            self._hold()
         arrays: list[Any] = [*inputs, *(None,) * (self.count - len(inputs))]
         with torch.cuda.device(self.device) if self.device.type == "cuda" else contextlib.nullcontext():
+            if self.device.type == "cuda":
+                self._hold()
             for step in self.steps:
                 for number, shape, dtype in step.outputs:
                     arrays[number] = self._new(shape, dtype, step.fill)

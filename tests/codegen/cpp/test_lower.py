@@ -172,6 +172,15 @@ def test_lengths_below_a_stride_are_no_strides(which: str) -> None:
         assert {one.step for one in lower(getattr(plan_of(text, 400), which))[0]} <= {1, ALONE}
 
 
+def test_more_pieces_in_longer_sequences_are_no_more_texts() -> None:
+    """Decoding a pattern that is cut into pieces where it meets another: more of them as positions go on."""
+    pattern, facts = splat.causal() - splat.strided(64), set()
+    for offset in range(600, 4096, 32):
+        plan = make_plan(Problem(pattern, 1, 4096), implementation="cpp", query_offset=offset)
+        facts.add(lower(plan.forward)[0])
+    assert len(facts) <= 4  # loops of 16, 32 and 64 pieces, and of all residue classes
+
+
 def test_facts() -> None:
     """Phases and comparisons that there are none of are not there."""
 
@@ -200,7 +209,7 @@ def test_many_walks_are_a_loop() -> None:
     assert groups.shape == (7, facts.loop, 5)
     assert bounds.shape == (facts.loop, 2, 100)
     (facts,), (tables,) = lower(plan_of("random_blocks(16, 9, 0)", 256).forward)
-    assert (facts.loop, facts.num_tests, len(tables)) == (9, 0, 1)
+    assert (facts.loop, facts.num_tests, len(tables)) == (16, 0, 1)
     assert facts.walks == (WalkFacts(1, True, False, ()),)
     several = " | ".join(f"lattice_columns({n}, 1)" for n in (5, 7, 9, 11))  # strides of their own: written out
     (facts, *_), _ = lower(plan_of(several, 60).forward)

@@ -66,13 +66,19 @@ def test_single_precision(arch: str, kernel: str, head_dim: int, config: KernelC
     assert bool(found.tensor_core) == arch.startswith("gfx")
 
 
-GROUPED = [one for one in rows("bfloat16") if one.values[1] == "d_key_value" and one.values[3].grouped is None]
+GROUPED = [
+    pytest.param(*one.values, dtype, id=f"{one.id}-{dtype}")
+    for dtype in ("bfloat16", "float32")
+    for one in rows(dtype)
+    if one.values[1] == "d_key_value" and one.values[3].grouped is None
+]
 
 
-@pytest.mark.parametrize(("arch", "kernel", "head_dim", "config"), GROUPED)
-def test_grouped_query_heads(arch: str, kernel: str, head_dim: int, config: KernelConfig) -> None:
+@pytest.mark.parametrize(("arch", "kernel", "head_dim", "config", "dtype"), GROUPED)
+def test_grouped_query_heads(arch: str, kernel: str, head_dim: int, config: KernelConfig, dtype: str) -> None:
     """A loop over the query heads of a key head, which is around all others."""
-    assert row(arch, kernel, head_dim, config, "bfloat16", num_kv_heads=2).problems(config.spilled_bytes) == []
+    found = row(arch, kernel, head_dim, config, dtype, num_kv_heads=2)
+    assert found.problems(config.spilled_bytes, needs_tensor_core=dtype == "bfloat16") == []
 
 
 def test_every_case_has_a_row() -> None:

@@ -15,6 +15,7 @@ import numpy as np
 from splat.acsr import ACSR
 from splat.errors import ArgumentError
 from splat.geometry import analyze
+from splat.geometry.alignment import next_power_of_two
 from splat.pattern.core import Array, array_namespace
 from splat.planning import Pass, Plan, Schedule
 from splat.planning.cost import CPP_TILE
@@ -55,7 +56,8 @@ class PassFacts:
       step: group n holds rows at distances of `step`, or one row where it is `ALONE`; None: they are read from ROWS.
       num_tests: rows of BOUNDS; 0: there is no such table.
       walks: one after the other; the only one where `loop` is set.
-      loop: so many walks are alike, and walk w compares with row w of BOUNDS (`walks[0].tests` says how).
+      loop: so many walks are alike, and walk w compares with row w of BOUNDS (`walks[0].tests` says how); the last of
+        them may have no work.
     """
 
     step: int | None
@@ -104,7 +106,9 @@ def _lower_pass(schedule: Schedule, one: Pass) -> tuple[PassFacts, Tables]:
         )
     walks, loop = one.walks, None
     if len(walks) > UNROLLED_WALKS and len({walk.stride for walk in walks}) == 1:
-        walks, loop = _alike(schedule.acsr, one), len(walks)
+        # There may be more of them in longer sequences: up to the next power of two, they share one text.
+        walks = _alike(schedule.acsr, one)
+        loop = next_power_of_two(len(walks))
     tested = _tested(walks, loop)
     facts = tuple(_walk_facts(walk, tested) for walk in walks)
     if loop:
@@ -115,7 +119,7 @@ def _lower_pass(schedule: Schedule, one: Pass) -> tuple[PassFacts, Tables]:
     step = one.tiles.step if one.tiles.row_map is None else None
     if step is not None and step >= num_rows > 1:
         step = ALONE
-    tables = [_groups(one, walks)]
+    tables = [_groups(one, walks, loop or len(walks))]
     if tested:
         tables.append(_bounds(schedule.acsr, tested))
     if step is None:
@@ -134,8 +138,8 @@ def _alike(acsr: ACSR, one: Pass) -> tuple[Walk, ...]:
 
 def _tested(walks: tuple[Walk, ...], loop: int | None) -> list[int]:
     """The components that are compared with, in the order of BOUNDS."""
-    if loop:
-        return [walk.component for walk in walks]
+    if loop:  # a row for each, those without work too
+        return [walk.component for walk in walks] + [walks[-1].component] * (loop - len(walks))
     return sorted({test.component for walk in walks for test in walk.tests})
 
 
@@ -145,7 +149,7 @@ def _walk_facts(walk: Walk, tested: list[int]) -> WalkFacts:
     return WalkFacts(walk.stride, full, bool(tests), tests)
 
 
-def _groups(one: Pass, walks: tuple[Walk, ...]) -> Array:
+def _groups(one: Pass, walks: tuple[Walk, ...], num_walks: int) -> Array:
     """GROUPS: int32 [groups, walks, 5], in the order of rows; all 0 where a group has nothing to do in a walk."""
     xp = array_namespace(*(walk.begin for walk in walks))
     columns = []
@@ -154,6 +158,7 @@ def _groups(one: Pass, walks: tuple[Walk, ...]) -> Array:
         x2 = x1 + walk.num_full
         numbers = xp.stack([x0, x1, x2, x2 + walk.num_tail, xp.asarray(walk.residue)], axis=1)
         columns.append(xp.where(xp.asarray(walk.num_tiles > 0)[:, None], numbers, 0))
+    columns += [xp.zeros_like(columns[0])] * (num_walks - len(columns))
     return xp.stack(columns, axis=1).astype(np.int32)
 
 

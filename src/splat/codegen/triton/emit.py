@@ -19,7 +19,7 @@ from splat.codegen.triton.offline import Job
 from splat.codegen.triton.offline_model import ARCHITECTURES
 from splat.codegen.triton.program import UNKNOWN, Binding, Passes, Program, Sizes, guards_of, passes_of
 from splat.errors import ArgumentError
-from splat.planning import SCHEDULES, Plan, find
+from splat.planning import SCHEDULES, Plan, check_blocks, find
 from splat.planning.kernels import DTYPES, INTERPRETER, MAX_HEAD_DIM, OLDEST_CAPABILITY
 
 Array = Any
@@ -42,6 +42,11 @@ class TritonImplementation:
                 f"the triton implementation serves {', '.join(DTYPES)}, not {request.dtype}. Convert the inputs, or "
                 "use implementation='xla'."
             )
+        if not request.named:
+            try:
+                check_blocks(self.name, *request.blocks)
+            except ArgumentError as error:
+                return str(error)
         if request.head_dim > MAX_HEAD_DIM:
             return (
                 f"the triton implementation serves head dims up to {MAX_HEAD_DIM}, not {request.head_dim}. Use "

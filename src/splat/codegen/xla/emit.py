@@ -14,9 +14,10 @@ import jax.numpy as jnp
 from splat.codegen.base import OPERATIONS, Options, Request, kept_with_plan
 from splat.codegen.devices import device_target
 from splat.codegen.partitioning import vary_like
+from splat.codegen.reverse import lower_all
 from splat.codegen.xla import kernels, values
 from splat.codegen.xla.tables import PassSpec, Tables, lower
-from splat.errors import ArgumentError, SplatError, UnsupportedError
+from splat.errors import ArgumentError, UnsupportedError
 from splat.planning import Plan, Schedule
 
 Array = Any
@@ -57,18 +58,13 @@ class XlaImplementation:
         return device_target()
 
     def attention(self, plan: Plan, options: Options, query: Any, key: Any, value: Any, kv_lengths: Any) -> Any:
-        tables: tuple[list[Tables], list[Tables]] | None = None
+        tables: list[list[Tables]] | None = None
         if plan.is_static:
             program = _Program(options, plan)
         else:
-            forward, forward_tables = _lower(plan.forward, query)
-            backward, backward_tables, refused = (), [], None
-            try:
-                backward, backward_tables = _lower(plan.d_key_value, query)
-            except SplatError as error:
-                refused = str(error)
-            program = _Program(options, None, forward, backward, refused)
-            tables = (forward_tables, backward_tables)
+            schedules = ("forward", "d_key_value")
+            (forward, backward), tables, refusal = lower_all(plan, lambda one: _lower(one, query), schedules)
+            program = _Program(options, None, forward, backward, refusal)
         every = jax.tree.leaves((query, key, value, tables, kv_lengths))
         query, key, value = (vary_like(x, *every) for x in (query, key, value))
         return _function(program)(query, key, value, tables, kv_lengths)
