@@ -63,7 +63,7 @@ def plan(
     )
     candidates = []
     for other, reason in refusals(request).items():
-        model, predicted = cost_model(other, device, head_dim, name, grouped=num_q_heads > heads), None
+        model, predicted = cost_model(other, device, head_dim, name, grouped=problem.is_grouped), None
         if model.predicts and (other == chosen or reason is None):
             one = made.forward if other == chosen else schedule(made.acsr, model, block_q=block_q, block_kv=block_kv)
             predicted = predict_ms(one, model, problem)

@@ -59,6 +59,11 @@ class Problem:
     batch: int = 1
     dtype: str = "float32"
 
+    @property
+    def is_grouped(self) -> bool:
+        """Whether query heads share key heads."""
+        return self.num_q_heads > self.num_kv_heads
+
     @staticmethod
     def of_any_heads(
         pattern: Pattern, q_len: int, kv_len: int, head_dim: int, dtype: str, *, grouped: bool = False
@@ -124,8 +129,7 @@ class Plan:
 
     def _model(self, kernel: str) -> CostModel:
         p = self.problem
-        grouped = p.num_q_heads > p.num_kv_heads
-        return cost_model(self.implementation, find(self.target), p.head_dim, p.dtype, kernel, grouped)
+        return cost_model(self.implementation, find(self.target), p.head_dim, p.dtype, kernel, p.is_grouped)
 
     # -- numbers ---------------------------------------------------------------------------------------------------
 
@@ -370,8 +374,7 @@ def _check_sizes(blocks: Any) -> tuple[int | None, int | None]:
 
 
 def _make(problem, implementation, target, query_offset, block_q, block_kv) -> Plan:
-    grouped = problem.num_q_heads > problem.num_kv_heads
-    model = cost_model(implementation, find(target), problem.head_dim, problem.dtype, grouped=grouped)
+    model = cost_model(implementation, find(target), problem.head_dim, problem.dtype, grouped=problem.is_grouped)
     acsr = build(problem.pattern, problem.q_len, problem.kv_len, query_offset)
     forward = schedule(acsr, model, block_q=block_q, block_kv=block_kv)
     return Plan(problem, query_offset, implementation, target, forward, blocks=(block_q, block_kv))
