@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable, Iterator
 
-from benchmarks.cpu import NAMES, against, alone, fresh, host, torch_side
+from benchmarks.cpu import NAMES, against, alone, decode, fresh, host, torch_side
 from benchmarks.cpu.setting import Setting
 from benchmarks.report import Report
 
@@ -19,6 +19,7 @@ BARS: dict[str, Callable[[Setting], Report | Iterator[Report]]] = {
     "overhead": alone.overhead,
     "threads": fresh.threads,
     "linear": alone.linear,
+    "decode": decode.decode,
 }
 assert tuple(BARS) == NAMES
 
