@@ -117,9 +117,9 @@ def decode(setting: Setting) -> Report:
         "cpu-decode",
         f"One token by {PATTERN}, batch 1, {THREADS} threads, {LAYERS} layers with caches of their own: microseconds a "
         f"layer; in turns of {TURN_MS:g} ms. PyTorch's plan is made anew for each token, and serves all layers "
-        "(planned: where it is known; this and all others stay at one position, whose keys are then nearer). SDPA: over "
-        "the whole cache with a mask, and over a slice, the window without sinks. From JAX the position is a run-time "
-        "value.",
+        "(planned: where it is known; this and all others stay at one position, whose keys are then nearer). SDPA: "
+        "over the whole cache with a mask, and over a slice, the window without sinks. From JAX the position is a "
+        "run-time value.",
         (
             "cache", "heads", "H", "type", "ours us", "planned", "SDPA mask", "slice", "JAX ours", "dense", "clean",
             "foreign",
