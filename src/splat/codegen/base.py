@@ -8,7 +8,8 @@ from functools import lru_cache, wraps
 from typing import Any, Protocol
 
 from splat.acsr import ACSR
-from splat.planning import Plan
+from splat.errors import ArgumentError
+from splat.planning import Plan, check_blocks
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,6 +30,17 @@ class Request:
     named: bool = False
     elsewhere: bool = False
     blocks: tuple[int | None, int | None] = (None, None)
+
+
+def refused_blocks(name: str, request: Request) -> str | None:
+    """Why an implementation has no kernels for the tile sizes asked for; asked for by name, planning says so."""
+    if request.named:
+        return None
+    try:
+        check_blocks(name, *request.blocks)
+    except ArgumentError as error:
+        return str(error)
+    return None
 
 
 class Missing(str):

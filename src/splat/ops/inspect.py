@@ -11,7 +11,7 @@ from splat.errors import ArgumentError
 from splat.ops import validate
 from splat.ops.emit_values import emit_values
 from splat.pattern import Pattern, parse
-from splat.planning import TARGETS, Candidate, Plan, Problem, cost_model, find, make_plan, predict_ms, schedule
+from splat.planning import TARGETS, Candidate, Plan, Problem, find, make_plan, model_of, predict_ms, schedule
 
 
 def plan(
@@ -63,7 +63,7 @@ def plan(
     )
     candidates = []
     for other, reason in refusals(request).items():
-        model, predicted = cost_model(other, device, head_dim, name, grouped=problem.is_grouped), None
+        model, predicted = model_of(problem, other, target), None
         if model.predicts and (other == chosen or reason is None):
             one = made.forward if other == chosen else schedule(made.acsr, model, block_q=block_q, block_kv=block_kv)
             predicted = predict_ms(one, model, problem)

@@ -46,9 +46,9 @@ def _where(xp, keep: Array, count: Array) -> Array:
     return xp.where(keep, count, 0)
 
 
-def _meet(a: Run, b: Run) -> tuple[Array, Array, Array, int]:
+def _meet(a: Run, b: Run) -> tuple[Array, Array, Array]:
     """Two strides above 1, line by line: (whether they have a common residue, a's residue, steps of a's stride from
-    there to the least common one, the common stride)."""
+    there to the least common one)."""
     common = math.gcd(a.stride, b.stride)
     step = b.stride // common
     inverse = pow(a.stride // common, -1, step) if step > 1 else 0
@@ -62,7 +62,7 @@ def _meet(a: Run, b: Run) -> tuple[Array, Array, Array, int]:
         steps = (factor.astype(np.int64) * inverse) % step
     else:
         steps = _mulmod(xp, factor, inverse, step)
-    return exists, residue, steps, a.stride * step
+    return exists, residue, steps
 
 
 def _mulmod(xp, x: Array, factor: int, modulus: int) -> Array:
@@ -86,7 +86,8 @@ def intersect(a: Run, b: Run) -> Run:
         step = a.line_step if a.stride > 1 else lcm(a.line_step, b.line_step)
         return dataclasses.replace(clipped, line_step=step)
     xp = array_namespace(a.start, b.start)
-    exists, residue, steps, stride = _meet(a, b)
+    exists, residue, steps = _meet(a, b)
+    stride = math.lcm(a.stride, b.stride)
     exists = exists & (a.count > 0) & (b.count > 0)
     lo = xp.maximum(a.start, b.start)
     last = xp.minimum(a.stop - a.stride, b.stop - b.stride)
@@ -142,7 +143,7 @@ def _subtract_lattice(a: Run, b: Run) -> list[Run]:
     Where they meet in few columns of a line, `a` is cut there. Else a's lattice falls in classes, and `b` lies in the
     first alone.
     """
-    exists, residue, steps, stride = _meet(a, b)
+    stride = math.lcm(a.stride, b.stride)
     needed = parts = stride // a.stride
     if a.is_static and b.is_static:
         shared = intersect(a, b)
@@ -155,6 +156,7 @@ def _subtract_lattice(a: Run, b: Run) -> list[Run]:
             f"{MAX_COMPONENTS}. Choose strides that divide each other, or use dense masked attention.",
             runs=needed,
         )
+    exists, residue, steps = _meet(a, b)
     xp = array_namespace(a.start, a.count, residue)
     first = residue + a.stride * xp.where(exists, steps, 0)
     step = b.line_step if a.stride == 1 else lcm(a.line_step, b.line_step)
@@ -200,14 +202,18 @@ def union(left: Sequence[Run], right: Sequence[Run]) -> list[Run]:
     a, b = list(left), list(right)
     if max((r.stride for r in a), default=1) > max((r.stride for r in b), default=1):
         a, b = b, a
+
+    def joined(whole: list[Run], other: list[Run]) -> list[Run]:
+        return prune(coalesce(whole + difference(other, whole)))
+
     try:
-        joined = prune(coalesce(a + difference(b, a)))
+        made = joined(a, b)
     except IrregularPatternError:
-        return prune(coalesce(b + difference(a, b)))
-    if len(joined) > len(a) + len(b) + 1 and all(run.is_static for run in joined):
+        return joined(b, a)
+    if len(made) > len(a) + len(b) + 1 and all(run.is_static for run in made):
         with contextlib.suppress(IrregularPatternError):
-            return min(joined, prune(coalesce(b + difference(a, b))), key=len)
-    return joined
+            return min(made, joined(b, a), key=len)
+    return made
 
 
 def coalesce(runs: Sequence[Run]) -> list[Run]:

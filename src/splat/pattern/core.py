@@ -272,12 +272,12 @@ class Pattern:
         return _combine("difference", self, other)
 
     def __invert__(self) -> Pattern:
-        return _shallow(_OPERATIONS["complement"](self))
+        return _operation("complement", self)
 
     @property
     def T(self) -> Pattern:
         """The same pairs with queries and keys swapped."""
-        return _shallow(_OPERATIONS["transpose"](self))
+        return _operation("transpose", self)
 
     def __bool__(self) -> NoReturn:
         """Refused: `p and q` would be q alone, `p or q` p alone, and `not p` False."""
@@ -305,11 +305,12 @@ def _combine(operation: str, left: Pattern, right: object) -> Any:
     lift = getattr(right, "lift", None)  # per_head on the right: combine head by head
     if lift is not None:
         return lift(operation, left)
-    return _shallow(_OPERATIONS[operation](left, right))
+    return _operation(operation, left, right)
 
 
-def _shallow(pattern: Pattern) -> Pattern:
-    """The pattern, if it is not too deep."""
+def _operation(name: str, *patterns: Pattern) -> Pattern:
+    """An operation's node, if it is not too deep."""
+    pattern = _OPERATIONS[name](*patterns)
     if pattern.depth > MAX_DEPTH:
         raise PatternError(
             f"this pattern is an expression of more than {MAX_DEPTH} operations one inside the other. Combine patterns "

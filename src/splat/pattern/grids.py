@@ -40,6 +40,10 @@ class RandomBlocks(_Primitive):
     per_row: int
     seed: int
 
+    def _is_empty(self, rows: Axis, cols: Axis) -> bool:
+        """Whether there is no pair; block columns begin at position 0."""
+        return self.per_row == 0 or rows.length == 0 or cols.length == 0 or cols.stop <= 0
+
     def _chosen(self, block_row: Array, num_cols: int) -> Array:
         """int32 [min(per_row, num_cols), lines]: distinct block columns in increasing order (Floyd's sampling)."""
         xp = array_namespace(block_row)
@@ -58,7 +62,7 @@ class RandomBlocks(_Primitive):
 
     def runs(self, rows: Axis, cols: Axis) -> list[Run]:
         _needs_static(cols, ".T", "the number of block columns")
-        if self.per_row == 0 or cols.length == 0 or cols.stop <= 0 or rows.length == 0:  # blocks begin at 0
+        if self._is_empty(rows, cols):
             return []
         lo, hi = cols.start, cols.stop
         # The same choice serves all rows of a block: draw once a block where positions are known.
@@ -75,7 +79,7 @@ class RandomBlocks(_Primitive):
     def column_runs(self, cols: Axis, rows: Axis) -> list[Run]:
         _needs_static(rows, "gradients", "which rows choose a block column")
         _needs_static(cols, ".T", "the number of block columns")
-        if self.per_row == 0 or cols.length == 0 or cols.stop <= 0 or rows.length == 0:  # blocks begin at 0
+        if self._is_empty(rows, cols):
             return []
         num_cols = ceil_div(cols.stop, self.block)
         first = rows.start // self.block

@@ -1,7 +1,17 @@
 """Planning: devices, costs, schedules, and the printable plan."""
 
 from splat.planning.cost import CostModel, cost_model
-from splat.planning.plan import SCHEDULES, Candidate, Plan, Problem, check_blocks, check_problem, make_plan, predict_ms
+from splat.planning.plan import (
+    SCHEDULES,
+    Candidate,
+    Plan,
+    Problem,
+    check_blocks,
+    check_problem,
+    make_plan,
+    model_of,
+    predict_ms,
+)
 from splat.planning.savings import Savings, savings
 from splat.planning.schedule import Pass, PassDecision, Schedule, build_schedule, schedule
 from splat.planning.target import TARGETS, Target, find
@@ -24,6 +34,7 @@ __all__ = [
     "cost_model",
     "find",
     "make_plan",
+    "model_of",
     "predict_ms",
     "savings",
     "schedule",

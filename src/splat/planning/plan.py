@@ -128,8 +128,7 @@ class Plan:
         return schedule(self.transposed, self._model("d_key_value"), block_q=self.blocks[0], block_kv=self.blocks[1])
 
     def _model(self, kernel: str) -> CostModel:
-        p = self.problem
-        return cost_model(self.implementation, find(self.target), p.head_dim, p.dtype, kernel, p.is_grouped)
+        return model_of(self.problem, self.implementation, self.target, kernel)
 
     # -- numbers ---------------------------------------------------------------------------------------------------
 
@@ -207,7 +206,7 @@ class Plan:
                 raise PatternError(f"this plan has format {data['format']}, but format {FORMAT} is read. Plan again.")
             problem = Problem(**{**data["problem"], "pattern": parse(data["problem"]["pattern"])})
             problem = check_problem(problem)
-            cost_model(data["implementation"], find(data["target"]), problem.head_dim, problem.dtype)
+            model_of(problem, data["implementation"], data["target"])
             decisions = tuple(PassDecision(**{**d, "components": tuple(d["components"])}) for d in data["passes"])
             candidates = tuple(Candidate(**c) for c in data["candidates"])
             offset, blocks, digest = data["query_offset"], _check_sizes(data["blocks"]), data["digest"]
@@ -293,6 +292,11 @@ def _shorten(text: str, width: int = 200) -> str:
     return text if len(text) <= width else text[: width - 3] + "..."
 
 
+def model_of(problem: Problem, implementation: str, target: str, kernel: str = "forward") -> CostModel:
+    """The cost model of a problem's kernels. Raises ArgumentError for an unknown implementation or target."""
+    return cost_model(implementation, find(target), problem.head_dim, problem.dtype, kernel, problem.is_grouped)
+
+
 def predict_ms(schedule: Schedule, model: CostModel, problem: Problem) -> float | None:
     """Forward milliseconds that the model gives a schedule; None for run-time patterns and models that only rank."""
     if not (schedule.is_static and model.predicts):
@@ -355,13 +359,11 @@ def make_plan(
     problem = check_problem(problem)
     block_q, block_kv = _check_sizes((block_q, block_kv))
     check_blocks(implementation, block_q, block_kv)
-    if is_runtime_array(query_offset):
-        return _make(problem, implementation, target, query_offset, block_q, block_kv)
-    query_offset = check_int("plan", "query_offset", query_offset, -MAX_LENGTH, MAX_LENGTH - problem.q_len)
-    if not problem.pattern.is_static:
-        return _make(problem, implementation, target, query_offset, block_q, block_kv)
-    static = problem, implementation, target, query_offset, block_q, block_kv
-    return _remembered(static, lambda: _make(*static))
+    is_static = problem.pattern.is_static and not is_runtime_array(query_offset)
+    if not is_runtime_array(query_offset):
+        query_offset = check_int("plan", "query_offset", query_offset, -MAX_LENGTH, MAX_LENGTH - problem.q_len)
+    asked = problem, implementation, target, query_offset, block_q, block_kv
+    return _remembered(asked, lambda: _make(*asked)) if is_static else _make(*asked)
 
 
 def _check_sizes(blocks: Any) -> tuple[int | None, int | None]:
@@ -374,7 +376,7 @@ def _check_sizes(blocks: Any) -> tuple[int | None, int | None]:
 
 
 def _make(problem, implementation, target, query_offset, block_q, block_kv) -> Plan:
-    model = cost_model(implementation, find(target), problem.head_dim, problem.dtype, grouped=problem.is_grouped)
+    model = model_of(problem, implementation, target)
     acsr = build(problem.pattern, problem.q_len, problem.kv_len, query_offset)
     forward = schedule(acsr, model, block_q=block_q, block_kv=block_kv)
     return Plan(problem, query_offset, implementation, target, forward, blocks=(block_q, block_kv))
@@ -391,5 +393,6 @@ __all__ = [
     "check_blocks",
     "check_problem",
     "make_plan",
+    "model_of",
     "predict_ms",
 ]

@@ -96,15 +96,12 @@ def _call(
 
 def _allows_tf32(device: torch.device) -> bool:
     """PyTorch's own setting for float32 matrix products, in its new spelling or its old one, where the GPU has tf32."""
-    if device.type == "cuda" and torch.version.hip is not None:
-        return "gfx942" in torch.cuda.get_device_properties(device).gcnArchName and _prefers_tf32()
-    return _prefers_tf32()
-
-
-def _prefers_tf32() -> bool:
     matmul = torch.backends.cuda.matmul
     precision = getattr(matmul, "fp32_precision", "none")
-    return bool(matmul.allow_tf32) if precision == "none" else precision == "tf32"
+    allowed = bool(matmul.allow_tf32) if precision == "none" else precision == "tf32"
+    if allowed and device.type == "cuda" and torch.version.hip is not None:
+        return "gfx942" in torch.cuda.get_device_properties(device).gcnArchName
+    return allowed
 
 
 # -- recording ---------------------------------------------------------------------------------------------------------

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from splat import __version__
-from splat.codegen.base import OPERATIONS, Missing, Options, Request, kept_with_plan
+from splat.codegen.base import OPERATIONS, Missing, Options, Request, kept_with_plan, refused_blocks
 from splat.codegen.batching import vmappable
 from splat.codegen.cpp import bind_jax, compiler, generate, threads, values
 from splat.codegen.cpp.call import kernel_facts
@@ -18,7 +18,7 @@ from splat.codegen.cpp.lower import UNKNOWN, Holes, Lowered, PassFacts, Tables, 
 from splat.codegen.partitioning import vary_like
 from splat.codegen.reverse import differentiable, lower_all
 from splat.errors import ArgumentError, SplatError, UnsupportedError
-from splat.planning import SCHEDULES, Plan, check_blocks
+from splat.planning import SCHEDULES, Plan
 
 Array = Any
 
@@ -43,11 +43,8 @@ class CppImplementation:
             return (
                 f"the cpp implementation serves {', '.join(generate.SCALARS)}, not {request.dtype}. Convert the inputs."
             )
-        if not request.named:
-            try:
-                check_blocks(self.name, *request.blocks)
-            except ArgumentError as error:
-                return str(error)
+        if reason := refused_blocks(self.name, request):
+            return reason
         if request.elsewhere:
             return None
         missing = compiler.missing()

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from splat import __version__
 from splat.acsr import ACSR
-from splat.codegen.base import USUAL, How, Missing, Options, Request, kept_with_plan
+from splat.codegen.base import USUAL, How, Missing, Options, Request, kept_with_plan, refused_blocks
 from splat.codegen.devices import compute_capability, device_target, nearest_target
 from splat.codegen.reverse import differentiable, lower_all
 from splat.codegen.triton import bind_jax, interpret, record, values
@@ -19,7 +19,7 @@ from splat.codegen.triton.offline import Job
 from splat.codegen.triton.offline_model import ARCHITECTURES
 from splat.codegen.triton.program import UNKNOWN, Binding, Passes, Program, Sizes, guards_of, passes_of
 from splat.errors import ArgumentError
-from splat.planning import SCHEDULES, Plan, check_blocks, find
+from splat.planning import SCHEDULES, Plan, find
 from splat.planning.kernels import DTYPES, INTERPRETER, MAX_HEAD_DIM, OLDEST_CAPABILITY
 
 Array = Any
@@ -42,11 +42,8 @@ class TritonImplementation:
                 f"the triton implementation serves {', '.join(DTYPES)}, not {request.dtype}. Convert the inputs, or "
                 "use implementation='xla'."
             )
-        if not request.named:
-            try:
-                check_blocks(self.name, *request.blocks)
-            except ArgumentError as error:
-                return str(error)
+        if reason := refused_blocks(self.name, request):
+            return reason
         if request.head_dim > MAX_HEAD_DIM:
             return (
                 f"the triton implementation serves head dims up to {MAX_HEAD_DIM}, not {request.head_dim}. Use "
