@@ -286,6 +286,8 @@ def test_strides_that_hardly_fit_meet_once() -> None:
 
 def test_union_of_strides_avoids_the_refusal() -> None:
     """Only one of the two differences need be possible."""
+    few = splat.build(splat.strided(4) | splat.lattice_columns(1021), 1, 2_000_000)
+    assert len(few.components) < 10
     wide = splat.global_rows(1) | splat.strided(997)  # of which strided(300) leaves 401 pieces
     with pytest.raises(IrregularPatternError, match="needs 300 affine components, more than 256"):
         splat.build(wide - splat.strided(300), 2, 120_000)
