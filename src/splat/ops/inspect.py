@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Any
 
 from splat.codegen import NAMES, Options, Request, choose, load, refusals
@@ -68,7 +67,7 @@ def plan(
             one = made.forward if other == chosen else schedule(made.acsr, model, block_q=block_q, block_kv=block_kv)
             predicted = predict_ms(one, model, problem)
         candidates.append(Candidate(other, predicted, reason))
-    return dataclasses.replace(made, candidates=tuple(candidates))
+    return made.with_forward(made.forward, candidates=tuple(candidates))
 
 
 def emit(
@@ -84,9 +83,9 @@ def emit(
       device: what it is planned for (`plan`'s `target`); "cpu" for xla and "h100" for GPU kernels where not given.
       arch: the same by architecture: "sm_80", "sm_90", "sm_100" or "gfx942".
       kernel: one kernel of it: "forward" ("fwd"), "d_query" ("dq"), "d_key_value" ("dkdv"); for "cpp" also "backward",
-        all gradients in one, for GPUs "delta", "merge" or "sum"; all where not given, for "ptx" the forward. Or an
-        operation on values of the pattern's matrix, of all heads of the batch: "sddmm", "softmax", "spmm" or
-        "spmm_transposed".
+        all gradients in one, and "decode", the forward of few queries; for GPUs "delta", "merge" or "sum"; all where
+        not given, for "ptx" the forward. Or an operation on values of the pattern's matrix, of all heads of the batch:
+        "sddmm", "softmax", "spmm" or "spmm_transposed".
       scale, logits_soft_cap: as for `splat.attention`.
 
     Other arguments are those of `plan`.

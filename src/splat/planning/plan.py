@@ -83,7 +83,7 @@ class Plan:
     query_offset: Any
     implementation: str
     target: str
-    forward: Schedule
+    acsr: ACSR
     candidates: tuple[Candidate, ...] = ()
     blocks: tuple[int | None, int | None] = (None, None)
 
@@ -102,11 +102,18 @@ class Plan:
 
     @property
     def is_static(self) -> bool:
-        return self.forward.is_static
+        return self.acsr.is_static
 
-    @property
-    def acsr(self) -> ACSR:
-        return self.forward.acsr
+    @cached_property
+    def forward(self) -> Schedule:
+        """The schedule of the forward; made on first use."""
+        return schedule(self.acsr, self._model("forward"), block_q=self.blocks[0], block_kv=self.blocks[1])
+
+    def with_forward(self, forward: Schedule, **changes: Any) -> Plan:
+        """The plan with a schedule that has been made already, and perhaps other fields."""
+        plan = dataclasses.replace(self, **changes)
+        plan.__dict__["forward"] = forward  # where the cached property keeps it
+        return plan
 
     @cached_property
     def d_query(self) -> Schedule:
@@ -211,8 +218,8 @@ class Plan:
             candidates = tuple(Candidate(**c) for c in data["candidates"])
             offset, blocks, digest = data["query_offset"], _check_sizes(data["blocks"]), data["digest"]
             acsr = build(problem.pattern, problem.q_len, problem.kv_len, offset)
-            forward = build_schedule(acsr, decisions)
-            plan = Plan(problem, offset, data["implementation"], data["target"], forward, candidates, blocks)
+            plan = Plan(problem, offset, data["implementation"], data["target"], acsr, candidates, blocks)
+            plan = plan.with_forward(build_schedule(acsr, decisions))
         except SplatError:
             raise
         except (KeyError, TypeError, ValueError, IndexError) as error:
@@ -376,10 +383,9 @@ def _check_sizes(blocks: Any) -> tuple[int | None, int | None]:
 
 
 def _make(problem, implementation, target, query_offset, block_q, block_kv) -> Plan:
-    model = model_of(problem, implementation, target)
+    model_of(problem, implementation, target)  # which are refused where there are none
     acsr = build(problem.pattern, problem.q_len, problem.kv_len, query_offset)
-    forward = schedule(acsr, model, block_q=block_q, block_kv=block_kv)
-    return Plan(problem, query_offset, implementation, target, forward, blocks=(block_q, block_kv))
+    return Plan(problem, query_offset, implementation, target, acsr, blocks=(block_q, block_kv))
 
 
 _remembered = Remembered(least=LEAST_PLANS, entries=MOST_PLANS, nbytes=NBYTES)

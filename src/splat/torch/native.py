@@ -13,7 +13,7 @@ from torch import Tensor
 
 from splat.codegen.base import Options
 from splat.codegen.cpp.call import Placed, Prepared, prepare
-from splat.codegen.cpp.generate import gradient_kernels
+from splat.codegen.cpp.generate import forward_kernel, gradient_kernels
 from splat.pattern import Pattern, parse
 from splat.planning import Plan, Problem, make_plan
 from splat.remembered import Remembered
@@ -34,7 +34,7 @@ def forward(
     out = query.new_empty(batch, q_len, heads, width).transpose(1, 2)
     lse = query.new_empty(batch, heads, q_len, dtype=torch.promote_types(query.dtype, torch.float32))
     arrays = {"query": query, "key": key, "value": value, "out": out, "lse": lse}
-    if not _run("forward", arrays, lengths, static, _num_threads(query, key, static)):
+    if not _run(forward_kernel(q_len), arrays, lengths, static, _num_threads(query, key, static)):
         return out.zero_(), lse.fill_(-math.inf)
     return out, lse
 

@@ -26,7 +26,7 @@ import splat
 from splat.codegen.cpp import amx, compiler
 from splat.codegen.cpp.call import Array as PlacedArray
 from splat.codegen.cpp.call import Call, kernel_facts
-from splat.codegen.cpp.generate import SCHEDULE_OF, KernelFacts, library_name, source
+from splat.codegen.cpp.generate import KernelFacts, library_name, source
 from splat.codegen.cpp.lower import PassFacts, Tables, holes_of, passes_of
 from splat.planning import Plan, Problem, make_plan
 
@@ -35,6 +35,7 @@ Array = np.ndarray[Any, Any]
 #: What a kernel writes, and after which operand each result is shaped.
 RESULTS = {
     "forward": {"out": "query", "lse": "lse"},
+    "decode": {"out": "query", "lse": "lse"},
     "d_query": {"d_query": "query"},
     "d_key_value": {"d_key": "key", "d_value": "value"},
     "backward": {"d_query": "query", "d_key": "key", "d_value": "value"},
@@ -81,7 +82,7 @@ class Case:
         return splat.parse(self.pattern).to_dense(*self.lengths)
 
     def lowered(self, kernel: str) -> tuple[tuple[PassFacts, ...], list[Tables]]:
-        return passes_of(self.plan, SCHEDULE_OF.get(kernel, kernel))
+        return passes_of(self.plan, kernel)
 
     def facts(self, kernel: str) -> KernelFacts:
         return kernel_facts(

@@ -47,6 +47,7 @@ CASES = {
     "blocks": Case("random_blocks(60, 12, 0)", (800, 800), 24, "bfloat16"),
     "odd": Case("window(9) | strided(7)", (131, 133), 33, "bfloat16", heads=(4, 2), kv_lengths=(53, 0)),
     "odd rings": Case("window(20, 7)", (530, 530), 33, "bfloat16", batch=1, layout="gaps"),
+    "decode": Case("window(0, 1300) | strided(3)", (3, 1400), 64, "float32", heads=(10, 2), kv_lengths=(1400, 700)),
 }
 BLOCKS = CASES["blocks"]  # 12 walks, and on some machines matrix tiles
 
@@ -75,6 +76,8 @@ NEEDED = PROCESSORS | {PAIRS: {"avx512_bf16"}, TILES: {"avx512_bf16"}}
 
 def kernels_of(case: Case) -> list[str]:
     """dK and dV add up in the results, which takes results of full precision."""
+    if case.lengths[0] <= generate.FEW_QUERIES:
+        return ["decode"]
     return [kernel for kernel in generate.KERNELS if kernel != "backward" or case.dtype == case.compute]
 
 
@@ -198,7 +201,7 @@ def can_run(flags: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 #: One of every data type, and rows from a table.
-SOME = ["window", "union", "tokens", "capped", "few"]
+SOME = ["window", "union", "tokens", "capped", "few", "decode"]
 
 
 @pytest.mark.parametrize("name", SOME)
@@ -232,7 +235,7 @@ def test_matrix_tiles(name: str, rng: np.random.Generator, monkeypatch: pytest.M
     test_processors(TILES, name, rng, monkeypatch)
 
 
-@pytest.mark.parametrize("name", ["window", "union", "tokens"])
+@pytest.mark.parametrize("name", ["window", "union", "tokens", "decode"])
 def test_clang(name: str, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch) -> None:
     names = ("clang++", *(f"clang++-{version}" for version in range(40, 10, -1)))
     found = next(filter(None, map(shutil.which, names)), None)
@@ -287,7 +290,7 @@ def test_extreme_numbers(flags: str, name: str, rng: np.random.Generator, monkey
         for kernel in kernels_of(case):
             found = run(Job(case.build(kernel), case, kernel, arrays, 2))
             check(found, expected, case, slack=max(1, largest))
-            if kernel == "forward" and case.dtype == "float16" and "value" in factors:
+            if kernel in ("forward", "decode") and case.dtype == "float16" and "value" in factors:
                 assert np.abs(found["out"] - expected["out"]).max() <= 2**-24, "these are no numbers to lose"
             assert np.float32(1e-40) * np.float32(1) == np.float32(1e-40) != 0
             assert np.float64(5e-324) * 1 != 0
@@ -296,7 +299,7 @@ def test_extreme_numbers(flags: str, name: str, rng: np.random.Generator, monkey
 # -- the same bits -----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["window", "union", "tokens", "capped", "blocks"])
+@pytest.mark.parametrize("name", ["window", "union", "tokens", "capped", "blocks", "decode"])
 def test_threads_make_no_difference(name: str, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch) -> None:
     """Bits are the same whenever a kernel is called, and with any number of threads."""
     can_run("", monkeypatch)

@@ -74,7 +74,7 @@ def test_texts_are_tidy(name: str) -> None:
     for kernel in kernels:
         (text,) = sources(pattern, kernel=kernel, **settings)
         assert max(map(len, text.splitlines())) <= 120
-        assert re.fullmatch(rf"SPLAT_KERNEL\({kernel}, Facts(, Pass\d)+\)", text.splitlines()[-1])
+        assert re.fullmatch(rf"SPLAT_KERNEL\({kernel}, Facts(, Pass\d)*\)", text.splitlines()[-1])
         assert not {"16384", "1024", "37", "40"} & set(re.findall(r"\d+", text.replace(__version__, "")))
 
 
@@ -97,7 +97,7 @@ def test_patterns_differ_in_their_source() -> None:
     assert sources("window(256)") == sources("causal() & window(300, 0)")
     for kernel in generate.KERNELS:
         texts = [tuple(sources(pattern, kernel=kernel)) for pattern in patterns]
-        assert len(set(texts)) == len(texts), kernel
+        assert len(set(texts)) == (1 if kernel == "decode" else len(texts)), kernel
         variants: list[dict[str, Any]] = [{}, dict(head_dim=128), dict(dtype="bfloat16"), dict(soft_cap=3.0)]
         texts = [tuple(sources("causal()", kernel=kernel, **settings)) for settings in variants]
         assert len(set(texts)) == len(texts), kernel
@@ -120,6 +120,8 @@ def test_emit() -> None:
         assert one == splat.emit("causal() & window(8)", 64, target="cpp", kernel=name)
         assert re.findall(r"SPLAT_KERNEL\((\w+)", one) == [name]
     assert "soft_cap = true" in splat.emit("causal()", 64, target="cpp", kernel="fwd", logits_soft_cap=5)
+    token = splat.emit("causal() & window(8)", 1, 64, query_offset=63, target="cpp", kernel="fwd")
+    assert re.findall(r"SPLAT_KERNEL\((\w+)", token) == ["decode"]
 
 
 def test_emit_where_there_is_little() -> None:
@@ -127,7 +129,9 @@ def test_emit_where_there_is_little() -> None:
     assert all(line.startswith("//") for line in nothing.splitlines())
     with pytest.raises(ArgumentError, match="this plan calls no kernel 'fwd'. Leave kernel out to see what it calls."):
         splat.emit("sink(0)", 64, target="cpp", kernel="fwd")
-    with pytest.raises(ArgumentError, match="kernel must be one of forward, d_query, d_key_value, backward, fwd,"):
+    with pytest.raises(
+        ArgumentError, match="kernel must be one of forward, d_query, d_key_value, backward, decode, fwd,"
+    ):
         splat.emit("causal()", 64, target="cpp", kernel="delta")
     with pytest.raises(UnsupportedError, match="shows its source only"):
         IMPLEMENTATION.assembly(plan_of("causal()"), Options(1.0))

@@ -12,7 +12,7 @@ import numpy as np
 
 from splat.codegen.base import Options
 from splat.codegen.cpp import amx, compiler
-from splat.codegen.cpp.generate import SCHEDULE_OF, KernelFacts, library_name, source
+from splat.codegen.cpp.generate import KernelFacts, library_name, source
 from splat.codegen.cpp.lower import Holes, PassFacts, holes_of, passes_of
 from splat.planning import Plan
 
@@ -51,6 +51,8 @@ def kernel_facts(
     """Everything static about a kernel. With key lengths a query may be in no pair although the pattern has some."""
     guard = holes.queries or lengths if kernel == "d_key_value" else holes.keys
     tiles = dtype == "bfloat16" and amx.is_granted()
+    if kernel == "decode":  # one text for all plans: it reads what is kept and no more, without matrix tiles
+        guard, passes, tiles = False, (), False
     return KernelFacts(kernel, dtype, head_dim, soft_cap, guard, passes, tiles)
 
 
@@ -99,8 +101,8 @@ def prepare(plan: Plan, options: Options, kernel: str, *, lengths: bool) -> Prep
 
     Raises what `compiler.load` raises.
     """
-    passes, tables = passes_of(plan, SCHEDULE_OF.get(kernel, kernel))
-    if not passes:
+    passes, tables = passes_of(plan, kernel)
+    if not tables:
         return None
     p = plan.problem
     soft_cap = options.logits_soft_cap is not None

@@ -14,7 +14,18 @@ from splat.codegen.batching import vmappable
 from splat.codegen.cpp import bind_jax, compiler, generate, threads, values
 from splat.codegen.cpp.call import kernel_facts
 from splat.codegen.cpp.generate import KernelFacts
-from splat.codegen.cpp.lower import UNKNOWN, Holes, Lowered, PassFacts, Tables, holes_of, lower, passes_of
+from splat.codegen.cpp.lower import (
+    SCHEDULE_OF,
+    UNKNOWN,
+    Holes,
+    Lowered,
+    PassFacts,
+    Tables,
+    holes_of,
+    lower,
+    passes_of,
+    runs_of,
+)
 from splat.codegen.partitioning import vary_like
 from splat.codegen.reverse import differentiable, lower_all
 from splat.errors import ArgumentError, SplatError, UnsupportedError
@@ -83,15 +94,17 @@ def kernels_of(plan: Plan, options: Options, kernel: str | None = None) -> list[
     """The facts of the kernels that a plan calls, or of the one named."""
     name = SHORT.get(kernel or "", kernel)
     if name not in (None, *generate.KERNELS):
-        wanted = ", ".join([*generate.KERNELS, *SHORT, *OPERATIONS])
-        raise ArgumentError(f"kernel must be one of {wanted}, but {kernel!r} was given")
+        every = ", ".join([*generate.KERNELS, *SHORT, *OPERATIONS])
+        raise ArgumentError(f"kernel must be one of {every}, but {kernel!r} was given")
     p = plan.problem
     query = jax.ShapeDtypeStruct((p.batch, p.q_len, p.num_q_heads, p.head_dim), p.dtype)
+    forward = generate.forward_kernel(p.q_len)
     call, tables = _static(plan, options)
     key = jax.ShapeDtypeStruct((p.batch, p.kv_len, p.num_kv_heads, p.head_dim), p.dtype)
-    found = _every_kernel(
-        call, tables, query, None, (name,) if name else ("forward", *_gradient_kernels(call, query, key))
+    wanted = (
+        (forward, *_gradient_kernels(call, query, key)) if name is None else (forward if name == "forward" else name,)
     )
+    found = _every_kernel(call, tables, query, None, wanted)
     if name is not None and not found:
         raise ArgumentError(f"this plan calls no kernel {kernel!r}. Leave kernel out to see what it calls.")
     return found
@@ -124,15 +137,16 @@ def _static(plan: Plan, options: Options) -> tuple[_Call, list[list[Tables]] | N
     if plan.is_static:
         return _Call(options, threads.count(), plan), None
     passes, tables, refusal = lower_all(plan, lower)
+    if generate.forward_kernel(plan.problem.q_len) == "decode":
+        tables.append(runs_of(plan.acsr))
     return _Call(options, threads.count(), None, passes, refusal), tables
 
 
-def _lowered(call: _Call, tables: Any, which: str) -> Lowered:
-    which = generate.SCHEDULE_OF.get(which, which)
+def _lowered(call: _Call, tables: Any, kernel: str) -> Lowered:
     if call.plan is not None:
-        return passes_of(call.plan, which)
-    n = SCHEDULES.index(which)
-    return call.passes[n], tables[n]
+        return passes_of(call.plan, kernel)
+    n = SCHEDULES.index(SCHEDULE_OF.get(kernel, kernel))
+    return ((), tables[-1]) if kernel == "decode" else (call.passes[n], tables[n])
 
 
 def _gradient_kernels(call: _Call, query: Array, key: Array) -> tuple[str, ...]:
@@ -152,12 +166,12 @@ def _every_kernel(call: _Call, tables: Any, query: Array, lengths: Any, kernels:
     every = []
     for kernel in kernels:
         try:
-            passes, _ = _lowered(call, tables, kernel)
+            passes, found = _lowered(call, tables, kernel)
         except SplatError:
-            if kernel == "forward":
+            if SCHEDULE_OF.get(kernel, kernel) == "forward":
                 raise
             continue
-        if passes:
+        if found:
             every.append(_facts(call, kernel, passes, query, lengths))
     return every
 
@@ -171,7 +185,8 @@ def _function(call: _Call) -> Any:
             kernels = generate.every_gradient_kernel(str(query.dtype))
         else:
             kernels = _gradient_kernels(call, query, key)
-        bind_jax.prepare_all(_every_kernel(call, tables, query, kv_lengths, ("forward", *kernels)))
+        forward = generate.forward_kernel(query.shape[1])
+        bind_jax.prepare_all(_every_kernel(call, tables, query, kv_lengths, (forward, *kernels)))
 
     functions = _forward(call), _backward(call)
     return differentiable("cpp", *functions, refusal=call.backward_refusal, prepare=prepare)
@@ -182,7 +197,8 @@ def _forward(call: _Call, batched: Any, tables: Any) -> Any:
     query, key, value, lengths = batched
     out = jax.ShapeDtypeStruct(query.shape, query.dtype)
     lse = jax.ShapeDtypeStruct(query.shape[:-1], jnp.promote_types(query.dtype, jnp.float32))
-    results = _run(call, "forward", tables, [query, key, value], lengths, [out, lse])
+    kernel = generate.forward_kernel(query.shape[1])
+    results = _run(call, kernel, tables, [query, key, value], lengths, [out, lse])
     if results is None:
         return vary_like(jnp.zeros_like(query), query), vary_like(jnp.full(lse.shape, -jnp.inf, lse.dtype), query)
     return tuple(results)
@@ -205,7 +221,7 @@ def _run(
 ) -> list[Array] | None:
     """The kernel's results; None where the plan has nothing to do."""
     passes, found = _lowered(call, tables, kernel)
-    if not passes:
+    if not found:
         return None
     facts = _facts(call, kernel, passes, operands[0], lengths)
     extra = [] if lengths is None else [lengths]

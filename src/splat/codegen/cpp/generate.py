@@ -24,12 +24,18 @@ _WORDS = {
     "d_query": ("attention, gradient of the queries", "queries", "keys"),
     "d_key_value": ("attention, gradients of keys and values", "keys", "queries"),
     "backward": ("attention, all gradients", "queries", "keys"),
+    "decode": ("attention of few queries, forward", "queries", "keys"),
 }
 
 KERNELS = tuple(_WORDS)
 
-#: kernel -> the plan's schedule that it follows, where that is not its own name.
-SCHEDULE_OF = {"backward": "d_query"}
+#: Up to so many queries have a kernel of their own: there they do not fill the lanes of the other one.
+FEW_QUERIES = 4
+
+
+def forward_kernel(q_len: int) -> str:
+    """The kernel of a forward."""
+    return "decode" if q_len <= FEW_QUERIES else "forward"
 
 
 def gradient_kernels(dtype: str, heads: int, threads: int) -> tuple[str, ...]:
@@ -57,7 +63,7 @@ class KernelFacts:
     Attributes:
       soft_cap: whether scores are capped.
       guard: whether columns that no row of a group keeps may hold NaN, and must not be read.
-      passes: at least one; the first covers every row, if any does.
+      passes: at least one, of which the first covers every row, if any does; none for "decode".
       amx: whether matrix tiles may be used, where there is a kernel for them and the compiler's flags have them.
     """
 
@@ -72,11 +78,7 @@ class KernelFacts:
     @property
     def fill(self) -> bool:
         """Whether some rows may be in no group of the first pass, so that results are written before it."""
-        return not self.passes[0].covers_rows
-
-    @property
-    def num_tables(self) -> int:
-        return sum(len(one.table_names) for one in self.passes)
+        return bool(self.passes) and not self.passes[0].covers_rows
 
 
 def library_name(facts: KernelFacts) -> str:
@@ -90,13 +92,13 @@ def source(facts: KernelFacts) -> str:
     what, *_ = _WORDS[facts.kernel]
     flags = ", ".join(f"{name} = {_flag(getattr(facts, name))}" for name in ("soft_cap", "guard", "fill", "amx"))
     passes = [line for n, one in enumerate(facts.passes) for line in ("", *_pass(n, one, facts.kernel))]
-    names = ", ".join(f"Pass{n}" for n in range(len(facts.passes)))
+    names = "".join(f", Pass{n}" for n in range(len(facts.passes)))
     return translation_unit(
         what,
         ("ffi.hpp", f"{facts.kernel}.hpp"),
         facts.dtype,
         facts.head_dim,
-        f"SPLAT_KERNEL({facts.kernel}, Facts, {names})",
+        f"SPLAT_KERNEL({facts.kernel}, Facts{names})",
         more_facts=(f"static constexpr bool {flags};",),
         types=passes,
     )

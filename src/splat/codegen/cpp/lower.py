@@ -201,6 +201,22 @@ def holes_of(plan: Plan) -> Holes:
     return Holes(rows.size > 0 and int(rows[-1] - rows[0]) + 1 > rows.size, stop - first > count)
 
 
-def passes_of(plan: Plan, which: str) -> Lowered:
-    """Static facts and tables of a static plan's "forward", "d_query" or "d_key_value"; remembered."""
-    return plan.remembered(("cpp", which), lambda: lower(getattr(plan, which)))
+#: kernel -> the plan's schedule that it follows, where that is not its own name.
+SCHEDULE_OF = {"decode": "forward", "backward": "d_query"}
+
+
+def passes_of(plan: Plan, kernel: str) -> Lowered:
+    """What a kernel of a static plan is called with; remembered."""
+    if kernel == "decode":
+        return (), runs_of(plan.acsr)
+    schedule = SCHEDULE_OF.get(kernel, kernel)
+    return plan.remembered(("cpp", schedule), lambda: lower(getattr(plan, schedule)))
+
+
+def runs_of(acsr: ACSR) -> list[Tables]:
+    """RUNS, int32 [components, 3, rows], the only table of "decode"; none where there is no component."""
+    if not acsr.components:
+        return []
+    xp = array_namespace(*(x for c in acsr.components for x in (c.start, c.count)))
+    strides = [np.full(acsr.shape[0], c.stride, np.int32) for c in acsr.components]
+    return [[xp.stack([xp.stack([s, c.start, c.count]) for s, c in zip(strides, acsr.components, strict=True)])]]

@@ -20,8 +20,8 @@ struct Call {
   Array lse, d_lse;                  // [batch, position, head]; natural logarithm, in the kernel's compute type
   Array d_query, d_key, d_value;
   const int32_t* kv_lengths;         // [batch], in [0, kv_len]: keys at or past it are in no pair; null: all keys
-  const int32_t* const* tables;      // for every pass: GROUPS, then BOUNDS if it has tests, then ROWS if it has a map
-  const int64_t* num_groups;         // for every pass
+  const int32_t* const* tables;      // for every pass: GROUPS, then BOUNDS if it has tests, then ROWS if it has a map; or RUNS
+  const int64_t* num_groups;         // for every pass; or the components of RUNS
 };
 
 // Tables are int32; a group is 16 rows (queries in forward and d_query, keys in d_key_value) that lie in one row tile
@@ -30,6 +30,8 @@ struct Call {
 //   GROUPS [groups, walks, 5]      x0, x1, x2, x3, residue: edges [x0, x1) and [x2, x3) are masked, [x1, x2) is not
 //   BOUNDS [tests, 2, rows]        lower and upper bound of x in each row
 //   ROWS   [groups, 16]            the rows of each group; at or past the number of rows: padding
+//
+//   RUNS   [components, 3, rows]   stride, start and count of each row's columns: all that the kernel `decode` reads
 //
 // Without ROWS, group n holds the rows r + step * (16 * k + [0, 16)) with r = n / k_max, k = n % k_max and
 // k_max = ceil(ceil(rows / step) / 16).

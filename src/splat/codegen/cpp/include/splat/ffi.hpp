@@ -2,6 +2,7 @@
 //
 //   kernel        operands                                                                  results
 //   forward       query, key, value, [kv_lengths], tables                                   out, lse
+//   decode        the same                                                                  out, lse
 //   d_query       query, key, value, out, lse, d_out, d_lse, [kv_lengths], tables           d_query
 //   d_key_value   the same                                                                  d_key, d_value
 //   backward      those of d_query                                                          d_query, d_key, d_value
@@ -42,7 +43,7 @@
 
 namespace splat::xla {
 
-enum class Kind { forward, d_query, d_key_value, backward };
+enum class Kind { forward, decode, d_query, d_key_value, backward };
 
 template <class T> constexpr XLA_FFI_DataType kType = XLA_FFI_DataType_S32;
 template <> constexpr XLA_FFI_DataType kType<float> = XLA_FFI_DataType_F32;
@@ -175,11 +176,12 @@ inline Array dense(const void* data, int64_t positions, int64_t heads, int64_t w
 template <Kind kKind, class Facts, class... Passes> class Handler {
   using Scalar = typename Facts::Scalar;
   using T = Compute<Scalar>;
-  static constexpr int kTables = (0 + ... + Passes::kTables);
-  static constexpr int kArrays = kKind == Kind::forward ? 3 : 7;
+  static constexpr int kTables = kKind == Kind::decode ? 1 : (0 + ... + Passes::kTables);
+  static constexpr bool kForward = kKind == Kind::forward || kKind == Kind::decode;
+  static constexpr int kArrays = kForward ? 3 : 7;
   static constexpr bool kQueries = kKind == Kind::d_query || kKind == Kind::backward;    // results: d_query
   static constexpr bool kKeys = kKind == Kind::d_key_value || kKind == Kind::backward;   // d_key and d_value
-  static constexpr int kResults = kKind == Kind::forward ? 2 : kQueries + 2 * kKeys;
+  static constexpr int kResults = kForward ? 2 : kQueries + 2 * kKeys;
 
  public:
   static XLA_FFI_Error* handle(XLA_FFI_CallFrame* frame, void (*run)(const Call&, Pool&)) {
@@ -187,7 +189,7 @@ template <Kind kKind, class Facts, class... Passes> class Handler {
     Reader reader(frame);
     Call call = {};
     const int32_t* tables[kTables];
-    int64_t num_groups[sizeof...(Passes)];
+    int64_t num_groups[sizeof...(Passes) + 1];
     call.tables = tables;
     call.num_groups = num_groups;
     read(reader, call, tables, num_groups);
@@ -209,7 +211,7 @@ template <Kind kKind, class Facts, class... Passes> class Handler {
     call.value = key(reader.operand<Scalar>("value", batch, keys, shared, width));
     if (reader.good() && (shared < 1 || heads % shared))
       reader.complain("splat: %d query heads cannot share %d key heads", (int)heads, (int)shared);
-    if (kKind != Kind::forward) {
+    if (!kForward) {
       call.out = query(reader.operand<Scalar>("out", batch, queries, heads, width));
       call.lse = row(reader.operand<T>("lse", batch, queries, heads));
       call.d_out = query(reader.operand<Scalar>("d_out", batch, queries, heads, width));
@@ -217,8 +219,11 @@ template <Kind kKind, class Facts, class... Passes> class Handler {
     }
     if (reader.num_operands() > kArrays + kTables) call.kv_lengths = reader.operand<int32_t>("kv_lengths", batch);
     int64_t rows = kKind == Kind::d_key_value ? keys : queries;
+    int64_t numbers = 3;
+    *num_groups = -1;
+    if (kKind == Kind::decode) *tables = reader.operand<int32_t>("RUNS", *num_groups, numbers, rows);
     ((read_pass<Passes>(reader, rows, tables, num_groups), tables += Passes::kTables, ++num_groups), ...);
-    if (kKind == Kind::forward) {
+    if (kForward) {
       call.out = query(reader.result<Scalar>("out", batch, queries, heads, width));
       call.lse = row(reader.result<T>("lse", batch, queries, heads));
     }

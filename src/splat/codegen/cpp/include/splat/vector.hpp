@@ -359,4 +359,18 @@ template <class T, int h = 1> SPLAT_INLINE void transpose(Vec<T> (&rows)[kWidth<
   }
 }
 
+/// The sums of kWidth vectors' lanes, that of rows[n] in lane n: half as many vectors after each round of exchanges.
+template <class T, int h = 1> SPLAT_INLINE Vec<T> lane_sums(Vec<T> (&rows)[kWidth<T>]) {
+  constexpr int W = kWidth<T>;
+  if constexpr (h < W) {
+    SPLAT_UNROLL
+    for (int i = 0; i < W; i += 2 * h) {
+      exchange<T, h>(rows[i], rows[i + h], Lanes<T>{});
+      rows[i] += rows[i + h];
+    }
+    return lane_sums<T, 2 * h>(rows);
+  }
+  return rows[0];
+}
+
 }  // namespace splat
