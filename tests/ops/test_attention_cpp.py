@@ -117,3 +117,16 @@ def test_large_results(dtype: str, threads: str, rng: np.random.Generator, monke
 
     for ours, wanted in zip(run("cpp"), run("xla"), strict=True):
         np.testing.assert_allclose(ours, wanted, atol=2e-5 if dtype == "float32" else 4e-2)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_a_soft_cap_far_above_all_scores(dtype: str, rng: np.random.Generator) -> None:
+    """Changes nothing: tanh is right relative to its value."""
+    with jax.enable_x64(dtype == "float64"):  # pyright: ignore[reportCallIssue]
+        inputs = draw_inputs(rng, 30, 30, head_dim=64, dtype=dtype)
+        suite, pattern = TestCpp(), splat.parse("window(9)")
+        for cap in (1e5, 1e7):
+            suite.check(pattern, inputs, logits_soft_cap=cap)
+            found = suite.attention(*inputs[:3], pattern, logits_soft_cap=cap)
+            plain = suite.attention(*inputs[:3], pattern)
+            np.testing.assert_allclose(found, plain, atol=2e-6 if dtype == "float32" else 1e-8)

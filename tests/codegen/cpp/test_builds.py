@@ -47,6 +47,7 @@ CASES = {
     "blocks": Case("random_blocks(60, 12, 0)", (800, 800), 24, "bfloat16"),
     "odd": Case("window(9) | strided(7)", (131, 133), 33, "bfloat16", heads=(4, 2), kv_lengths=(53, 0)),
     "odd rings": Case("window(20, 7)", (530, 530), 33, "bfloat16", batch=1, layout="gaps"),
+    "shared keys": Case("window(3, 5)", (67, 75), 24, "float32", heads=(16, 1), batch=1, kv_lengths=(75,)),
     "decode": Case("window(0, 1300) | strided(3)", (3, 1400), 64, "float32", heads=(10, 2), kv_lengths=(1400, 700)),
 }
 BLOCKS = CASES["blocks"]  # 12 walks, and on some machines matrix tiles
@@ -296,10 +297,24 @@ def test_extreme_numbers(flags: str, name: str, rng: np.random.Generator, monkey
             assert np.float64(5e-324) * 1 != 0
 
 
+@pytest.mark.parametrize("flags", ["", TILES])
+def test_scores_of_minus_infinity(flags: str, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where they are the first that a row has: those that follow count."""
+    can_run(flags, monkeypatch)
+    case = Case("window(40)", (100, 117), 64, "bfloat16")
+    drawn = case.draw(rng)
+    drawn["query"][..., 0] = np.abs(drawn["query"][..., 0])
+    drawn["key"][:, 31, :, 0] = -np.inf  # all that row 71 has of the first 32
+    with np.errstate(invalid="ignore"):  # gradients there are NaN
+        arrays, expected = solve(case, drawn)
+    for kernel in ("forward", "decode"):
+        check(run(Job(case.build(kernel), case, kernel, arrays)), expected, case)
+
+
 # -- the same bits -----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["window", "union", "tokens", "capped", "blocks", "decode"])
+@pytest.mark.parametrize("name", ["window", "union", "tokens", "capped", "blocks", "shared keys", "decode"])
 def test_threads_make_no_difference(name: str, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch) -> None:
     """Bits are the same whenever a kernel is called, and with any number of threads."""
     can_run("", monkeypatch)

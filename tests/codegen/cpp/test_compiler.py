@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import os
 import subprocess
+import sys
 import threading
 from pathlib import Path
 
@@ -163,9 +164,50 @@ def test_the_keys_parts_do_not_run_into_each_other(monkeypatch: pytest.MonkeyPat
 # -- which compiler ----------------------------------------------------------------------------------------------------
 
 
-def test_missing_starts_no_process(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_starts_one_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which asks for the compiler's version."""
+    assert compiler.missing() is None
     monkeypatch.setattr(subprocess, "Popen", None)
     assert compiler.missing() is None
+
+
+@pytest.mark.parametrize(
+    ("version", "fits"),
+    [
+        ("g++ (Ubuntu 9.4.0-1ubuntu1~20.04.2) 9.4.0", False),
+        ("x86_64-linux-gnu-g++-8 (GCC) 8.5.0 20210514 (Red Hat 8.5.0-20)", False),
+        ("c++ (GCC) 10.2.1 20210130", True),
+        ("g++ (Debian 12.2.0-14+deb12u1) 12.2.0", True),
+        ("Debian clang version 9.0.1", True),
+        ("Mine 1.0", True),
+    ],
+)
+def test_old_compilers_are_missing(version: str, fits: bool, wrapper: Wrapper) -> None:
+    """gcc 9 has not all that the headers are written with: there other implementations serve."""
+    wrapper.write(version=version)
+    said = compiler.missing()
+    assert (said is None) == fits
+    if said is not None:
+        assert said.startswith(f"the C++ compiler is {version}, but gcc 10 or newer is needed. Install a compiler (")
+        with pytest.raises(UnsupportedError, match="gcc 10 or newer is needed"):
+            compiler.load("forward", SOURCE)
+
+
+def test_a_forked_child_waits_for_nobody(cache_dir: Path) -> None:
+    """What the parent's threads compile, the child compiles or finds by itself."""
+    script = f"""
+import os, signal
+from splat.codegen.cpp import compiler
+job = compiler._job("forward", {SOURCE!r})
+with compiler._one_key.setdefault(job.key, compiler.threading.Lock()):
+    child = os.fork()
+    if not child:
+        signal.alarm(60)
+        os._exit(compiler.load("forward", {SOURCE!r}).answer())
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout == "42\n"
 
 
 def test_trial(cache_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:

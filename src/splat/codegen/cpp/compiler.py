@@ -38,6 +38,7 @@ FORMAT = 1
 TIMEOUT_S = 600.0
 TRIAL_S = 10.0
 CANDIDATES = ("c++", "g++", "clang++")
+OLDEST_GCC = 10
 INCLUDE = Path(__file__).parent / "include"
 FLAGS = ("-std=c++17", "-O2", "-fPIC", "-shared", "-fno-math-errno", "-ffp-contract=fast", "-fvisibility=hidden",
          "-pthread")  # fmt: skip
@@ -79,7 +80,7 @@ class Compiler:
 def missing() -> str | None:
     """Why nothing can be compiled here, with the remedy, as one sentence; None where a compiler is found."""
     try:
-        _command()
+        _check_age(_command())
     except SplatError as error:
         return str(error)
     return None
@@ -91,8 +92,24 @@ def settings() -> tuple[str | None, ...]:
 
 
 def find() -> Compiler:
-    """The compiler that CXX names, else the first of c++, g++ and clang++. Raises UnsupportedError if there is none."""
+    """The compiler that CXX names, else the first of c++, g++ and clang++.
+
+    Raises UnsupportedError if there is none, or it is too old.
+    """
     command = _command()
+    _check_age(command)
+    return _found(command)
+
+
+@functools.lru_cache(maxsize=16)
+def _check_age(command: tuple[str, ...]) -> None:
+    version = _found(command).version
+    gcc = re.match(r"\S*(?:g\+\+|gcc|c\+\+)\S* \(.*\) (\d+)\.\d", version)
+    if gcc and int(gcc[1]) < OLDEST_GCC:
+        raise UnsupportedError(f"the C++ compiler is {version}, but gcc {OLDEST_GCC} or newer is needed. {INSTALL}")
+
+
+def _found(command: tuple[str, ...]) -> Compiler:
     try:
         path = os.path.realpath(command[0])
         status = os.stat(path)
@@ -185,11 +202,15 @@ def flags(compiler: Compiler) -> list[str]:
 
 def _native(compiler: Compiler, given: list[str]) -> list[str]:
     """The flag that asks for this processor's instructions; none where SPLAT_CXXFLAGS says which to use."""
+    return [flag for flag in _native_flags(given) if (compiler.identity, flag) not in _refused][:1]
+
+
+def _native_flags(given: list[str]) -> tuple[str, ...]:
+    """What compilers call it, the likelier one first."""
     if any(flag.startswith(("-march=", "-mcpu=")) for flag in given):
-        return []
+        return ()
     arm = platform.machine().lower() in {"arm64", "aarch64"}
-    wanted = ("-mcpu=native", "-march=native") if arm else ("-march=native", "-mcpu=native")
-    return [flag for flag in wanted if (compiler.identity, flag) not in _refused][:1]
+    return ("-mcpu=native", "-march=native") if arm else ("-march=native", "-mcpu=native")
 
 
 def bfloat16_by(compiler: Compiler) -> str:
@@ -283,9 +304,11 @@ def _job(name: str, source: str) -> _Job:
 
 # -- build and load ----------------------------------------------------------------------------------------------------
 
-_guard = threading.Lock()
 _one_key: dict[str, threading.Lock] = {}
 _loaded: dict[str, ctypes.CDLL] = {}
+
+
+os.register_at_fork(after_in_child=_one_key.clear)  # the threads that hold locks are the parent's
 
 
 def build(name: str, source: str) -> Path:
@@ -306,9 +329,7 @@ def build(name: str, source: str) -> Path:
 def load(name: str, source: str) -> ctypes.CDLL:
     """`build`, and the library loaded; the same object whenever a process asks for it again. Thread-safe."""
     job = _job(name, source)
-    with _guard:
-        one = _one_key.setdefault(job.key, threading.Lock())
-    with one:
+    with _one_key.setdefault(job.key, threading.Lock()):
         if job.key not in _loaded:
             _loaded[job.key] = _open(job)
         return _loaded[job.key]
@@ -335,7 +356,7 @@ def _build(job: _Job) -> Path:
             return entry.folder / job.library
         except CompileError as error:
             # Which flag asks for the processor's own instructions differs between compilers and their versions.
-            native = _native(job.compiler, config.cxxflags())
+            native = [flag for flag in _native_flags(config.cxxflags()) if flag in job.flags]
             if not native or "native" not in error.log or _accepts(job.compiler, native):
                 raise
             _refused.add((job.compiler.identity, native[0]))

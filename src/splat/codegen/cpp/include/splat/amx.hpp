@@ -142,9 +142,14 @@ SPLAT_INLINE void sum_step(const char* weights, const char* values, float* sums,
 /// lanes[lane][d] = array[row of the lane][d], 0 in lanes without a row.
 template <int D, int Dp>
 SPLAT_INLINE void take_lanes(const bfloat16* from, int64_t position, const LaneRows& rows, float* lanes) {
+  constexpr int whole = D / 16 * 16;
   memset(lanes, 0, kLanes * Dp * sizeof *lanes);
-  for (int lane = 0; lane < kLanes; ++lane, lanes += Dp)
-    for (int d = 0; d < D && rows.at[lane] >= 0; ++d) lanes[d] = to_compute(from[rows.at[lane] * position + d]);
+  for (int lane = 0; lane < kLanes; ++lane, lanes += Dp) {
+    if (rows.at[lane] < 0) continue;
+    const bfloat16* const row = from + rows.at[lane] * position;
+    for (int d = 0; d < whole; d += 16) store(lanes + d, load_as<bfloat16>(row + d));
+    for (int d = whole; d < D; ++d) lanes[d] = to_compute(row[d]);
+  }
 }
 /// array[row of the lane][d] = lanes[lane][d] * factor[lane]; lanes without a row are left out.
 template <int D, int Dp>

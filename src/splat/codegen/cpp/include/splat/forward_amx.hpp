@@ -188,7 +188,7 @@ template <class Facts> struct ForwardAmx {
 
     template <bool kMasked, bool kEdges, bool kRounded = false>
     SPLAT_INLINE void row(const ForwardAmx& kernel, int row) {
-      const V of_row = splat_of(base[row]);
+      const V of_row = splat_of(kRounded && base[row] == -kInfinity<T> ? 0 : base[row]);  // no finite score yet
       V a = kernel.template weight<kRounded>(score_row(scores, row, 0), of_row);
       V b = kernel.template weight<kRounded>(score_row(scores, row, 1), of_row);
       if constexpr (kMasked) {
@@ -242,7 +242,7 @@ template <class Facts> struct ForwardAmx {
     const int lane = chunk.part.lane;
     constexpr int kAll = kScores + kSums;
     const bool sums = batch.part < kSteps;
-    SPLAT_UNROLL
+    SPLAT_UNROLL_STEPS
     for (int n = 0; n < kAll; ++n) {
       if (n < kScores && next >= 0) score_product(s, lane, next, n);
       if (n >= kScores && sums) sum_product(s, lane, batch, n - kScores);

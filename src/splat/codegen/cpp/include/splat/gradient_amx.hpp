@@ -135,7 +135,7 @@ template <class Facts, bool keys_in_lanes> struct GradientAmx {
       return;
     }
     take_lanes<D, Dp>(at<Scalar>(from, batch, head), from.position, rows, sums);
-    for (int n = 0; n < kLanes * Dp; ++n) sums[n] /= factor;
+    for (int n = 0; n < kLanes * Dp; n += kWidth<T>) store(sums + n, load(sums + n) / factor);
   }
 
   /// Of the scores and slopes of a chunk, one after the other.
@@ -183,7 +183,7 @@ template <class Facts, bool keys_in_lanes> struct GradientAmx {
   /// A chunk's dS and P, between the products of the next one, where it is `more`.
   template <bool kMasked, bool kEdges, class M>
   SPLAT_INLINE void rows(const State& s, const Part<M>& part, int chunk, int slot, bool more) {
-    SPLAT_UNROLL
+    SPLAT_UNROLL_STEPS
     for (int n = 0; n < kProducts; ++n) {
       if (more) product(s, part.lane, chunk + 1, n);
       SPLAT_UNROLL
@@ -193,7 +193,7 @@ template <class Facts, bool keys_in_lanes> struct GradientAmx {
   }
 
   template <bool kEdges, class M> __attribute__((noinline)) void chunks(State& s, const Part<M>& part) {
-    SPLAT_UNROLL
+    SPLAT_UNROLL_STEPS
     for (int n = 0; n < kProducts; ++n) product(s, part.lane, part.begin, n);
     int first = part.begin;  // of a batch
     for (int chunk = part.begin; chunk < part.end; ++chunk) {

@@ -314,12 +314,13 @@ Grid make_grid(const Call& call, const int32_t* groups, int64_t num_groups, int 
   grid.num_rows = Kernel::kKeysInLanes ? call.kv_len : call.q_len;
   const int64_t group = Kernel::kKeysInLanes ? 1 : call.num_q_heads / call.num_kv_heads;
   grid.heads = group < Kernel::kTiles ? group : Kernel::kTiles;
-  grid.head_parts = ceil_div(group, grid.heads);
   grid.residues = kStep ? PassType::residues(grid.num_rows) : num_groups;
   grid.groups_of_residue = kStep ? PassType::groups_of_residue(grid.num_rows) : 1;
   grid.tiles_of_residue = kStep ? ceil_div(grid.groups_of_residue, kGroups) : 1;
   // Units as large as the scratch memory allows, but enough of them for all threads.
   const int64_t tiles = grid.residues * grid.tiles_of_residue * call.batch * call.num_kv_heads;
+  while (grid.heads > 1 && tiles * ceil_div(group, grid.heads) < num_threads) grid.heads = ceil_div(grid.heads, 2);
+  grid.head_parts = ceil_div(group, grid.heads);
   int64_t wanted = tiles / (8 * num_threads);
   if (wanted > Kernel::kTiles / grid.heads) wanted = Kernel::kTiles / grid.heads;
   if constexpr (Kernel::kKeeps) {

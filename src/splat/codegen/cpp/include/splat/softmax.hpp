@@ -44,7 +44,9 @@ template <class Facts> struct Softmax {
     for (int64_t n = 0; n < call.num_components; ++n) {
       const Component& c = call.components[n];
       T* const own = to + c.place[row];
-      for (int64_t t = 0; t < c.count[row]; ++t) own[t] *= factor;
+      const int64_t count = c.count[row], whole = count / W * W;
+      for (int64_t t = 0; t < whole; t += W) store(own + t, load(own + t) * factor);
+      for (int64_t t = whole; t < count; ++t) own[t] *= factor;
       pad(c, row, to);
     }
   }

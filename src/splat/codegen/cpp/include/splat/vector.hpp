@@ -13,6 +13,7 @@
 #define SPLAT_INLINE inline SPLAT_INLINED
 #define SPLAT_UNROLL _Pragma("GCC unroll 32")
 #define SPLAT_UNROLL2 _Pragma("GCC unroll 2")
+#define SPLAT_UNROLL_STEPS _Pragma("GCC unroll 128")  // of matrix tiles, up to a head dim of 512
 
 namespace splat {
 
@@ -187,10 +188,14 @@ template <class T, bool kShort = false> SPLAT_INLINE Vec<T> exp2(Vec<T> x) {
 #endif
 }
 
-/// tanh, with an absolute error of a few roundings.
+/// tanh, with a relative error of a few roundings: a cap that is far above all scores leaves them as they are.
 template <class T> SPLAT_INLINE Vec<T> tanh(Vec<T> x) {
-  const Vec<T> e = exp2<T>(x * (2 * kLog2e<T>));
-  return (T)1 - (T)2 / (e + (T)1);
+  const Vec<T> e = exp2<T>(x * (2 * kLog2e<T>)), large = (T)1 - (T)2 / (e + (T)1), s = x * x;
+  Vec<T> series = s * (T)(-1382.0 / 155925) + (T)(62.0 / 2835);
+  series = series * s + (T)(-17.0 / 315);
+  series = series * s + (T)(2.0 / 15);
+  series = series * s + (T)(-1.0 / 3);
+  return s < (T)(sizeof(T) == 4 ? 0.1 : 2e-3) ? x + x * (series * s) : large;
 }
 
 /// log2 of positive normal numbers, with an error of about one rounding.
