@@ -13,7 +13,7 @@ import numpy as np
 from splat.codegen.base import Options
 from splat.codegen.cpp import amx, compiler
 from splat.codegen.cpp.generate import KernelFacts, library_name, source
-from splat.codegen.cpp.lower import Holes, PassFacts, holes_of, passes_of
+from splat.codegen.cpp.lower import UNKNOWN, Holes, PassFacts, holes_of, passes_of
 from splat.planning import Plan
 
 #: Address, and elements from one batch entry, position and head to the next.
@@ -106,9 +106,8 @@ def prepare(plan: Plan, options: Options, kernel: str, *, lengths: bool) -> Prep
         return None
     p = plan.problem
     soft_cap = options.logits_soft_cap is not None
-    facts = kernel_facts(
-        kernel, passes, holes_of(plan), dtype=p.dtype, head_dim=p.head_dim, soft_cap=soft_cap, lengths=lengths
-    )
+    holes = UNKNOWN if kernel == "decode" else holes_of(plan)
+    facts = kernel_facts(kernel, passes, holes, dtype=p.dtype, head_dim=p.head_dim, soft_cap=soft_cap, lengths=lengths)
     library = _library(facts, compiler.settings())
     flat = [np.ascontiguousarray(table, np.int32) for one in tables for table in one]
     pointers = (ctypes.c_void_p * len(flat))(*(table.ctypes.data for table in flat))

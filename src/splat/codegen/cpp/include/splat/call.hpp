@@ -20,7 +20,7 @@ struct Call {
   Array lse, d_lse;                  // [batch, position, head]; natural logarithm, in the kernel's compute type
   Array d_query, d_key, d_value;
   const int32_t* kv_lengths;         // [batch], in [0, kv_len]: keys at or past it are in no pair; null: all keys
-  const int32_t* const* tables;      // for every pass: GROUPS, then BOUNDS if it has tests, then ROWS if it has a map; or RUNS
+  const int32_t* const* tables;      // for every pass: GROUPS, BOUNDS if it has tests, ROWS if it has a map; or RUNS
   const int64_t* num_groups;         // for every pass; or the components of RUNS
 };
 

@@ -42,7 +42,7 @@ template <class Facts> class Decode {
   explicit Decode(const Call& call) : call(call) {
     group = call.num_q_heads / call.num_kv_heads;
     rows_of_unit = call.q_len < kPairs ? call.q_len : kPairs;
-    heads_of_unit = kPairs / (rows_of_unit ? rows_of_unit : 1);
+    heads_of_unit = kPairs / rows_of_unit;
     if (heads_of_unit > group) heads_of_unit = group;
     row_parts = ceil_div(call.q_len, kPairs), head_parts = ceil_div(group, heads_of_unit);
     if (call.key.head < call.key.position && head_parts * row_parts == 1) {  // their rows lie in the same pages
@@ -56,11 +56,11 @@ template <class Facts> class Decode {
   }
 
   void run(Pool& pool) {
-    auto places_of = [&](int64_t kv_heads) {
-      return call.batch * ceil_div(call.num_kv_heads, kv_heads) * head_parts * row_parts;
-    };
-    while (kv_heads_of_unit > 1 && places_of(kv_heads_of_unit) * parts < pool.num_threads) --kv_heads_of_unit;
-    const int64_t places = places_of(kv_heads_of_unit);
+    const int64_t threads = pool.num_threads, most = kv_heads_of_unit;
+    int64_t places = num_places();
+    auto is_uneven = [&](int64_t units) { return units < threads || (units % threads && units < 4 * threads); };
+    for (int64_t n = 2; kv_heads_of_unit > 1 && is_uneven(places * parts); ++n)
+      kv_heads_of_unit = ceil_div(most, n), places = num_places();
     if (parts > 1) {
       const int64_t bytes = places * parts * kPairs * (int64_t)sizeof(Result);
       results = (Result*)scratch(bytes + places * sizeof(int32_t));  // units have nothing else there
@@ -88,10 +88,13 @@ template <class Facts> class Decode {
     const int64_t head = of_row % head_parts * heads_of_unit, every = of_row / head_parts;
     const int64_t of_batch = ceil_div(call.num_kv_heads, kv_heads_of_unit);
     const int64_t kv_head = every % of_batch * kv_heads_of_unit;
-    auto least = [](int64_t a, int64_t b) { return (int)(a < b ? a : b); };
+    auto smaller = [](int64_t a, int64_t b) { return (int)(a < b ? a : b); };
     return {every / of_batch, kv_head, kv_head * group + head, row,
-            least(kv_heads_of_unit, call.num_kv_heads - kv_head), least(rows_of_unit, call.q_len - row),
-            least(heads_of_unit, group - head)};
+            smaller(kv_heads_of_unit, call.num_kv_heads - kv_head), smaller(rows_of_unit, call.q_len - row),
+            smaller(heads_of_unit, group - head)};
+  }
+  int64_t num_places() const {
+    return call.batch * ceil_div(call.num_kv_heads, kv_heads_of_unit) * head_parts * row_parts;
   }
 
   static int64_t parts_for(int64_t columns) {
@@ -335,7 +338,8 @@ template <class Facts> class Decode {
       alignas(64) T sum[kPadded] = {};
       for (int64_t n = 0; n < count; ++n) {
         const Result& one = parts[n * kPairs + pair];
-        const Vec<T> factor = one.base == -kInfinity<T> ? splat_of((T)(one.total * 0)) : exp2<T>(splat_of(one.base - base));
+        Vec<T> factor = exp2<T>(splat_of(one.base - base));
+        if (one.base == -kInfinity<T>) factor = splat_of(one.total * 0);  // 0, or NaN
         total += one.total * factor[0];
         for (int d = 0; d < kPadded; d += W) store(sum + d, load(sum + d) + load(one.sum + d) * factor);
       }
