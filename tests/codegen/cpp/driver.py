@@ -27,7 +27,7 @@ from splat.codegen.cpp import amx, compiler
 from splat.codegen.cpp.call import Array as PlacedArray
 from splat.codegen.cpp.call import Call, kernel_facts
 from splat.codegen.cpp.generate import KernelFacts, library_name, source
-from splat.codegen.cpp.lower import PassFacts, Tables, holes_of, passes_of
+from splat.codegen.cpp.lower import PassFacts, Tables, counts_of, holes_of, passes_of
 from splat.planning import Plan, Problem, make_plan
 
 Array = np.ndarray[Any, Any]
@@ -188,7 +188,8 @@ def run(job: Job) -> dict[str, Array]:
     _, tables = case.lowered(job.kernel)
     flat = [place(table, "rows", job.border) for one in tables for table in one]
     pointers = (ctypes.c_void_p * len(flat))(*(table.ctypes.data for table in flat))
-    counts = (ctypes.c_int64 * len(tables))(*(len(one[0]) for one in tables))
+    numbers = counts_of(job.kernel, tables)
+    counts = (ctypes.c_int64 * len(numbers))(*numbers)
     call.tables, call.num_groups = ctypes.addressof(pointers), ctypes.addressof(counts)
     if job.emulator:
         emulate(job, call, pointers, [*memory, *flat, np.ctypeslib.as_array(counts)])

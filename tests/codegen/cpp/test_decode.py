@@ -206,6 +206,33 @@ def test_few_queries_have_it(q_len: int, rng: np.random.Generator, monkeypatch: 
     assert {"decode", "forward"} & set(called) == {wanted}
 
 
+@needs_compiler
+def test_a_batch_at_different_positions(rng: np.random.Generator) -> None:
+    """One call for all: nobody's keys are copied. Gradients too, with the lengths of the sequences."""
+    pattern = splat.parse(SINKS)
+    q, k, v, *_ = draw_inputs(rng, 2, 1100, batch=4, heads=(4, 2))
+    at, lengths = np.array([0, 3, 777, 1095]), np.array([1100, 2, 1100, 900])
+
+    def one(q: Any, k: Any, v: Any, at: Any, length: Any) -> Any:
+        options = dict(query_offset=at, kv_lengths=length[None], implementation="cpp")
+        return splat.attention(q[None], k[None], v[None], pattern, **options)[0]
+
+    run = jax.jit(jax.vmap(one)).lower(q, k, v, at, lengths).compile()
+    text = run.as_text() or ""
+    assert text.count("custom-call(") == 1, text
+    assert " while(" not in text
+    gradients = jax.grad(lambda q, k, v: (jax.vmap(one)(q, k, v, at, lengths) ** 2).sum(), argnums=(0, 1, 2))(q, k, v)
+    out = run(q, k, v, at, lengths)
+    for n in range(4):
+        a, b, c = (np.asarray(x[n : n + 1], np.float64) for x in (q, k, v))
+        mask, options = pattern.to_dense(2, 1100, query_offset=int(at[n])), dict(kv_lengths=lengths[n : n + 1])
+        expected, lse = reference.attention(a, b, c, mask, **options)
+        np.testing.assert_allclose(out[n : n + 1], expected, atol=1e-5)
+        wanted = reference.gradients(a, b, c, mask, 2 * expected, np.zeros_like(lse), **options)
+        for found, x in zip(gradients, wanted, strict=True):
+            np.testing.assert_allclose(found[n : n + 1], x, atol=1e-4)
+
+
 def test_one_text_for_all_patterns_and_positions() -> None:
     """No token waits for a compiler."""
     texts = {

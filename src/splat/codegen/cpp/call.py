@@ -13,7 +13,7 @@ import numpy as np
 from splat.codegen.base import Options
 from splat.codegen.cpp import amx, compiler
 from splat.codegen.cpp.generate import KernelFacts, library_name, source
-from splat.codegen.cpp.lower import UNKNOWN, Holes, PassFacts, holes_of, passes_of
+from splat.codegen.cpp.lower import UNKNOWN, Holes, PassFacts, counts_of, holes_of, passes_of
 from splat.planning import Plan
 
 #: Address, and elements from one batch entry, position and head to the next.
@@ -111,7 +111,8 @@ def prepare(plan: Plan, options: Options, kernel: str, *, lengths: bool) -> Prep
     library = _library(facts, compiler.settings())
     flat = [np.ascontiguousarray(table, np.int32) for one in tables for table in one]
     pointers = (ctypes.c_void_p * len(flat))(*(table.ctypes.data for table in flat))
-    counts = (ctypes.c_int64 * len(tables))(*(len(one[0]) for one in tables))
+    numbers = counts_of(kernel, tables)
+    counts = (ctypes.c_int64 * len(numbers))(*numbers)
     call = Call(scale=options.scale, soft_cap=options.logits_soft_cap or 0.0)
     call.tables, call.num_groups = ctypes.addressof(pointers), ctypes.addressof(counts)
     run = library.splat_run

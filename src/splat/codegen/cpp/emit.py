@@ -192,16 +192,38 @@ def _function(call: _Call) -> Any:
     return differentiable("cpp", *functions, refusal=call.backward_refusal, prepare=prepare)
 
 
-@vmappable("BTNH BSKH BSKH B -> BTNH BTN")
-def _forward(call: _Call, batched: Any, tables: Any) -> Any:
-    query, key, value, lengths = batched
-    out = jax.ShapeDtypeStruct(query.shape, query.dtype)
-    lse = jax.ShapeDtypeStruct(query.shape[:-1], jnp.promote_types(query.dtype, jnp.float32))
-    kernel = generate.forward_kernel(query.shape[1])
-    results = _run(call, kernel, tables, [query, key, value], lengths, [out, lse])
-    if results is None:
-        return vary_like(jnp.zeros_like(query), query), vary_like(jnp.full(lse.shape, -jnp.inf, lse.dtype), query)
-    return tuple(results)
+def _forward(call: _Call) -> Any:
+    """((query, key, value, kv_lengths), tables) -> (output, log-sum-exp)."""
+    kernel = _forward_kernel(call)
+
+    def forward(batched: Any, tables: Any) -> Any:
+        query = batched[0]
+        if generate.forward_kernel(query.shape[1]) == "forward":
+            return kernel((*batched, None), tables)
+        _, tables = _lowered(call, tables, "decode")
+        if not tables:
+            return _nothing(query)
+        runs = jnp.asarray(tables[0][0])  # of each batch entry: mapped over offsets it is still one call
+        return kernel((*batched, jnp.broadcast_to(runs, (query.shape[0], *runs.shape))), None)
+
+    return forward
+
+
+@vmappable("BTNH BSKH BSKH B BTW -> BTNH BTN")
+def _forward_kernel(call: _Call, batched: Any, tables: Any) -> Any:
+    query, key, value, lengths, runs = batched
+    nothing = jax.eval_shape(_nothing, query)
+    if runs is None:
+        results = _run(call, "forward", tables, [query, key, value], lengths, nothing)
+    else:
+        results = _call(_facts(call, "decode", (), query, lengths), call, [query, key, value], lengths, [runs], nothing)
+    return _nothing(query) if results is None else tuple(results)
+
+
+def _nothing(query: Array) -> tuple[Array, Array]:
+    """The results where no query attends to anything."""
+    lse = jnp.full(query.shape[:-1], -jnp.inf, jnp.promote_types(query.dtype, jnp.float32))
+    return vary_like(jnp.zeros_like(query), query), vary_like(lse, query)
 
 
 @vmappable("BTNH BSKH BSKH B BTNH BTN BTNH BTN -> BTNH BSKH BSKH")
@@ -224,9 +246,15 @@ def _run(
     if not found:
         return None
     facts = _facts(call, kernel, passes, operands[0], lengths)
+    return _call(facts, call, operands, lengths, [jnp.asarray(table) for one in found for table in one], results)
+
+
+def _call(
+    facts: KernelFacts, call: _Call, operands: list[Array], lengths: Any, tables: list[Array],
+    results: list[jax.ShapeDtypeStruct],
+) -> list[Array]:  # fmt: skip
     extra = [] if lengths is None else [lengths]
-    every = [jnp.asarray(table) for one in found for table in one]
-    return bind_jax.call(facts, call.options, [*operands, *extra, *every], results)
+    return bind_jax.call(facts, call.options, [*operands, *extra, *tables], results)
 
 
 __all__ = ["IMPLEMENTATION", "CppImplementation", "kernels_of"]

@@ -214,9 +214,13 @@ def passes_of(plan: Plan, kernel: str) -> Lowered:
 
 
 def runs_of(acsr: ACSR) -> list[Tables]:
-    """RUNS, int32 [components, 3, rows], the only table of "decode"; none where there is no component."""
+    """RUNS, int32 [rows, 3 * components], the only table of "decode"; none where there is no component."""
     if not acsr.components:
         return []
-    xp = array_namespace(*(x for c in acsr.components for x in (c.start, c.count)))
-    strides = [np.full(acsr.shape[0], c.stride, np.int32) for c in acsr.components]
-    return [[xp.stack([xp.stack([s, c.start, c.count]) for s, c in zip(strides, acsr.components, strict=True)])]]
+    columns = [x for c in acsr.components for x in (np.full(acsr.shape[0], c.stride, np.int32), c.start, c.count)]
+    return [[array_namespace(*columns).stack(columns, axis=1)]]
+
+
+def counts_of(kernel: str, tables: list[Tables]) -> list[int]:
+    """`num_groups` of a call whose batch entries have the same tables."""
+    return [tables[0][0].shape[1] // 3, 0] if kernel == "decode" else [len(one[0]) for one in tables]

@@ -21,7 +21,7 @@ struct Call {
   Array d_query, d_key, d_value;
   const int32_t* kv_lengths;         // [batch], in [0, kv_len]: keys at or past it are in no pair; null: all keys
   const int32_t* const* tables;      // for every pass: GROUPS, BOUNDS if it has tests, ROWS if it has a map; or RUNS
-  const int64_t* num_groups;         // for every pass; or the components of RUNS
+  const int64_t* num_groups;         // for every pass; or components of RUNS, and its rows of a batch entry (0: of all)
 };
 
 // Tables are int32; a group is 16 rows (queries in forward and d_query, keys in d_key_value) that lie in one row tile
@@ -31,7 +31,8 @@ struct Call {
 //   BOUNDS [tests, 2, rows]        lower and upper bound of x in each row
 //   ROWS   [groups, 16]            the rows of each group; at or past the number of rows: padding
 //
-//   RUNS   [components, 3, rows]   stride, start and count of each row's columns: all that the kernel `decode` reads
+//   RUNS   [rows, components, 3]   stride, start and count of each row's columns: all that the kernel `decode` reads,
+//                                  for all batch entries or for each of them
 //
 // Without ROWS, group n holds the rows r + step * (16 * k + [0, 16)) with r = n / k_max, k = n % k_max and
 // k_max = ceil(ceil(rows / step) / 16).

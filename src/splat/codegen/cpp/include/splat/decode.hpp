@@ -49,8 +49,9 @@ template <class Facts> class Decode {
       kv_heads_of_unit = kPairs / (rows_of_unit * group);
       if (kv_heads_of_unit > call.num_kv_heads) kv_heads_of_unit = call.num_kv_heads;
     }
-    for (int64_t n = 0; n < row_parts; ++n) {
-      const int64_t wanted = parts_for(columns(place_of(n), call.kv_len));
+    const int64_t of_batch = num_places() / call.batch;
+    for (int64_t n = 0; n < call.batch * row_parts; ++n) {
+      const int64_t wanted = parts_for(columns(place_of(n / row_parts * of_batch + n % row_parts)));
       if (wanted > parts) parts = wanted;
     }
   }
@@ -113,19 +114,23 @@ template <class Facts> class Decode {
       return number < count ? number : count;
     }
   };
-  Run run_of(int64_t component, int64_t row, int64_t limit) const {
-    const int32_t* const runs = call.tables[0] + component * 3 * call.q_len + row;
-    Run run = {runs[0], runs[call.q_len], runs[2 * call.q_len]};
+  /// Those before `limit`.
+  Run run_of(const Place& place, int slot, int64_t component, int64_t limit) const {
+    const int64_t row = place.batch * call.num_groups[1] + place.row + slot;
+    const int32_t* const numbers = call.tables[0] + (row * call.num_groups[0] + component) * 3;
+    Run run = {numbers[0], numbers[1], numbers[2]};
     run.count = run.before(limit);
     return run;
   }
+
+  int64_t limit_of(const Place& place) const { return call.kv_lengths ? call.kv_lengths[place.batch] : call.kv_len; }
 
   /// Calls body(component, stride, first, end) for those that a unit's rows have, all between [first, end).
   template <class Body> void over_components(const Place& place, int64_t limit, Body&& body) const {
     for (int64_t n = 0; n < call.num_groups[0]; ++n) {
       int64_t stride = 1, first = limit, end = 0;
       for (int slot = 0; slot < place.rows; ++slot) {
-        const Run run = run_of(n, place.row + slot, limit);
+        const Run run = run_of(place, slot, n, limit);
         if (run.count <= 0) continue;
         stride = run.stride;
         if (run.start < first) first = run.start;
@@ -134,9 +139,9 @@ template <class Facts> class Decode {
       if (first < end) body(n, stride, first, end);
     }
   }
-  int64_t columns(const Place& place, int64_t limit) const {
+  int64_t columns(const Place& place) const {
     int64_t count = 0;
-    over_components(place, limit, [&](int64_t, int64_t stride, int64_t first, int64_t end) {
+    over_components(place, limit_of(place), [&](int64_t, int64_t stride, int64_t first, int64_t end) {
       count += ceil_div(end - first, stride);
     });
     return count;
@@ -144,8 +149,7 @@ template <class Facts> class Decode {
 
   void unit(int64_t index, int64_t part) {
     const Place place = place_of(index);
-    const int64_t limit = call.kv_lengths ? call.kv_lengths[place.batch] : call.kv_len;
-    const int64_t all = columns(place, limit), num_parts = parts_for(all);
+    const int64_t limit = limit_of(place), all = columns(place), num_parts = parts_for(all);
     if (part >= num_parts) return;
     State state;
     begin(state, place);
@@ -157,7 +161,7 @@ template <class Facts> class Decode {
       seen += count;
       for (int64_t x = low; x < high; x += kBlock)  // while it is near, for all rows that have something there
         for (int slot = 0; slot < place.rows; ++slot) {
-          const Run run = run_of(component, place.row + slot, limit);
+          const Run run = run_of(place, slot, component, limit);
           const int64_t t = run.before(first + stride * x);
           const int64_t n = run.before(first + stride * (x + kBlock < high ? x + kBlock : high)) - t;
           for (int head = 0; n > 0 && head < place.kv_heads; ++head)

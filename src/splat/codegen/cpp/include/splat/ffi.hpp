@@ -189,7 +189,7 @@ template <Kind kKind, class Facts, class... Passes> class Handler {
     Reader reader(frame);
     Call call = {};
     const int32_t* tables[kTables];
-    int64_t num_groups[sizeof...(Passes) + 1];
+    int64_t num_groups[sizeof...(Passes) + 2];
     call.tables = tables;
     call.num_groups = num_groups;
     read(reader, call, tables, num_groups);
@@ -219,9 +219,11 @@ template <Kind kKind, class Facts, class... Passes> class Handler {
     }
     if (reader.num_operands() > kArrays + kTables) call.kv_lengths = reader.operand<int32_t>("kv_lengths", batch);
     int64_t rows = kKind == Kind::d_key_value ? keys : queries;
-    int64_t numbers = 3;
-    *num_groups = -1;
-    if (kKind == Kind::decode) *tables = reader.operand<int32_t>("RUNS", *num_groups, numbers, rows);
+    if (kKind == Kind::decode) {
+      int64_t numbers = -1;
+      *tables = reader.operand<int32_t>("RUNS", batch, rows, numbers);
+      num_groups[0] = numbers / 3, num_groups[1] = rows;
+    }
     ((read_pass<Passes>(reader, rows, tables, num_groups), tables += Passes::kTables, ++num_groups), ...);
     if (kForward) {
       call.out = query(reader.result<Scalar>("out", batch, queries, heads, width));
