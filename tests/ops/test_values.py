@@ -12,6 +12,7 @@ import pytest
 import splat
 from splat.codegen.cpp import compiler
 from splat.errors import ArgumentError, UnsupportedError
+from splat.ops.values import without
 from tests.values_suite import ValuesSuite
 
 
@@ -24,6 +25,26 @@ class TestXla(ValuesSuite):
 @pytest.mark.skipif(compiler.missing() is not None, reason=f"nothing can be compiled here: {compiler.missing()}")
 class TestCpp(ValuesSuite):
     implementation = "cpp"
+
+    @pytest.mark.parametrize(
+        ("text", "sizes", "dtype", "off"),
+        [
+            ("full()", (100, 900, 20), "float32", ()),
+            ("full()", (100, 900, 20), "bfloat16", ()),
+            ("full()", (100, 900, 20), "float32", ("posets", "spans")),
+            ("full()", (20, 5000, 64), "float32", ()),
+            ("strided(2)", (100, 2000, 20), "float32", ()),
+            ("window(30, 400)", (900, 900, 20), "float32", ()),
+            ("window(30, 400)", (900, 900, 20), "float32", ("posets",)),
+        ],
+    )
+    def test_several_blocks(
+        self, text: str, sizes: tuple[int, int, int], dtype: str, off: tuple[str, ...], rng: np.random.Generator
+    ) -> None:
+        """R-SpMM takes 384 columns of a lattice at once, 2,048 where they need not be brought together."""
+        q_len, kv_len, head_dim = sizes
+        with without(*off):
+            self.check(splat.build(splat.parse(text), q_len, kv_len), rng, head_dim, dtype)
 
 
 @pytest.mark.skipif(
