@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,7 @@ import pytest
 
 import splat
 from benchmarks import run
-from benchmarks.cpu import NAMES, clock, gate, host, jax_side, native
+from benchmarks.cpu import NAMES, against, clock, gate, host, jax_side, native, torch_side
 from benchmarks.cpu.clock import Sample, Turns
 from benchmarks.cpu.setting import PATTERNS, THREADS, Case, Setting
 from benchmarks.report import Report
@@ -100,8 +102,84 @@ def test_the_gate_passes_what_is_right_and_stops_what_is_wrong(monkeypatch: pyte
     assert set(gate.check(TINY, 64, gradients=True)) == {"out", "d_query", "d_key", "d_value"}
     gate._check.cache_clear()
     monkeypatch.setattr(jax_side, "ready", lambda case, **_: lambda: np.full((1, 64, 8, 64), np.nan))
-    with pytest.raises(gate.WrongError, match="out is off by nan"):
+    with pytest.raises(gate.WrongError, match="out is off by inf"):
         gate.check(TINY, 64)
+
+
+def no_last_rows(x: np.ndarray) -> None:
+    x[:, -x.shape[1] // 4 :] = 0
+
+
+def heads_swapped(x: np.ndarray) -> None:
+    x[:, :, [0, 1]] = x[:, :, [1, 0]]
+
+
+def one_nan(x: np.ndarray) -> None:
+    x[:, -1, -1, 0] = np.nan
+
+
+@functools.cache
+def trained(case: Case) -> Any:
+    """(output, gradients)."""
+    return jax_side.ready(case, "xla", gradients=True)()
+
+
+@pytest.mark.parametrize("part", range(4), ids=gate.NAMES)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("spoil", [no_last_rows, heads_swapped, one_nan])
+def test_what_is_wrong_in_small_rows_is_stopped(spoil: Callable[[np.ndarray], None], dtype: str, part: int) -> None:
+    """Late rows of causal attention are means over many values: much smaller than the first ones."""
+    case = Case("causal()", 1000, 8, dtype)
+    right = trained(case)
+    assert set(gate.check_rows(case, right)) == {"out", "d_query"}
+    assert gate.agree(case, right, right) == 0
+    wrong = gate.arrays(right)
+    spoil(array := wrong[part].copy())
+    wrong[part] = array
+    result = (wrong[0], tuple(wrong[1:]))
+    with pytest.raises(gate.WrongError, match=f"the peer's {gate.NAMES[part]} is off by .* of a row's largest value"):
+        gate.agree(case, right, result)
+    if part < 2:
+        with pytest.raises(gate.WrongError, match=f"^{gate.NAMES[part]} is off by"):
+            gate.check_rows(case, result)
+
+
+@needs_compiler
+@pytest.mark.parametrize(
+    ("bar", "timed"),
+    [
+        (against.forward, ["flex", "sdpa", "xla", "dense"]),
+        (against.causal, ["sdpa"]),
+        (against.backward, ["sdpa", "xla"]),
+    ],
+)
+def test_every_peer_is_checked(
+    bar: Callable[[Setting], Report | Iterator[Report]], timed: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each in turn gives zeros."""
+
+    def zeros(result: Any) -> Any:
+        return tuple(map(zeros, result)) if isinstance(result, tuple) else np.zeros(result.shape)
+
+    right = functools.cache(jax_side.ready)
+    monkeypatch.setattr(torch_side, "why_not", lambda setting: None)
+    monkeypatch.setattr(torch_side, "as_numpy", lambda result: result)
+    for broken in timed:
+
+        def of(name: str, case: Case, *, gradients: bool = False, broken: str = broken) -> Any:
+            call = right(case, "xla", gradients=gradients)
+            return (lambda: zeros(call())) if name == broken else call
+
+        def ready(case: Case, name: str = "cpp", *, gradients: bool = False, of: Any = of) -> Any:
+            return right(case, gradients=gradients) if name == "cpp" else of(name, case, gradients=gradients)
+
+        monkeypatch.setattr(jax_side, "ready", ready)
+        monkeypatch.setattr(torch_side, "sdpa", lambda case, is_causal=False, of=of, **how: of("sdpa", case, **how))
+        monkeypatch.setattr(torch_side, "flex", lambda case, of=of: (of("flex", case), dict.fromkeys("mc", 0.0)))
+        reports = bar(Setting(quick=True))
+        first = reports if isinstance(reports, Report) else next(iter(reports))
+        assert len(first.failed) >= 2, broken
+        assert all("WrongError: the peer's out is off by 1 of a row's" in one for one in first.failed), broken
 
 
 @needs_compiler

@@ -40,6 +40,13 @@ def cell(turns: Turns) -> str:
     return f"{faster(turns):.2f} ({low:.2f}-{high:.2f})"
 
 
+def checked(setting: Setting, case: Case, *, gradients: bool = False) -> tuple[Call, dict[str, Any]]:
+    """(SPLAT's call, how far it is off: in every row at a small size, in some at this one)."""
+    small = gate.check(case, setting.gate_length, gradients=gradients)
+    ours = jax_side.ready(case, gradients=gradients)
+    return ours, {"gate": small, "gate_rows": gate.check_rows(case, ours())}
+
+
 def against_flex(setting: Setting, case: Case, ours: Call, sample: dict[str, Any]) -> Turns:
     """Measured, with what it took to prepare written to the sample."""
     call, prepared = torch_side.flex(case)
@@ -88,8 +95,7 @@ def forward(setting: Setting) -> Iterator[Report]:
 
 
 def _forward_case(setting: Setting, report: Report, prepared: Report, case: Case, over_flex: list[float]) -> None:
-    sample: dict[str, Any] = {"gate": gate.check(case, setting.gate_length)}
-    ours = jax_side.ready(case)
+    ours, sample = checked(setting, case)
     duels: dict[str, Turns] = {}
     if not torch_side.why_not(setting):
         duels["flex"] = against_flex(setting, case, ours, sample)
@@ -97,10 +103,14 @@ def _forward_case(setting: Setting, report: Report, prepared: Report, case: Case
         needed = sample["flex_prepared"]
         setting.add(prepared, *case.cells, *(f"{s:.2f}" for s in needed.values()), case=str(case), **needed)
         if case.q_len <= DENSE_LONGEST:
-            duels["sdpa"] = duel(setting, ours, torch_side.sdpa(case))
+            sdpa = torch_side.sdpa(case)
+            sample["sdpa_off"] = gate.agree(case, ours(), torch_side.as_numpy(sdpa()))
+            duels["sdpa"] = duel(setting, ours, sdpa)
     if case.q_len <= DENSE_LONGEST:
         for name in ("xla", "dense"):
-            duels[name] = duel(setting, ours, jax_side.ready(case, name))
+            peer = jax_side.ready(case, name)
+            sample[f"{name}_off"] = gate.agree(case, ours(), peer())
+            duels[name] = duel(setting, ours, peer)
     duels = duels or {"itself": duel(setting, ours, ours)}
     ms = statistics.median(turns.samples["ours"].median_ms for turns in duels.values())
     gflops = 4 * jax_side.nnz(case.text, case.q_len) * case.head_dim * HEADS / ms / 1e6
@@ -125,8 +135,8 @@ def _one_peer(
         if torch_side.why_not(setting):
             break
         with setting.attempt(report, case):
-            sample: dict[str, Any] = {"gate": gate.check(case, setting.gate_length)}
-            turns = measure(case, jax_side.ready(case), sample)
+            ours, sample = checked(setting, case)
+            turns = measure(case, ours, sample)
             setting.add(
                 report, *case.cells, *(str(turns.samples[name]) for name in ("ours", "peer")), cell(turns),
                 turns.clean, f"{turns.foreign:.0%}",
@@ -174,21 +184,22 @@ def backward(setting: Setting) -> Report:
     )
     for case in setting.cases((WINDOW,), (4096,), (64,)):
         with setting.attempt(report, case):
-            found = gate.check(case, setting.gate_length, gradients=True)
-            ours = jax_side.ready(case, gradients=True)
+            ours, sample = checked(setting, case, gradients=True)
             for name, bar in BACKWARD_BARS.items():
                 if name == "xla":
                     peer = jax_side.ready(case, "xla", gradients=True)
+                    off = gate.agree(case, ours(), peer())
                 elif torch_side.why_not(setting):
                     continue
                 else:
                     peer = torch_side.sdpa(case, gradients=True)
+                    off = gate.agree(case, ours(), torch_side.as_numpy(peer()))
                 turns = duel(setting, ours, peer)
                 limit = setting.bar(bar) if case.dtype == "float32" else None
                 setting.add(
                     report, *case.cells, name, *(str(turns.samples[one]) for one in ("ours", "peer")), cell(turns),
                     turns.clean, f"{turns.foreign:.0%}",
                     report.judge(f"{case} over {name}", faster(turns), limit, at_least=True),
-                    case=str(case), peer=name, gate=found, times_faster=faster(turns), **turns.to_json(),
+                    case=str(case), peer=name, peer_off=off, times_faster=faster(turns), **turns.to_json(), **sample,
                 )  # fmt: skip
     return report

@@ -45,6 +45,7 @@ def share(setting: Setting) -> Report:
         with setting.attempt(report, f"{case}, {side}"):
             found = gate.check(case, setting.gate_length)
             ours = ready(case)
+            rows = gate.check_rows(case, jax_side.ready(case)())  # with which PyTorch's results have been compared
             gflop = 4 * jax_side.nnz(case.text, case.q_len) * case.head_dim * HEADS / 1e9
             with foreign() as others:
                 made = [_share_sample(ours) for _ in range(setting.rounds if setting.quick else SHARE_SAMPLES)]
@@ -58,7 +59,7 @@ def share(setting: Setting) -> Report:
                 report, *case.cells, side, f"{ms:.4g}", f"{gflop / ms * 1e3:.0f}", f"{rate:.0f}", f"{median:.3f}",
                 f"{low:.3f}-{high:.3f}", f"{len(clean)}/{len(made)}", f"{others.share:.0%}",
                 report.judge(f"share, {case}, {side}", median, bar, at_least=True),
-                case=str(case), side=side, gate=found, gflop=gflop, ms=[one.ms for one, _ in made],
+                case=str(case), side=side, gate=found, gate_rows=rows, gflop=gflop, ms=[one.ms for one, _ in made],
                 waited_ms=[one.waited_ms for one, _ in made], micro_kernel_gflops=[rate for _, rate in made],
                 share=median, foreign=others.share,
             )  # fmt: skip
@@ -135,7 +136,9 @@ def linear(setting: Setting) -> Report:
     cases = {str(q_len): Case(WINDOW, q_len, 64, "float32") for q_len in lengths}
     with setting.attempt(report, "time by length"):
         found: Any = gate.check(next(iter(cases.values())), setting.gate_length)
-        turns = take_turns({name: jax_side.ready(case) for name, case in cases.items()}, setting.rounds, 60.0)
+        calls = {name: jax_side.ready(case) for name, case in cases.items()}
+        rows = {name: gate.check_rows(case, calls[name]()) for name, case in cases.items()}
+        turns = take_turns(calls, setting.rounds, 60.0)
         per = {name: 1e3 * turns.samples[name].median_ms / case.q_len for name, case in cases.items()}
         excess = max(per.values()) / min(per.values()) - 1
         judged = report.judge("time per position, slowest over fastest - 1", excess, setting.bar(LINEAR_BAR))
@@ -145,7 +148,7 @@ def linear(setting: Setting) -> Report:
             setting.add(
                 report, f"{case.q_len:,}", str(samples), f"{per[name]:.3f}", f"{low:.3f}-{high:.3f}",
                 turns.clean_of(name), f"{turns.foreign:.0%}", judged if case.q_len == lengths[-1] else "",
-                q_len=case.q_len, ms=[one.ms for one in turns.made[name]], gate=found, foreign=turns.foreign,
-                waited_ms=[one.waited_ms for one in turns.made[name]], excess=excess,
+                q_len=case.q_len, ms=[one.ms for one in turns.made[name]], gate=found, gate_rows=rows[name],
+                foreign=turns.foreign, waited_ms=[one.waited_ms for one in turns.made[name]], excess=excess,
             )  # fmt: skip
     return report

@@ -56,13 +56,15 @@ def ours(case: Case) -> Call:
     query, key, value, _ = inputs(case)
     pattern = splat.parse(case.text)
     call = lambda: attention(query, key, value, pattern)  # noqa: E731
-    gate.agree(case, np.asarray(jax_side.ready(case)(), np.float32), as_numpy(call()))
+    gate.agree(case, jax_side.ready(case)(), as_numpy(call()))
     return call
 
 
-def as_numpy(out: Any) -> np.ndarray:
-    """[B, T, N, H], float32."""
-    return out.detach().float().numpy().swapaxes(1, 2)
+def as_numpy(result: Any) -> Any:
+    """[B, T, N, H], float32; of a tuple, those in it."""
+    if isinstance(result, tuple):
+        return tuple(map(as_numpy, result))
+    return result.detach().float().numpy().swapaxes(1, 2)
 
 
 def timed(function: Callable[[], Any]) -> tuple[Any, float]:

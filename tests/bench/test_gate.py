@@ -110,7 +110,7 @@ def product(given: Problem) -> np.ndarray:
 def test_the_gate_passes_what_is_right_and_stops_what_is_wrong() -> None:
     assert gate.check_small(problem(), contender(product)) < 1e-6
     for wrong in (lambda given: product(given) + 1e-3, lambda given: product(given) * np.nan):
-        with pytest.raises(gate.WrongError, match="of the largest value"):
+        with pytest.raises(gate.WrongError, match="of a row's largest value"):
             gate.check_small(problem(), contender(wrong))
 
 
@@ -166,6 +166,29 @@ def test_the_truth_of_training_is_the_dense_oracles(case: Case, monkeypatch: pyt
             np.testing.assert_allclose(np.stack(part.expected), right[0, list(part.rows)], rtol=0, atol=1e-13)
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_gate_stops_what_is_wrong_in_small_rows(dtype: str) -> None:
+    """The last rows of causal attention are means over thousands of values: much smaller than the first ones."""
+    truth = Truth.sampled(problem("attention", Case("causal", "test", "causal()"), 8000, dtype))
+    right = np.zeros((2, 8000, 8))
+    (part,) = truth.parts
+    right[:, part.rows] = np.stack(part.expected, axis=1)
+    ready = Ready(lambda: None, Layout.ROWS, np.asarray)
+    assert gate.check(truth, ready, right) == 0
+    zeros, swapped = right.copy(), right.copy()
+    zeros[:, 7000:] = 0
+    swapped[:, 7999] = right[::-1, 7999]
+    for wrong in (zeros, swapped):
+        with pytest.raises(gate.WrongError, match="of a row's largest value"):
+            gate.check(truth, ready, wrong)
+
+
+def test_rows_of_nothing_are_right_where_nothing_is_there() -> None:
+    nothing, something = np.zeros((3, 4)), np.eye(3, 4)
+    assert gate.shares([gate.Compared.of(nothing, nothing)]) == [0.0]
+    assert gate.shares([gate.Compared.of(something, nothing)]) == [float("inf")]
+
+
 @pytest.mark.parametrize("part", range(4), ids=["output", "d_query", "d_key", "d_value"])
 def test_the_gate_stops_every_wrong_gradient(part: int) -> None:
     truth = Truth.sampled(problem("training", q_len=100))
@@ -177,7 +200,7 @@ def test_the_gate_stops_every_wrong_gradient(part: int) -> None:
     for wrong in (1e-3, np.nan):
         changed = arrays.copy()
         changed[part, 1, 99, 3] += wrong
-        with pytest.raises(gate.WrongError, match="of the largest value"):
+        with pytest.raises(gate.WrongError, match="of a row's largest value"):
             gate.check(truth, right, changed)
 
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Iterator
-from typing import Any
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -15,8 +15,8 @@ from splat.bench.truth import Part, Truth
 #: The size at which all rows are checked.
 GATE_LENGTH = 1024
 
-#: Of the largest value. float32: sums of thousands of terms, each rounded to 2^-24. A GPU multiplies it in pieces of
-#: lower precision, and cuDNN takes bfloat16. bfloat16: what everyone rounds to 2^-8 once, all four to the same side:
+#: Of a row's largest value. float32: sums of thousands of terms, each rounded to 2^-24. A GPU multiplies it in pieces
+#: of lower precision, and cuDNN takes bfloat16. bfloat16: what everyone rounds to 2^-8 once, all four to the same side:
 #: weights, outputs, the outputs that the gradients of scores start from, and these gradients themselves.
 TOLERANCE = {
     ("float32", "cpu"): 2e-5,
@@ -31,7 +31,7 @@ class WrongError(Exception):
 
 
 def check_small(problem: Problem, contender: Contender) -> float:
-    """The case at a small size, all rows, against its dense mask: the largest error. Raises WrongError."""
+    """The case at a small size, all rows, against its dense mask: `check`'s error. Raises WrongError."""
     small = dataclasses.replace(problem, q_len=min(problem.q_len, GATE_LENGTH))
     mask = small.pattern.to_dense(small.q_len)
     with contender.under():
@@ -48,32 +48,60 @@ def check_small(problem: Problem, contender: Contender) -> float:
 
 
 def check(truth: Truth, ready: Ready, result: Any) -> float:
-    """The largest error where the truth is known, as a share of its array's largest value.
+    """The largest error where the truth is known, as a share of its row's largest value; see `shares`.
 
     Raises WrongError where that is too much, also for NaN.
     """
     problem, array = truth.problem, ready.read(result)
     arrays = array if ready.layout is Layout.GRADIENTS else [array]
-    off = max(
-        _share(_rows_of(problem, ready.layout, one, part), part.expected)
+    compared = [
+        _compared(_rows_of(problem, ready.layout, one, part), part.expected)
         for one, part in zip(arrays, truth.parts, strict=True)
-    )
-    allowed = TOLERANCE[problem.dtype, problem.device]
+    ]
+    off, allowed = max(shares(compared)), TOLERANCE[problem.dtype, problem.device]
     if not off <= allowed:
-        raise WrongError(f"off by {off:.2g} of the largest value; {allowed:g} is allowed")
+        raise WrongError(f"off by {off:.2g} of a row's largest value; {allowed:g} is allowed")
     return off
 
 
-def _share(found: Iterable[np.ndarray], expected: Iterable[np.ndarray]) -> float:
-    """The largest error as a share of the largest value; infinity for NaN."""
-    errors, largest = [0.0], 0.0
+class Compared(NamedTuple):
+    """The rows of an array: largest error and largest value of each."""
+
+    errors: np.ndarray
+    sizes: np.ndarray
+
+    @staticmethod
+    def of(got: np.ndarray, right: np.ndarray) -> Compared:
+        """[..., row]: rows lie along the last axis."""
+        return Compared(*(np.abs(x).max(axis=-1, initial=0.0).ravel() for x in (got - right, right)))
+
+
+def shares(compared: Sequence[Compared]) -> list[float]:
+    """Each array's largest error as a share of its row's largest value; infinity for NaN.
+
+    A row that is smaller than usual counts as a usual one. Of the first array, a result, that is the median. Others are
+    gradients: a row that attends to one key has gradient 0, of which rounding makes something, so usual is the root
+    mean square over all arrays, which are alike in scale.
+    """
+    everything = np.concatenate([one.sizes for one in compared])
+    usual = (np.median(compared[0].sizes), *[np.sqrt(np.mean(everything**2))] * (len(compared) - 1))
+    return [_share(one, float(size)) for one, size in zip(compared, usual, strict=True)]
+
+
+def _share(compared: Compared, usual: float) -> float:
+    sizes = np.maximum(compared.sizes, usual)
+    off = np.divide(compared.errors, sizes, out=np.where(compared.errors == 0, 0.0, np.inf), where=sizes > 0)
+    worst = float(off.max(initial=0.0))
+    return float("inf") if np.isnan(worst) else worst
+
+
+def _compared(found: Iterable[np.ndarray], expected: Iterable[np.ndarray]) -> Compared:
+    made = []
     for there, right in zip(found, expected, strict=True):
         if there.shape != right.shape:
             raise WrongError(f"a row has shape {list(there.shape)}, not {list(right.shape)}")
-        errors.append(float(np.max(np.abs(there - right), initial=0.0)))
-        largest = max(largest, float(np.max(np.abs(right), initial=0.0)))
-    off = float(np.max(errors)) / (largest or 1.0)
-    return float("inf") if np.isnan(off) else off
+        made.append(Compared.of(there, right))
+    return Compared(*(np.concatenate(x) for x in zip(*made, strict=True)))
 
 
 def _rows_of(problem: Problem, layout: Layout, array: np.ndarray, part: Part) -> Iterator[np.ndarray]:

@@ -26,7 +26,7 @@ class Measured:
       all_ms, waited_ms: of all turns, and how long threads waited for a processor that others had.
       prepare_ms: making its format or mask; first_ms: the first call, compilation included.
       peak_bytes: that one warm call held beyond what was there before; None where unknown.
-      off: largest error, as a share of the largest value; None where there is nothing to compare.
+      off: largest error, as a share of its row's largest value; None where there is nothing to compare.
       note: what was chosen while preparing.
     """
 
