@@ -18,7 +18,7 @@ SRC = Path(__file__).parents[1] / "src"
 # Top-level modules and packages of splat, the earliest first. Those of one line may not import each other.
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("errors",),
-    ("config", "remembered"),
+    ("config", "files", "remembered"),
     ("reference",),
     ("pattern",),
     ("acsr",),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import platform
@@ -19,6 +20,7 @@ from splat.cli import app, demo, doctor
 from splat.cli import cache as cache_command
 from splat.codegen import cache
 from splat.codegen.cpp import compiler
+from splat.files import replacing
 from splat.planning import Plan
 
 PNG = b"\x89PNG\r\n\x1a\n"
@@ -379,3 +381,60 @@ def test_dense_attention_in_pieces_is_exact() -> None:
     mask = rng.random((50, 50)) < 0.5
     whole = jax.nn.dot_product_attention(q, k, v, mask=mask[None, None])
     np.testing.assert_allclose(demo.dense_attention(q, k, v, jax.numpy.asarray(mask), 16), whole, atol=1e-6)
+
+
+# -- files -------------------------------------------------------------------------------------------------------------
+
+needs_full = pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full here")
+
+
+@needs_full
+@pytest.mark.parametrize(
+    ("args", "says"),
+    [
+        ("plan window(3) --q-len 64", "error: No space left on device"),
+        ("emit window(3) --q-len 64 --target cpp --out /dev/full", "error: /dev/full: No space left on device"),
+        ("show window(3) --q-len 64 --out /dev/full", "error: /dev/full: No space left on device"),
+    ],
+)
+def test_a_full_disk_is_told_in_a_line(args: str, says: str) -> None:
+    with open("/dev/null" if "--out" in args else "/dev/full", "w") as out:
+        done = subprocess.run(
+            [sys.executable, "-m", "splat", *args.split()], stdout=out, stderr=subprocess.PIPE, text=True, check=False
+        )
+    assert (done.returncode, done.stderr) == (2, f"{says}\n")
+
+
+def test_who_stops_reading_is_told_nothing() -> None:
+    reads, writes = os.pipe()
+    os.close(reads)
+    done = subprocess.run(
+        [sys.executable, "-m", "splat", "plan", "window(3)"],
+        stdout=writes,
+        stderr=subprocess.PIPE,
+        text=True,
+        check=False,
+    )
+    os.close(writes)
+    assert (done.returncode, done.stderr) == (1, "")
+
+
+def test_files_are_written_whole_or_not_at_all(tmp_path: Path) -> None:
+    path = tmp_path / "out.txt"
+    path.write_text("before", encoding="utf-8")
+
+    def fail(written: Path) -> None:
+        written.write_text("half", encoding="utf-8")
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with pytest.raises(OSError, match="No space left on device: '.*/out.txt'"), replacing(path) as written:
+        fail(written)
+    assert [one.read_text(encoding="utf-8") for one in tmp_path.iterdir()] == ["before"]
+    link = tmp_path / "link"
+    link.symlink_to(path)
+    with replacing(link) as written:
+        written.write_text("after", encoding="utf-8")
+    assert link.is_symlink()
+    assert path.read_text(encoding="utf-8") == "after"
+    with replacing(Path(os.devnull)) as written:
+        assert written == Path(os.devnull)

@@ -13,6 +13,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from splat.files import replacing
+
 PACKAGES = ("splat-attention", "jax", "jaxlib", "jax-triton", "numpy", "scipy", "torch", "triton", "cupy")
 
 
@@ -77,16 +79,9 @@ def ask_gpu(*fields: str) -> list[str] | None:
 def write_json(path: Path, data: Any) -> None:
     """Writes atomically: a reader sees the whole file or none of it."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    # Not tempfile: its files are readable by their owner only, and results are shared.
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with temporary.open("w", encoding="utf-8") as file:
-            json.dump(data, file, indent=1)
-            file.write("\n")
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
+    with replacing(path) as written, written.open("w", encoding="utf-8") as file:
+        json.dump(data, file, indent=1)
+        file.write("\n")
 
 
 def processors(siblings: Path = Path("/sys/devices/system/cpu")) -> list[int]:

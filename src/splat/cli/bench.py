@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from splat.errors import ArgumentError
+from splat.files import replacing
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -155,5 +156,6 @@ def _write_report(console: Console, out: Path, made: Run, comparison: Comparison
     from splat.bench.report import report
 
     page = out / f"{made.suite}.html"
-    page.write_text(report(made, comparison), encoding="utf-8")
+    with replacing(page) as written:
+        written.write_text(report(made, comparison), encoding="utf-8")
     console.print(f"report: {page}; raw samples: {out / f'{made.suite}.json'}", highlight=False, soft_wrap=True)

@@ -19,6 +19,7 @@ import typer
 
 from splat.cli.errors import check_out
 from splat.errors import ArgumentError
+from splat.files import replacing
 
 NAME = "demo"
 
@@ -90,7 +91,8 @@ def command(
     console.print(_small_print(cases, rows, block, q_len, tolerance), highlight=False, markup=False)
     sparse_ms, dense_ms = medians_ms(cases)
     times_ms = {"SPLAT": sparse_ms, "dense JAX": [dense_ms] * len(cases)}
-    save_strip([case.plan for case in cases], out, zoom=True, times_ms=times_ms)
+    with replacing(out) as written:
+        save_strip([case.plan for case in cases], written, zoom=True, times_ms=times_ms)
     took = f"\npicture: {out}    ({time.perf_counter() - began:.0f} s in all)"
     console.print(took, highlight=False, soft_wrap=True)
     wrong = [case.text for case in cases if not np.max([case.error, case.dense_difference or 0.0]) <= tolerance]

@@ -9,6 +9,7 @@ import typer
 
 from splat.cli import options
 from splat.cli.errors import check_out
+from splat.files import replacing
 
 NAME = "emit"
 
@@ -55,5 +56,6 @@ def command(
     if out is None:
         typer.echo(text)
     else:
-        out.write_text(text, encoding="utf-8")
+        with replacing(out) as written:
+            written.write_text(text, encoding="utf-8")
         typer.echo(f"{len(text.splitlines()):,} lines: {out}")

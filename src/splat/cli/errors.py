@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import functools
+import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,12 +23,14 @@ def show_tracebacks(wanted: bool) -> None:
 
 
 def reported(command: Callable[..., Any]) -> Callable[..., Any]:
-    """`command`, with SPLAT's errors, unwritable files and missing packages told in a line on stderr."""
+    """`command`, with SPLAT's errors, what cannot be written and missing packages told in a line on stderr."""
 
     @functools.wraps(command)
     def run(*args: Any, **kwargs: Any) -> Any:
         try:
-            return command(*args, **kwargs)
+            result = command(*args, **kwargs)
+            sys.stdout.flush()  # what cannot be written is to be told here, not when the interpreter ends
+            return result
         except SplatError as error:
             _report(str(error), error)
         except ImportError as error:
@@ -33,11 +38,21 @@ def reported(command: Callable[..., Any]) -> Callable[..., Any]:
                 raise
             _report(f"this command needs a package that cannot be imported: {error}. See `splat doctor`.", error)
         except OSError as error:
-            if error.filename is None:  # not about a file: a closed pipe, for example
+            if error.errno == errno.EPIPE:  # who reads has had enough: typer ends quietly
                 raise
-            _report(f"{error.filename}: {error.strerror}", error)
+            where = "" if error.filename is None else f"{error.filename}: "
+            _forget_output()
+            _report(f"{where}{error.strerror or error}", error)
 
     return run
+
+
+def _forget_output() -> None:
+    """What stdout still holds and cannot write is not tried again when the interpreter ends."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
 
 
 def _report(message: str, error: Exception) -> None:

@@ -8,6 +8,7 @@ import typer
 
 from splat.cli import options
 from splat.cli.errors import check_out
+from splat.files import replacing
 
 NAME = "show"
 
@@ -40,8 +41,9 @@ def command(
             console.print(f"heads {', '.join(map(str, heads))}:", highlight=False)
         console.print(Drawing(made))
     if out is not None:
-        if len(plans) == 1:
-            save_picture(plans[0], out)
-        else:
-            save_strip(plans, out, zoom=True)
+        with replacing(out) as written:
+            if len(plans) == 1:
+                save_picture(plans[0], written)
+            else:
+                save_strip(plans, written, zoom=True)
         console.print(f"picture: {out}", highlight=False, soft_wrap=True)
