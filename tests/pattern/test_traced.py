@@ -241,6 +241,28 @@ def test_traced_lengths() -> None:
         np.testing.assert_array_equal(mask, expected)
 
 
+@jax.jit
+def lengths_runs(lengths: Any) -> Any:
+    (run,) = splat.segments(lengths=lengths).runs(Axis(0, 24), Axis(0, 24))
+    return run.start, run.count
+
+
+@given(st.data(), st.sampled_from(["int8", "uint8", "int16", "uint16", "int32", "uint32", "int64", "uint64"]))
+def test_lengths_of_any_integers(data: st.DataObject, dtype: str) -> None:
+    """However small they are, and however much they sum to."""
+    largest = int(np.iinfo(dtype).max)
+    length = st.integers(0, 9) | st.integers(0, largest) | st.sampled_from([min(n, largest) for n in (2**30, 2**63)])
+    lengths = data.draw(st.lists(length, min_size=4, max_size=4))
+    known = np.array(lengths, dtype)
+    expected = strategies.dense(strategies.segment_lengths([min(n, 24) for n in lengths], 24), 24, 24)
+    np.testing.assert_array_equal(splat.segments(lengths=known).to_dense(24), expected)
+    if known.dtype.itemsize <= 4:  # JAX has no more bits unless told so
+        given_to_jax = jnp.asarray(known)
+        np.testing.assert_array_equal(splat.segments(lengths=given_to_jax).to_dense(24), expected)
+        start, count = (np.asarray(x)[:, None] for x in lengths_runs(given_to_jax))
+        np.testing.assert_array_equal((np.arange(24) >= start) & (np.arange(24) < start + count), expected)
+
+
 def test_traced_ids_must_be_as_long() -> None:
     with pytest.raises(PatternError, match="ids name 4 positions, but the pattern is used up to position 5"):
         splat.segments(jnp.zeros(4, int)).to_dense(5)

@@ -364,7 +364,7 @@ def segments(ids: Any = None, *, lengths: Any = None) -> Pattern:
         raise PatternError("segments: give either ids (one per position) or lengths (one per document), not both")
     if lengths is not None:
         _check_int_array("lengths", lengths)
-        return SegmentLengths(Frozen(lengths if is_runtime_array(lengths) else np.minimum(lengths, MAX_LENGTH)))
+        return SegmentLengths(Frozen(lengths if is_runtime_array(lengths) else _int32_lengths(np.asarray(lengths))))
     _check_int_array("ids", ids)
     if is_runtime_array(ids):
         _check_contiguous(ids)
@@ -409,6 +409,12 @@ def _check_contiguous(ids: Array) -> None:
         )
 
 
+def _int32_lengths(lengths: Array) -> Array:
+    """The lengths, integers of any size, as int32: at most `MAX_LENGTH`, past which there is no position."""
+    small = lengths.dtype.itemsize < 4  # the limit has no room in these
+    return (lengths if small else array_namespace(lengths).minimum(lengths, MAX_LENGTH)).astype(np.int32)
+
+
 @dataclasses.dataclass(frozen=True, repr=False)
 class SegmentLengths(_Symmetric):
     """Documents one after the other, by their lengths; positions past the last attend to nothing."""
@@ -418,9 +424,10 @@ class SegmentLengths(_Symmetric):
     def runs(self, rows: Axis, cols: Axis) -> list[Run]:
         xp = array_namespace(self.lengths.array, rows.start)
         zero = xp.zeros(1, dtype=np.int32)
-        lengths = self.lengths.array.astype(np.int64) if self.lengths.is_static else self.lengths.array
-        ends = xp.cumsum(xp.asarray(xp.minimum(lengths, MAX_LENGTH)))
-        edges = xp.concat([zero, xp.minimum(ends, MAX_LENGTH).astype(np.int32)])
+        ends = xp.cumsum(xp.asarray(_int32_lengths(self.lengths.array)), dtype=np.int32)
+        # A length is at most MAX_LENGTH, so that no sum overflows before one has reached it.
+        past = xp.cumsum(ends >= MAX_LENGTH, dtype=np.int32) > 0
+        edges = xp.concat([zero, xp.where(past, MAX_LENGTH, ends)])
         document = xp.searchsorted(edges, rows.positions, side="right") - 1
         inside = rows.positions < edges[-1]
         first = edges[document]
