@@ -230,6 +230,43 @@ def test_second_derivatives_are_refused(rng: np.random.Generator) -> None:
         gradient.sum().backward()
 
 
+def in_a_dual_level(f: Any, x: Any) -> Any:
+    with torch.autograd.forward_ad.dual_level():
+        return f(torch.autograd.forward_ad.make_dual(x, x))
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of what linearize traces with
+@pytest.mark.parametrize(
+    "differentiate",
+    [
+        in_a_dual_level,
+        lambda f, x: torch.func.jvp(f, (x,), (x,)),
+        lambda f, x: torch.func.jvp(torch.func.vmap(f), (x[None],), (x[None],)),
+        lambda f, x: torch.func.jacfwd(f)(x),
+        torch.func.linearize,
+    ],
+    ids=["dual_level", "jvp", "jvp-vmap", "jacfwd", "linearize"],
+)
+@pytest.mark.parametrize("which", [0, 1, 2])
+def test_forward_mode_is_refused(differentiate: Any, which: int, rng: np.random.Generator) -> None:
+    arrays = draw_inputs(rng, 8, 8)[:3]
+
+    def of_one(x: Any) -> Any:
+        q, k, v = (x if n == which else y for n, y in enumerate(arrays))
+        return splat.torch.attention(q, k, v, splat.causal())
+
+    with pytest.raises(splat.UnsupportedError, match=r"no forward mode, but query, key or value .*Use backward\(\)"):
+        differentiate(of_one, arrays[which])
+
+
+def test_constants_in_forward_mode(rng: np.random.Generator) -> None:
+    q, k, v, *_ = draw_inputs(rng, 8, 8)
+    out = splat.torch.attention(q, k, v, splat.causal())
+    one = torch.ones((), device=DEVICE)
+    found = torch.func.jvp(lambda x: x * splat.torch.attention(q, k, v, splat.causal()), (one,), (one,))
+    torch.testing.assert_close(found, (out, out))
+
+
 def test_rows_that_attend_to_nothing(rng: np.random.Generator) -> None:
     inputs = draw_inputs(rng, 30, 30)
     found = check("window(2) & (~blocked(10) | sink(3))", inputs)

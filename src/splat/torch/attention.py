@@ -52,12 +52,13 @@ def attention(
 
     Scores and softmax accumulate in float32; float32 products round to tf32 only where
     `torch.backends.cuda.matmul` allows it. Inside `torch.autocast` the inputs are cast as for PyTorch's own attention.
-    First derivatives only. `torch.compile` takes it whole (`fullgraph=True`): build the pattern outside the compiled
-    function and keep using that object, which is guarded by identity.
+    First derivatives in reverse mode only. `torch.compile` takes it whole (`fullgraph=True`): build the pattern outside
+    the compiled function and keep using that object, which is guarded by identity.
 
     Raises:
       ArgumentError, PatternError: a bad argument, said before anything is compiled.
-      UnsupportedError: no C++ compiler (CPUs) or Triton (GPUs), or a dtype, head dim or device that is not served.
+      UnsupportedError: no C++ compiler (CPUs) or Triton (GPUs); a dtype, head dim or device that is not served; forward
+        mode.
 
     >>> import torch, splat, splat.torch
     >>> q = k = v = torch.ones(1, 2, 40, 16)
@@ -81,6 +82,7 @@ def run(
     """`attention` by patterns as text."""
     query, key, value = autocast(query), autocast(key), autocast(value)
     sizes = validate.check_arrays(query, key, value)
+    validate.check_tangents(query, key, value)
     num_heads, patterns = groups
     if num_heads is not None and num_heads != sizes.num_q_heads:
         raise ArgumentError(

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple, TypeVar
 import numpy as np
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from splat.codegen.cpp import compiler
 from splat.codegen.triton import interpret
@@ -163,6 +164,24 @@ def _gpu_refusal(index: int | None) -> str | None:
             "torch.nn.functional.scaled_dot_product_attention there."
         )
     return None
+
+
+def check_tangents(query: Tensor, key: Tensor, value: Tensor) -> None:
+    """Refuses forward mode, in which PyTorch takes an operation without a rule for a constant."""
+    if forward_ad._current_level >= 0 and _has_tangent(query, key, value):
+        raise UnsupportedError(
+            "splat.torch.attention has no forward mode, but query, key or value has a tangent (torch.func.jvp, jacfwd "
+            "or linearize, or torch.autograd.forward_ad). Use backward(), or torch's own attention with "
+            "attn_mask=torch.from_numpy(pattern.to_dense(...)) inside "
+            "torch.nn.attention.sdpa_kernel(SDPBackend.MATH)."
+        )
+
+
+def _has_tangent(*arrays: Tensor) -> bool:
+    try:
+        return any(forward_ad.unpack_dual(x).tangent is not None for x in arrays)
+    except RuntimeError:  # inside of torch.func.vmap there is no telling
+        return True
 
 
 def check_scale(scale: Any) -> float | None:
