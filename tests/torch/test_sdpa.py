@@ -11,6 +11,10 @@ from tests.torch.cases import DEVICE, draw_inputs, needs_device, torch
 
 import splat  # isort: skip
 import splat.torch  # isort: skip
+from splat.pattern import PerHead
+from splat.remembered import Remembered
+from splat.torch import sdpa
+from splat.torch.validate import Sizes
 
 pytestmark = needs_device
 
@@ -49,6 +53,29 @@ def test_masks(axes: int, rng: np.random.Generator) -> None:
     if axes == 2:
         mask = torch.stack([mask, mask_of(splat.strided(3), 20, 26)])[None].expand(2, -1, -1, -1)
     torch.testing.assert_close(ours(q, k, v, mask), theirs(q, k, v, mask))
+
+
+def test_masks_of_many_heads_are_recovered_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    recovered: list[Any] = []
+    monkeypatch.setattr(sdpa, "from_mask", lambda mask: recovered.append(mask) or splat.from_mask(mask))
+    sdpa._known.clear()
+    heads = [splat.window(n) for n in range(40)]
+    mask = torch.stack([mask_of(one, 50, 50) for one in heads])
+    sizes = Sizes(batch=1, q_len=50, kv_len=50, num_q_heads=len(heads), num_kv_heads=len(heads), head_dim=8)
+    found = [sdpa._of_mask(mask, sizes) for _ in range(2)][1]
+    assert len(recovered) == len(heads)
+    assert isinstance(found, PerHead)
+    for one, other in zip(found.patterns, heads, strict=True):
+        np.testing.assert_array_equal(one.to_dense(50), other.to_dense(50))
+
+
+def test_masks_are_forgotten_when_they_weigh_much(monkeypatch: pytest.MonkeyPatch) -> None:
+    one: Any = splat.from_mask(np.tri(50, dtype=bool))
+    known = Remembered(entries=9, nbytes=3 * one.nbytes)
+    monkeypatch.setattr(sdpa, "_known", known)
+    for n in range(6):
+        sdpa._recovered(np.tri(50, k=n, dtype=bool))
+    assert len(known) == 3
 
 
 def test_everything_is_intersected(rng: np.random.Generator) -> None:

@@ -113,8 +113,9 @@ def _of_mask(mask: Any, sizes: validate.Sizes) -> Pattern:
     return patterns[0] if len(heads) == 1 else PerHead(tuple(patterns))
 
 
-#: What masks were recovered as, by their shapes and digests: models give the same ones in every call.
-_known = Remembered(entries=32)
+#: What masks of heads were recovered as, by their shapes and digests: models give the same ones in every call, and may
+#: have one for each of many heads.
+_known = Remembered(entries=1024, nbytes=1 << 28)
 
 
 def _recovered(mask: np.ndarray) -> Pattern:
