@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import importlib.util
+import weakref
 
 import jax
 import jax.numpy as jnp
@@ -10,9 +12,12 @@ import numpy as np
 import pytest
 
 import splat
+from splat.codegen import base
 from splat.codegen.cpp import compiler
 from splat.errors import ArgumentError, UnsupportedError
+from splat.ops import values as operations
 from splat.ops.values import without
+from splat.remembered import Remembered
 from tests.values_suite import ValuesSuite
 
 
@@ -97,3 +102,37 @@ def test_run_time_numbers_are_refused() -> None:
 
     with pytest.raises(ArgumentError, match="acsr must have known numbers"):
         jax.jit(run)(3)
+
+
+# -- what is remembered ------------------------------------------------------------------------------------------------
+
+
+def use_all(acsr: splat.ACSR, implementation: str) -> None:
+    x = np.ones((acsr.shape[0], 4), np.float32)
+    values = splat.softmax(splat.sddmm(x, x, acsr, implementation=implementation), acsr, implementation=implementation)
+    splat.spmm(values, acsr, x, implementation=implementation)
+    splat.spmm_transposed(values, acsr, x, implementation=implementation)
+
+
+def test_matrices_are_forgotten_with_all_that_was_made_of_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    known = Remembered(entries=99, nbytes=3 * 16 * ACSR.metadata_bytes)
+    monkeypatch.setattr(base, "_matrices", known)
+    seen = []
+    for n in range(5):
+        acsr = splat.build(splat.window(n), 8)
+        use_all(acsr, "xla")
+        seen.append(weakref.ref(acsr))
+        del acsr
+    gc.collect()
+    assert len(known) == 3
+    assert [one() is None for one in seen] == [True, True, False, False, False]
+
+
+def test_equal_matrices_are_one() -> None:
+    """Built anew in every step, say."""
+    traced = []
+    for _ in range(2):
+        acsr = splat.build(splat.window(3), 8)
+        static = operations._Static(acsr, "xla", "", base.USUAL, (8, acsr.width))
+        traced.append(operations._jitted("sddmm", static))
+    assert traced[0] is traced[1]

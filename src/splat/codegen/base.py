@@ -10,6 +10,7 @@ from typing import Any, Protocol
 from splat.acsr import ACSR
 from splat.errors import ArgumentError
 from splat.planning import Plan, check_blocks
+from splat.remembered import Remembered
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,6 +108,36 @@ def kept_with_plan(make: Callable[[Any], Any]) -> Callable[[Any], Any]:
             return of_any_plan(call)
         others = (value for name, value in vars(call).items() if name != "plan")
         return call.plan.remembered((type(call), *others), lambda: make(call))
+
+    return made
+
+
+#: How many matrices are remembered at least and at most, and about how large those beyond the least may be together.
+LEAST_MATRICES, MOST_MATRICES, NBYTES = 8, 128, 1 << 28
+
+
+class _OfMatrix(Remembered):
+    """What is made of a matrix: tables, and the programs of operations on values, which hold tables too."""
+
+    def __init__(self, acsr: ACSR):
+        super().__init__(entries=64)
+        self.nbytes = 16 * acsr.metadata_bytes  # about, in the end: four operations, of one dtype and shape
+
+
+_matrices = Remembered(least=LEAST_MATRICES, entries=MOST_MATRICES, nbytes=NBYTES)
+
+
+def made_of(acsr: ACSR) -> Remembered:
+    """What is made of a matrix and of those equal to it, kept while it is one of those used last."""
+    return _matrices(acsr.digest, lambda: _OfMatrix(acsr))
+
+
+def kept_with_matrix(make: Callable[..., Any]) -> Callable[..., Any]:
+    """`make(acsr, *others)`, once for equal arguments: see `made_of`."""
+
+    @wraps(make)
+    def made(acsr: ACSR, *others: Any) -> Any:
+        return made_of(acsr)((make, *others), lambda: make(acsr, *others))
 
     return made
 

@@ -15,7 +15,7 @@ import contextlib
 import contextvars
 import dataclasses
 from collections.abc import Iterator, Sequence
-from functools import lru_cache, partial
+from functools import partial
 from typing import Any
 
 import jax
@@ -26,7 +26,7 @@ from jax.interpreters import ad, batching, mlir
 
 from splat.acsr import ACSR
 from splat.codegen import Request, choose
-from splat.codegen.base import OPERATIONS, USUAL, How, accumulator
+from splat.codegen.base import OPERATIONS, USUAL, How, accumulator, made_of
 from splat.codegen.batching import repeat, spread
 from splat.codegen.devices import platform_of
 from splat.codegen.partitioning import Axes, alike, vary_like
@@ -258,9 +258,8 @@ def _shape(name: str, static: _Static, *arrays: Any) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct((last.shape[0], rows, last.shape[-1]), last.dtype)
 
 
-@lru_cache(maxsize=256)
 def _jitted(name: str, static: _Static) -> Any:
-    return jax.jit(partial(_run, name, static))
+    return made_of(static.acsr)((name, static), lambda: jax.jit(partial(_run, name, static)))
 
 
 def _primitive(name: str) -> Primitive:

@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 
 import splat
 from splat.acsr import ACSR, Component
+from splat.codegen import base
 from splat.codegen.base import USUAL, How
 from splat.codegen.triton.launch import Launch
 from splat.errors import ArgumentError, IrregularPatternError, UnsupportedError
@@ -155,11 +156,11 @@ def test_columns_that_cannot_be_transposed(monkeypatch: pytest.MonkeyPatch, rng:
         raise IrregularPatternError("no")
 
     monkeypatch.setattr(ACSR, "transpose", refuse)
-    lower_spmm.cache_clear()
+    base._matrices.clear()
     for text in FEW:
         m = matrix(text, 70)
         check(m, *draw(rng, m, batch=1))
-    lower_spmm.cache_clear()
+    base._matrices.clear()
 
 
 # -- R-softmax ---------------------------------------------------------------------------------------------------------

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
 from typing import Any
 
 import jax
@@ -10,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from splat.acsr import ACSR, Component
-from splat.codegen.base import USUAL, How, accumulator
+from splat.codegen.base import USUAL, How, accumulator, kept_with_matrix
 from splat.codegen.cpp import bind_jax
 from splat.codegen.cpp.generate import SCALARS, translation_unit
 from splat.codegen.partitioning import vary_like
@@ -53,7 +52,7 @@ def _result(kernel: str, acsr: ACSR, dtype: str) -> str:
 # -- tables ------------------------------------------------------------------------------------------------------------
 
 
-@lru_cache(maxsize=128)
+@kept_with_matrix
 def _tables(acsr: ACSR, how: How) -> tuple[int, tuple[np.ndarray, ...]]:
     """(values of a batch entry; META, and the tables of every component that has values: see values_ffi.hpp)."""
     if len(acsr.components) > MOST_COMPONENTS:

@@ -8,13 +8,12 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from functools import lru_cache
 from typing import Any
 
 import numpy as np
 
 from splat.acsr import ACSR, Component
-from splat.codegen.base import USUAL, How
+from splat.codegen.base import USUAL, How, kept_with_matrix
 from splat.codegen.triton.values_tiles import (
     Line,
     Phases,
@@ -68,7 +67,7 @@ class Sddmm:
     tables: tuple[np.ndarray, ...]
 
 
-@lru_cache(maxsize=64)
+@kept_with_matrix
 def lower_sddmm(acsr: ACSR, configs: tuple[KernelConfig, ...], how: How = USUAL) -> Sddmm:
     lines = [line_of(acsr, n, how) for n, component in enumerate(acsr.components) if component.width]
     choices = [(config, [best_tiling(line, acsr.shape, config, how=how) for line in lines]) for config in configs]
@@ -136,7 +135,7 @@ class Spmm:
         return self.num_walks <= UNROLLED_WALKS
 
 
-@lru_cache(maxsize=128)
+@kept_with_matrix
 def lower_spmm(acsr: ACSR, configs: tuple[KernelConfig, ...], transposed: bool, how: How = USUAL) -> tuple[Spmm, ...]:
     """The launches, in order; each has every row of the output."""
     lines: list[Line] = []

@@ -12,7 +12,6 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable
-from functools import lru_cache
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -21,7 +20,7 @@ from jax import lax
 
 from splat.acsr import ACSR
 from splat.acsr.format import Component
-from splat.codegen.base import USUAL, How, accumulator
+from splat.codegen.base import USUAL, How, accumulator, kept_with_matrix
 from splat.codegen.partitioning import vary_like
 from splat.errors import UnsupportedError
 
@@ -44,7 +43,7 @@ class Tiles(NamedTuple):
     position: np.ndarray
 
 
-@lru_cache(maxsize=64)
+@kept_with_matrix
 def _tiles(acsr: ACSR, number: int) -> Tiles:
     component, num_rows = acsr.components[number], acsr.shape[0]
     parts = []
