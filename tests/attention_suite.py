@@ -572,6 +572,25 @@ class AttentionSuite:
             expected = truth(Inputs(*(x[n : n + 1] for x in inputs)), mask)
             np.testing.assert_allclose(out[n : n + 1], expected.out, atol=1e-5)
 
+    @pytest.mark.parametrize("known", [True, False], ids=["static", "run-time"])
+    def test_ranks_are_not_promoted(self, known: bool, rng: np.random.Generator) -> None:
+        """Code is traced, forward and backward, where jax_numpy_rank_promotion is "raise"."""
+        inputs = draw_inputs(rng, 32, 32, batch=2)
+        ids, lengths = [0] * 10 + [1] * 22, np.array([20, 32])
+        local = splat.causal() & (splat.window(9) | splat.strided(4))
+
+        def loss(q: Any, k: Any, v: Any, offset: Any, ids: Any) -> Any:
+            one, lse = self.attention(q, k, v, local, query_offset=offset, kv_lengths=lengths, return_lse=True)
+            other = self.attention(q, k, v, splat.causal() & splat.segments(ids) & splat.window(9) | splat.sink(1))
+            return (one + other).sum() + lse.sum()
+
+        grad = jax.grad(loss, (0, 1, 2))
+        with jax.numpy_rank_promotion("raise"):
+            if known:
+                jax.make_jaxpr(lambda *arrays: grad(*arrays, 0, ids))(*inputs[:3])
+            else:
+                jax.make_jaxpr(grad)(*inputs[:3], jnp.int32(0), jnp.asarray(ids))
+
     # -- one pattern for each head -------------------------------------------------------------------------------------
 
     @pytest.mark.parametrize("heads", [(4, 4), (4, 2), (4, 1)])

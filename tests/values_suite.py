@@ -263,6 +263,14 @@ class ValuesSuite:
         for made in (once, twice):
             np.testing.assert_allclose(made, run(q, jnp.broadcast_to(k[0], k.shape), v), atol=2e-6)
 
+    @pytest.mark.parametrize("layout", ["rows", "tiles"])
+    def test_ranks_are_not_promoted(self, layout: str, rng: np.random.Generator) -> None:
+        """Code is traced, forward and backward, where jax_numpy_rank_promotion is "raise"."""
+        acsr = splat.build(splat.parse("window(2) | strided(4)"), 11)
+        q, k, v = (jnp.asarray(rng.standard_normal((2, 11, 3)), "float32") for _ in range(3))
+        with jax.numpy_rank_promotion("raise"):
+            jax.make_jaxpr(jax.grad(lambda q, k, v: self.attention(q, k, v, acsr, layout).sum(), (0, 1, 2)))(q, k, v)
+
     def test_leading_axes_broadcast(self, rng: np.random.Generator) -> None:
         acsr = splat.build(splat.window(2), 11)
         q, k = jnp.asarray(rng.standard_normal((3, 1, 11, 4))), jnp.asarray(rng.standard_normal((2, 11, 4)))

@@ -132,7 +132,7 @@ def _slots(spec: PassSpec, tables: Tables, num_rows: int) -> Array:
     if spec.facts.step is None:
         rows = tables["ROWS"]
     else:
-        n = np.arange(spec.block_q, dtype=np.int32)
+        n = np.arange(spec.block_q, dtype=np.int32)[None]
         rows = tiles[:, :1] + spec.facts.step * n
         rows = xp.where((n < spec.tile_rows) & (rows < num_rows), rows, num_rows)
     flat = rows.reshape(-1)

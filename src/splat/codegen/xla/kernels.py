@@ -66,7 +66,7 @@ def run_pass(
 
             def visit(t: Array, carry: Any, walk=walk, begin=begin, total=total, residue=residue) -> Any:
                 active = t < total
-                x = (begin + t * spec.block_kv)[:, None] + jnp.arange(spec.block_kv, dtype=begin.dtype)
+                x = (begin + t * spec.block_kv)[:, None] + jnp.arange(spec.block_kv, dtype=begin.dtype)[None]
                 # Past its last tile a row tile reads behind the end: zeros, never another position's values.
                 col = jnp.where(active[:, None], residue[:, None] + walk.stride * x, spec.num_cols)
                 keep = _keep(spec, walk, table["bounds"], x, active)[:, None, None, None]

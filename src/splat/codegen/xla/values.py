@@ -81,7 +81,7 @@ class _Tile(NamedTuple):
     rows: Array  # [..., BLOCK]
     columns: Array  # of the span, [..., X]
     number: Array  # of the value, [..., BLOCK, X]
-    keep: Array  # what rows have of the span
+    keep: Array  # what rows have of the span, [1, ..., BLOCK, X]
     first: Array  # of a row's values, where it lies in the span, [..., BLOCK]
     counts: Array
 
@@ -93,11 +93,11 @@ def _arrays(acsr: ACSR, number: int) -> tuple[Array, ...]:
 
 def _tile(acsr: ACSR, number: int, arrays: tuple[Array, ...]) -> _Tile:
     index, rows, lower, counts, x0, residue = arrays
-    x = x0[..., None] + jnp.arange(_tiles(acsr, number).span, dtype=jnp.int32)
+    x = x0[..., None] + lax.broadcasted_iota(jnp.int32, (*x0.shape, _tiles(acsr, number).span), x0.ndim)
     numbers = x[..., None, :] - lower[..., None]
     keep = (numbers >= 0) & (numbers < counts[..., None])
     columns = residue[..., None] + acsr.components[number].stride * x
-    return _Tile(index, rows, columns, numbers, keep, lower - x0[..., None], counts)
+    return _Tile(index, rows, columns, numbers, keep[None], lower - x0[..., None], counts)
 
 
 def _over_tiles(acsr: ACSR, number: int, body: Any, carry: Any = None) -> Any:
@@ -180,10 +180,10 @@ def sddmm(acsr: ACSR, rows: Array, columns: Array, how: How = USUAL) -> Array:
             scores = _dot("brh,bxh->brx", _rows(rows, tile.rows), _rows(columns, tile.columns))
             if how.layout == "tiles":
                 return carry, jnp.where(tile.keep, scores, 0)
-            t = jnp.arange(width, dtype=jnp.int32)
+            t = jnp.arange(width, dtype=jnp.int32)[None]
             index = jnp.clip(tile.first[:, None] + t, 0, scores.shape[-1] - 1)
             taken = jnp.take_along_axis(scores, index[None], axis=-1)
-            return carry, jnp.where(t < tile.counts[:, None], taken, 0)
+            return carry, jnp.where((t < tile.counts[:, None])[None], taken, 0)
 
         made = _over_tiles(acsr, number, body)[1]
         parts.append(jnp.moveaxis(made, 1, 0) if how.layout == "tiles" else _by_row(acsr, number, made))
@@ -197,7 +197,7 @@ def spmm(acsr: ACSR, values: Array, dense: Array, how: How = USUAL) -> Array:
         read = _reader(acsr, number, values, how)
 
         def body(carry: None, tile: _Tile, read=read) -> Any:
-            seen = tile.keep.any(axis=0)[:, None]  # what no row has may hold anything, NaN included
+            seen = tile.keep.any(axis=1)[..., None]  # what no row has may hold anything, NaN included
             lattice = jnp.where(seen, _rows(dense, tile.columns), 0).astype(values.dtype)
             return carry, _dot("brx,bxh->brh", read(tile), lattice)
 
@@ -212,7 +212,7 @@ def spmm_transposed(acsr: ACSR, values: Array, dense: Array, how: How = USUAL) -
         read = _reader(acsr, number, values, how)
 
         def body(total: Array, tile: _Tile, read=read) -> Any:
-            taken = jnp.where((tile.counts > 0)[:, None], _rows(dense, tile.rows), 0).astype(values.dtype)
+            taken = jnp.where((tile.counts > 0)[None, :, None], _rows(dense, tile.rows), 0).astype(values.dtype)
             made = _dot("brx,brh->bxh", read(tile), taken)
             return total.at[:, tile.columns].add(made, mode="drop", unique_indices=True), None
 
@@ -225,10 +225,10 @@ def softmax(acsr: ACSR, values: Array, how: How = USUAL) -> Array:
     if how.layout == "tiles":
         return _softmax_in_tiles(acsr, values)
     parts = [
-        jnp.arange(acsr.components[n].width, dtype=jnp.int32) < jnp.asarray(acsr.components[n].count)[:, None]
+        jnp.arange(acsr.components[n].width, dtype=jnp.int32)[None] < jnp.asarray(acsr.components[n].count)[:, None]
         for n in _components(acsr)
     ]
-    here = jnp.concatenate(parts, axis=-1)
+    here = jnp.concatenate(parts, axis=-1)[None]
     top = _finite(jnp.max(values, axis=-1, keepdims=True, where=here, initial=-jnp.inf))
     weights = jnp.where(here, jnp.exp(values - top), 0)
     return weights / _not_zero(weights.sum(axis=-1, keepdims=True))
