@@ -230,6 +230,15 @@ def test_second_derivatives_are_refused(rng: np.random.Generator) -> None:
         gradient.sum().backward()
 
 
+def test_changing_the_output_in_place(rng: np.random.Generator) -> None:
+    """The backward reads it: PyTorch says so, as of its own attention."""
+    q, k, v, *_ = draw_inputs(rng, 20, 20)
+    out = splat.torch.attention(q.requires_grad_(), k, v, splat.causal())
+    out.mul_(2)
+    with pytest.raises(RuntimeError, match=r"needed for gradient computation has been modified by an inplace oper"):
+        out.sum().backward()
+
+
 def in_a_dual_level(f: Any, x: Any) -> Any:
     with torch.autograd.forward_ad.dual_level():
         return f(torch.autograd.forward_ad.make_dual(x, x))

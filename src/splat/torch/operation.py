@@ -51,7 +51,8 @@ def attend(
         from splat.torch.native import forward
     else:
         from splat.torch.programs import forward
-    return forward(query, key, value, kv_lengths, (pattern, scale, logits_soft_cap, query_offset))
+    out, lse = forward(query, key, value, kv_lengths, (pattern, scale, logits_soft_cap, query_offset))
+    return out.data, lse  # no view, of which PyTorch would say the wrong thing to who changes the output in place
 
 
 @torch.library.custom_op("splat::attention_backward", mutates_args=(), schema=_BACKWARD_SCHEMA, tags=_TAGS)
