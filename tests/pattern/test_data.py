@@ -150,6 +150,20 @@ def test_other_sizes_are_refused(q_len: int, kv_len: int, offset: int, message: 
         assert str(caught.value).startswith(message)
 
 
+def test_a_first_part_wants_a_pattern_of_its_own() -> None:
+    """It looks like a wrong length, which is the far more common mistake; later parts do not."""
+    mask = np.tri(16, dtype=bool)
+    pattern = splat.from_mask(mask)
+    assert splat.build(pattern, 4, 16, 4).to_dense().tolist() == mask[4:8].tolist()
+    with pytest.raises(PatternError) as caught:
+        splat.build(pattern, 4, 16, 0)
+    told = "A part that begins at position 0 looks like a wrong length: build it from the first 4 rows."
+    assert str(caught.value).endswith(told)
+    assert splat.build(splat.from_mask(mask[:4]), 4, 16, 0).to_dense().tolist() == mask[:4].tolist()
+    with pytest.raises(PatternError, match="which serve all lengths.$"):
+        splat.build(pattern, 17, 16, 0)
+
+
 def test_runs_without_kv_len_serve_any() -> None:
     pattern = splat.from_runs([0, 2], 2, [3, 3])
     assert pattern.to_dense(2, 9).sum() == 6

@@ -67,7 +67,8 @@ class Table(Pattern):
                 continue
             if axis.start < 0 or axis.stop > given or (axis.start == 0 and axis.length != given):
                 where = f"{axis.length}" if axis.start == 0 else f"positions {axis.start} to {axis.stop}"
-                raise PatternError(_misfit(f"{given} {name} positions", where))
+                first = axis.length if name == "query" and axis.start == 0 and axis.length < given else None
+                raise PatternError(_misfit(f"{given} {name} positions", where, first))
 
     @cached_property
     def _whole(self) -> list[Run]:
@@ -110,10 +111,15 @@ def _lines(run: Run, axis: Axis) -> Run:
     return Run(run.stride, start, count, run.line_step)
 
 
-def _misfit(made_for: str, used_with: str) -> str:
-    return (
+def _misfit(made_for: str, used_with: str, first: int | None) -> str:
+    message = (
         f"this pattern was made from data for {made_for}, but is used with {used_with}. Build it again for these "
         "lengths, or describe it with closed-form patterns, which serve all lengths."
+    )
+    if first is None:
+        return message
+    return (
+        f"{message} A part that begins at position 0 looks like a wrong length: build it from the first {first} rows."
     )
 
 
