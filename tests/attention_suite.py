@@ -685,6 +685,13 @@ class AttentionSuite:
             assert "jax.jvp(jax.grad(f), ...), jax.hessian" in str(caught.value)
             assert "mask=pattern.to_dense(...)" in str(caught.value)
 
+    def test_forward_mode_of_a_jitted_function(self, rng: np.random.Generator) -> None:
+        """Refused too, in JAX's own words: the function has been traced by then."""
+        q, k, v, *_ = draw_inputs(rng, 8, 8)
+        jitted = jax.jit(lambda q: self.attention(q, k, v, splat.causal()))
+        with pytest.raises(TypeError, match=r"can't apply forward-mode autodiff \(jvp\) to a custom_vjp function"):
+            jax.jvp(jitted, (q,), (q,))
+
     def test_reverse_over_reverse_is_refused(self, rng: np.random.Generator) -> None:
         q, k, v, *_ = draw_inputs(rng, 8, 8)
 

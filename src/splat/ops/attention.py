@@ -63,7 +63,8 @@ def attention(
 
     Scores and softmax accumulate in float32 (float64 for float64 inputs). Reverse mode never forms the score matrix
     either, nor does forward over reverse (Hessian-vector products; "xla" only). Forward mode alone and reverse over
-    reverse are refused.
+    reverse are refused; where `jax.jit` or `jax.checkpoint` takes part, forward mode in JAX's own words: a TypeError,
+    "can't apply forward-mode autodiff (jvp) to a custom_vjp function".
 
     Raises:
       ArgumentError, PatternError: a bad argument, said before anything is compiled.
