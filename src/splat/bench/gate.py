@@ -77,20 +77,23 @@ class Compared(NamedTuple):
 
 
 def shares(compared: Sequence[Compared]) -> list[float]:
-    """Each array's largest error as a share of its row's largest value; infinity for NaN.
+    """Each array's largest error as a share of its row's size: its largest value, or the median row's if larger.
 
-    A row that is smaller than usual counts as a usual one. Of the first array, a result, that is the median. Others are
-    gradients: a row that attends to one key has gradient 0, of which rounding makes something, so usual is the root
-    mean square over all arrays, which are alike in scale.
+    The arrays are those of a result, gradients of query, key and value after the output. Gradients of scores are
+    differences, in a row with one key 0, of which rounding makes something: so a row of the query's gradient counts as
+    no smaller than the output's, and one of the key's as no smaller than the value's, which are alike in scale.
+    Infinity for NaN.
     """
-    everything = np.concatenate([one.sizes for one in compared])
-    usual = (np.median(compared[0].sizes), *[np.sqrt(np.mean(everything**2))] * (len(compared) - 1))
-    return [_share(one, float(size)) for one, size in zip(compared, usual, strict=True)]
+    sizes = [one.sizes for one in compared]
+    for difference, beside in ((1, 0), (2, 3)):
+        if max(difference, beside) < len(sizes):
+            sizes[difference] = np.maximum(sizes[difference], sizes[beside])
+    return [_share(one.errors, size) for one, size in zip(compared, sizes, strict=True)]
 
 
-def _share(compared: Compared, usual: float) -> float:
-    sizes = np.maximum(compared.sizes, usual)
-    off = np.divide(compared.errors, sizes, out=np.where(compared.errors == 0, 0.0, np.inf), where=sizes > 0)
+def _share(errors: np.ndarray, sizes: np.ndarray) -> float:
+    sizes = np.maximum(sizes, np.median(sizes))
+    off = np.divide(errors, sizes, out=np.where(errors == 0, 0.0, np.inf), where=sizes > 0)
     worst = float(off.max(initial=0.0))
     return float("inf") if np.isnan(worst) else worst
 
