@@ -32,7 +32,9 @@ def run(monkeypatch: pytest.MonkeyPatch):
 
 def test_paper_from_end_to_end(run, tmp_path: Path) -> None:
     cases = ("--case", "windowed, 10 %", "--case", "strided, 50 %")
+    tmp_path = tmp_path / "[red]1"
     text = run("paper", "--quick", "--out", str(tmp_path), *TINY, *cases)
+    assert f"report: {tmp_path / 'paper.html'}; raw samples: {tmp_path / 'paper.json'}" in text
     made = record.read(tmp_path / "paper.json")
     assert len(made.records) == 6
     assert not made.failed
@@ -53,6 +55,15 @@ def test_paper_from_end_to_end(run, tmp_path: Path) -> None:
     again = run("paper", "--quick", *TINY, "--op", "spmm", "--case", "strided, 50 %", "--against", "none",
                 "--baseline", _slowed(tmp_path / "paper.json", 1000.0))  # fmt: skip
     assert "Against the baseline" in again
+
+
+def test_earlier_results_are_kept(run, tmp_path: Path) -> None:
+    kept = tmp_path / "paper.json"
+    kept.write_text("{}", encoding="utf-8")
+    text = " ".join(run("paper", "--quick", *TINY, "--out", str(tmp_path), code=2).split())
+    assert f"--out must be a folder without results of this suite, but {kept} exists. Give another folder" in text
+    assert kept.read_text(encoding="utf-8") == "{}"
+    assert list(tmp_path.iterdir()) == [kept]
 
 
 def test_a_regression_is_an_exit_code(run, tmp_path: Path) -> None:

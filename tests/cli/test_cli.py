@@ -41,6 +41,13 @@ def run(monkeypatch: pytest.MonkeyPatch):
     return call
 
 
+def test_paths_are_printed_as_they_are(run, tmp_path: Path) -> None:
+    folder = tmp_path / "[red]1"
+    folder.mkdir()
+    out = str(folder / "p.png")
+    assert f"picture: {out}" in run("show", "window(3)", "--q-len", "64", "--out", out)
+
+
 def test_show(run, tmp_path: Path) -> None:
     out = tmp_path / "p.png"
     text = run("show", "window(128) | strided(128)", "--q-len", "2048", "--out", str(out))

@@ -33,7 +33,9 @@ def command(
         list[str] | None, typer.Option(help="A peer; repeat for more. All that are installed where not given; or none.")
     ] = None,
     quick: Annotated[bool, typer.Option("--quick", help="Small sizes, to see that it works.")] = False,
-    out: Annotated[Path | None, typer.Option(help="A folder for SUITE.json (raw samples) and SUITE.html.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="A folder for SUITE.json (raw samples) and SUITE.html; results there are kept.")
+    ] = None,
     baseline: Annotated[
         Path | None, typer.Option(help="An earlier SUITE.json: exit with 1 if SPLAT is slower.")
     ] = None,
@@ -66,6 +68,7 @@ def command(
         raise ArgumentError(f"--device must be cpu or cuda, but {device!r} was given")
     before = None if baseline is None else record.read(baseline)
     if out is not None:
+        _check_kept(out / f"{found.name}.json")
         out.mkdir(parents=True, exist_ok=True)
     request = run.Request(
         dataclasses.replace(found, ablation=found.ablation or ablate),
@@ -102,7 +105,12 @@ def _measured(request: Request, out: Path | None, console: Console) -> Run:
 
     from splat.bench import machine, run
 
-    columns = (BarColumn(bar_width=24), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.description}"))
+    columns = (
+        BarColumn(bar_width=24),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("{task.description}", markup=False),
+    )
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
         task = progress.add_task("starting", total=None)
 
@@ -118,6 +126,15 @@ def _measured(request: Request, out: Path | None, console: Console) -> Run:
             progress.update(task, description=text)
 
         return run.run(request, tell=tell, listen=listen)
+
+
+def _check_kept(path: Path) -> None:
+    """Raises ArgumentError where an earlier run's results would be lost."""
+    if path.exists():
+        raise ArgumentError(
+            f"--out must be a folder without results of this suite, but {path} exists. Give another folder, or remove "
+            "that file."
+        )
 
 
 def _check_common(before: Run, request: Request) -> None:
@@ -158,4 +175,5 @@ def _write_report(console: Console, out: Path, made: Run, comparison: Comparison
     page = out / f"{made.suite}.html"
     with replacing(page) as written:
         written.write_text(report(made, comparison), encoding="utf-8")
-    console.print(f"report: {page}; raw samples: {out / f'{made.suite}.json'}", highlight=False, soft_wrap=True)
+    kept = f"report: {page}; raw samples: {out / f'{made.suite}.json'}"
+    console.print(kept, markup=False, highlight=False, soft_wrap=True)

@@ -74,6 +74,7 @@ def command(
     where = "cpu" if on_cpu else f"{device.platform}, {device.device_kind}"
     console.print(
         f"{q_len:,} bytes of Python's standard library, {NUM_HEADS} heads of {HEAD_DIM}, float32, on {where}\n",
+        markup=False,
         highlight=False,
     )
     with _progress(console) as step:
@@ -94,7 +95,7 @@ def command(
     with replacing(out) as written:
         save_strip([case.plan for case in cases], written, zoom=True, times_ms=times_ms)
     took = f"\npicture: {out}    ({time.perf_counter() - began:.0f} s in all)"
-    console.print(took, highlight=False, soft_wrap=True)
+    console.print(took, markup=False, highlight=False, soft_wrap=True)
     wrong = [case.text for case in cases if not np.max([case.error, case.dense_difference or 0.0]) <= tolerance]
     if wrong:
         typer.secho(f"error: wrong results, off by more than {tolerance:g}: {'; '.join(wrong)}", fg="red", err=True)

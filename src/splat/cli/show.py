@@ -46,4 +46,4 @@ def command(
                 save_picture(plans[0], written)
             else:
                 save_strip(plans, written, zoom=True)
-        console.print(f"picture: {out}", highlight=False, soft_wrap=True)
+        console.print(f"picture: {out}", markup=False, highlight=False, soft_wrap=True)
