@@ -71,6 +71,8 @@ def test_a_regression_is_an_exit_code(run, tmp_path: Path) -> None:
     run(*args, "--out", str(tmp_path))
     other = run("sas", "--quick", "--baseline", str(tmp_path / "paper.json"), code=2)
     assert "no problem in common with this run: it is of the suite paper" in other
+    threads = run(*args, "--baseline", str(tmp_path / "paper.json"), "--threads", "1", code=2)
+    assert "--baseline must be of the same threads, but it is of 2 and this run of 1. Give --threads 2" in threads
     text = run(*args, "--baseline", _slowed(tmp_path / "paper.json", 1e-3), code=1)
     assert "SLOWER: sddmm, windowed, 10 %, 64, splat-xla" in text
 
@@ -138,6 +140,12 @@ def test_help_has_an_example(run) -> None:
     [
         (["papers"], f"there is no suite named 'papers'; there are {', '.join(SUITES)}"),
         (["paper", "--against", "numpy"], "--against must name some of dense, bcoo, scipy"),
+        (
+            ["ablation", "--against", "scipy"],
+            "--against cannot go with --ablate or the suite ablation, which measure SPLAT's own variants instead of peers,"
+            " but scipy was given. Leave one of them out.",
+        ),
+        (["paper", "--ablate", "--against", "scipy"], "--against cannot go with --ablate"),
         (["paper", "--against", "cudnn"], "--against cudnn: runs on cuda only"),
         (["paper", "--baseline", "/no/such/file.json"], "--baseline /no/such/file.json cannot be read: No such file"),
         (["paper", "--op", "matmul"], "--op must name some of sddmm"),

@@ -84,6 +84,11 @@ def contenders(request: Request, todo: Sequence[Problem]) -> tuple[list[Contende
     """(everyone, SPLAT first; peers that take no part and why). Raises ArgumentError, UnsupportedError."""
     selection, suite = request.selection, request.suite
     _check_device(selection.device)
+    if suite.ablation and request.against:
+        raise ArgumentError(
+            f"--against cannot go with --ablate or the suite ablation, which measure SPLAT's own variants instead of "
+            f"peers, but {', '.join(request.against)} was given. Leave one of them out."
+        )
     ops = tuple(dict.fromkeys(problem.op for problem in todo))
     everyone: list[Contender] = []
     if set(ops) - {"planning"}:

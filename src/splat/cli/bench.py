@@ -81,7 +81,7 @@ def command(
         shlex.join(["splat", *sys.argv[1:]]),
     )
     if before is not None:
-        _check_common(before, request)
+        _check_baseline(before, request)
     # A file is as wide as the tables, a terminal as it is.
     console = Console(width=None if sys.stdout.isatty() or "COLUMNS" in os.environ else 200)
     with run.prepared(request):
@@ -137,10 +137,20 @@ def _check_kept(path: Path) -> None:
         )
 
 
-def _check_common(before: Run, request: Request) -> None:
-    """Raises ArgumentError where there will be nothing to compare: said before the work, not after it."""
+def _check_baseline(before: Run, request: Request) -> None:
+    """Raises ArgumentError where nothing can be compared: said before the work, not after it."""
     from splat.bench import suites
 
+    conditions: dict[str, object] = {"device": request.selection.device}
+    if request.selection.device == "cpu":
+        conditions["threads"] = request.threads
+    for name, now in conditions.items():
+        then = before.settings.get(name)
+        if then != now:
+            raise ArgumentError(
+                f"--baseline must be of the same {name}, but it is of {then} and this run of {now}. "
+                f"Give --{name} {then}, or another baseline."
+            )
     asked = {problem.key for problem in suites.problems(request.suite, request.selection)}
     if not asked & {record.key for record in before.records}:
         raise ArgumentError(
