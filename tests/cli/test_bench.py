@@ -142,8 +142,8 @@ def test_help_has_an_example(run) -> None:
         (["paper", "--against", "numpy"], "--against must name some of dense, bcoo, scipy"),
         (
             ["ablation", "--against", "scipy"],
-            "--against cannot go with --ablate or the suite ablation, which measure SPLAT's own variants instead of peers,"
-            " but scipy was given. Leave one of them out.",
+            "--against cannot go with --ablate or the suite ablation, which measure SPLAT's own variants instead of "
+            "peers, but scipy was given. Leave one of them out.",
         ),
         (["paper", "--ablate", "--against", "scipy"], "--against cannot go with --ablate"),
         (["paper", "--against", "cudnn"], "--against cudnn: runs on cuda only"),
