@@ -10,6 +10,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,7 @@ from typer.testing import CliRunner
 import splat
 from splat.cli import app, demo, doctor
 from splat.cli import cache as cache_command
+from splat.cli.errors import EXTRAS
 from splat.codegen import cache
 from splat.codegen.cpp import compiler
 from splat.files import replacing
@@ -255,6 +257,24 @@ def test_sizes_and_ages_for_people() -> None:
 
 
 # -- doctor ------------------------------------------------------------------------------------------------------------
+
+
+def test_missing_packages_have_a_remedy(run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An extra of the project's own."""
+    project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    extras = project["optional-dependencies"]
+    assert {"jax-cuda", *EXTRAS.values()} <= set(extras)
+    assert set(doctor.OPTIONAL) <= {package.replace("_", "-") for package in EXTRAS}
+    monkeypatch.setitem(sys.modules, "triton", None)
+    text = run("emit", "window(8)", "--q-len", "64", "--target", "triton", code=2)
+    assert "pip install 'splat-attention[kernels]', or see `splat doctor`" in text
+    monkeypatch.setattr(doctor, "_version", lambda package: doctor.MISSING)
+    assert doctor._optional("triton", "GPU kernels") == (
+        "not installed (GPU kernels): pip install 'splat-attention[kernels]'"
+    )
+    monkeypatch.setattr(Path, "exists", lambda path: True)
+    sees = doctor._jax_rows({"jax": "1", "jaxlib": "1", "devices": ["cpu:0"], "platform": "cpu"})["devices"]
+    assert "jax sees no GPU: pip install 'splat-attention[jax-cuda]'" in sees
 
 
 def test_doctor(run) -> None:

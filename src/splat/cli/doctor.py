@@ -13,6 +13,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from splat.cli.errors import EXTRAS, install
+
 NAME = "doctor"
 
 #: Run in a process of its own: a broken jax may raise anything, end the process, or wait for a device that is busy.
@@ -48,8 +50,9 @@ OPTIONAL = {
     "torch": "PyTorch front end, benchmarks' peers",
     "triton": "GPU kernels",
     "jax-triton": "GPU kernels from JAX",
-    "scipy": "tests",
+    "scipy": "benchmarks' peers, tests",
 }
+MISSING = "not installed"
 #: Settings of others that change what SPLAT does; its own are in splat.config.
 SETTINGS = ("CXX", "JAX_PLATFORMS", "JAX_COMPILATION_CACHE_DIR", "XLA_FLAGS", "PJRT_NPROC", "NPROC",
             "CUDA_VISIBLE_DEVICES", "NO_COLOR")  # fmt: skip
@@ -211,7 +214,7 @@ def _jax_rows(jax: dict[str, Any]) -> dict[str, str]:
         return {"jax": jax["error"]}
     rows = {"jax": jax["jax"], "jaxlib": jax["jaxlib"], "devices": ", ".join(jax["devices"])}
     if jax["platform"] == "cpu" and Path("/proc/driver/nvidia/version").exists():
-        rows["devices"] += " (an NVIDIA driver is here, but jax sees no GPU: pip install 'jax[cuda12]')"
+        rows["devices"] += f" (an NVIDIA driver is here, but jax sees no GPU: {install('jax-cuda')})"
     return rows
 
 
@@ -223,11 +226,12 @@ def _version(package: str) -> str:
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
-        return "not installed"
+        return MISSING
 
 
 def _optional(package: str, use: str) -> str:
-    return f"{_version(package)} ({use})"
+    version, extra = _version(package), EXTRAS[package.replace("-", "_")]
+    return f"{version} ({use})" + (f": {install(extra)}" if version == MISSING else "")
 
 
 def _read(path: str) -> str:

@@ -16,6 +16,14 @@ from splat.errors import ArgumentError, SplatError
 
 _state = {"debug": False}
 
+#: Package -> the extra that brings it.
+EXTRAS = {"torch": "torch", "triton": "kernels", "jax_triton": "kernels", "scipy": "bench"}
+
+
+def install(extra: str) -> str:
+    """The command that brings an extra."""
+    return f"pip install 'splat-attention[{extra}]'"
+
 
 def show_tracebacks(wanted: bool) -> None:
     """Whether errors are raised as they are (`--debug`, `SPLAT_DEBUG=1`)."""
@@ -34,9 +42,11 @@ def reported(command: Callable[..., Any]) -> Callable[..., Any]:
         except SplatError as error:
             _report(str(error), error)
         except ImportError as error:
-            if (error.name or "").partition(".")[0] == "splat":
+            package = (error.name or "").partition(".")[0]
+            if package == "splat":
                 raise
-            _report(f"this command needs a package that cannot be imported: {error}. See `splat doctor`.", error)
+            remedy = f"{install(EXTRAS[package])}, or see" if package in EXTRAS else "See"
+            _report(f"this command needs a package that cannot be imported: {error}. {remedy} `splat doctor`.", error)
         except OSError as error:
             if error.errno == errno.EPIPE:  # who reads has had enough: typer ends quietly
                 raise
