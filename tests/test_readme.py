@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import re
 import shlex
+import shutil
+import subprocess
 import tomllib
 from pathlib import Path
 from textwrap import dedent
@@ -125,6 +127,20 @@ def test_the_commands_that_it_shows(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 def test_readme_describes_the_package() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     assert project.get("readme") == "README.md", 'pyproject.toml: [project] lacks readme = "README.md"'
+
+
+def test_the_wheel_has_headers_and_types() -> None:
+    """Hatch packs the whole folder but for what .gitignore names."""
+    build = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["hatch"]["build"]
+    assert build == {"targets": {"wheel": {"packages": ["src/splat"]}}}
+    package = ROOT / "src" / "splat"
+    headers = list((package / "codegen" / "cpp" / "include" / "splat").glob("*.hpp"))
+    assert {"run.hpp", "values.hpp"} <= {path.name for path in headers}
+    needed = [package / "py.typed", *headers]
+    assert needed[0].is_file()
+    if (ROOT / ".git").exists() and shutil.which("git"):
+        asked = ["git", "check-ignore", "--no-index", *map(str, needed)]
+        assert subprocess.run(asked, cwd=ROOT, capture_output=True, check=False).returncode == 1, "some are ignored"
 
 
 SAMPLE = """\
