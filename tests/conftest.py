@@ -4,6 +4,8 @@ Settings, all environment variables:
 
 - ``SPLAT_TEST_PROFILE``: the hypothesis profile, ``ci`` (default) or ``dev`` (more examples of each property).
 - ``SPLAT_TEST_SEED``: the seed of the ``rng`` fixture, to repeat a failure; a failing test prints the one it had.
+- ``SPLAT_TEST_REQUIRE``: of ``cpp triton torch``, what must be here: nothing is tested where a test would be skipped
+  for the lack of it. CI requires all three.
 - ``JAX_PLATFORMS``: as JAX reads it; ``cpu`` where it is not set.
 """
 
@@ -21,6 +23,8 @@ os.environ.setdefault("TRITON_INTERPRET", "1")  # before anything imports triton
 import numpy as np
 import pytest
 from hypothesis import settings
+
+from tests.requirements import missing
 
 # Failing assertions of the shared suite show their values, as those of test files do.
 pytest.register_assert_rewrite("tests.attention_suite")
@@ -56,6 +60,13 @@ def cache_dir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     for name in ("SPLAT_CXXFLAGS", "SPLAT_PROGRESS", "CXX"):
         monkeypatch.delenv(name, raising=False)
     return folder
+
+
+def pytest_configure() -> None:
+    """Raises UsageError where something that is required is missing."""
+    required = os.environ.get("SPLAT_TEST_REQUIRE", "").split()
+    if required and (lacking := missing(required)):
+        raise pytest.UsageError("\n".join(lacking))
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -10,6 +10,9 @@ import pytest
 import splat
 from splat import config
 from splat.errors import ArgumentError
+from tests.requirements import missing
+
+ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture(autouse=True)
@@ -74,3 +77,14 @@ def test_misspelt(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SPLAT_CACHEDIR", "x")
     monkeypatch.setenv("SPLAT_TEST_SEED", "1")
     assert config.unknown() == ["SPLAT_CACHEDIR"]
+
+
+def test_what_tests_require_is_named_where_it_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    monkeypatch.setenv("CXX", "/no/such/compiler")
+    cpp, torch, other = missing(["cpp", "torch", "rust"])
+    assert cpp.startswith("SPLAT_TEST_REQUIRE names cpp, which is missing: CXX is '/no/such/compiler'")
+    assert torch == "SPLAT_TEST_REQUIRE names torch, which is missing: install the package torch. Or require less."
+    assert other == "SPLAT_TEST_REQUIRE must name some of cpp, triton, torch, but 'rust' was given"
+    required = re.findall(r'SPLAT_TEST_REQUIRE="(.*)"', (ROOT / ".ci" / "run").read_text(encoding="utf-8"))
+    assert required == ["cpp triton torch"]
