@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -21,10 +22,13 @@ def replacing(path: Path) -> Iterator[Path]:
     try:
         yield written
         if not there:
+            if whole.exists():
+                shutil.copymode(whole, written)
             os.replace(written, whole)
     except BaseException as error:
-        if not there:
-            written.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            if not there:
+                written.unlink(missing_ok=True)
         if isinstance(error, OSError):
             raise OSError(error.errno, error.strerror, str(path)) from None
         raise

@@ -113,7 +113,7 @@ def kept_with_plan(make: Callable[[Any], Any]) -> Callable[[Any], Any]:
 
 
 #: How many matrices are remembered at least and at most, and about how large those beyond the least may be together.
-LEAST_MATRICES, MOST_MATRICES, NBYTES = 8, 128, 1 << 28
+LEAST_MATRICES, MOST_MATRICES, NBYTES = 32, 128, 1 << 28
 
 
 class _OfMatrix(Remembered):

@@ -19,7 +19,9 @@ Array = Any
 Function = Callable[[Any, Any, Any], Any]
 
 
-def vmappable(axes: str) -> Callable[[Function], Callable[[Any], Callable[[Any, Any], Any]]]:
+def vmappable(
+    axes: str, *, of_rows: int | None = None, large: tuple[int, ...] = ()
+) -> Callable[[Function], Callable[[Any], Callable[[Any, Any], Any]]]:
     """Lets a function made of calls of kernels be mapped by `jax.vmap`, any number of times, and split over devices.
 
     The function: (static, batched, shared) -> results. `batched` is a tuple of arrays and None, whose first axis is B;
@@ -32,11 +34,15 @@ def vmappable(axes: str) -> Callable[[Function], Callable[[Any], Callable[[Any, 
 
     Args:
       axes: of the arrays of `batched` and of the results, as in "BTNH BSKH BSKH -> BTNH BTN": see `partitioning.Axes`.
+      of_rows, large: where that one of `batched` is mapped and one of these is not, it runs one after another as well,
+        so that these are not repeated.
     """
-    return partial(_vmappable, Axes.parse(axes))
+    return partial(_vmappable, Axes.parse(axes), of_rows, large)
 
 
-def _vmappable(axes: Axes, function: Function) -> Callable[[Any], Callable[[Any, Any], Any]]:
+def _vmappable(
+    axes: Axes, of_rows: int | None, large: tuple[int, ...], function: Function
+) -> Callable[[Any], Callable[[Any, Any], Any]]:
     @functools.wraps(function)
     def bound(static: Any) -> Any:
         def run(batched: Any, shared: Any) -> Any:
@@ -47,7 +53,8 @@ def _vmappable(axes: Axes, function: Function) -> Callable[[Any], Callable[[Any,
         @call.def_vmap
         def rule(size: int, mapped: Any, batched: Any, shared: Any) -> tuple[Any, Any]:
             batched_mapped, shared_mapped = mapped
-            if any(jax.tree.leaves(shared_mapped)):
+            repeats = of_rows is not None and batched_mapped[of_rows] and not all(batched_mapped[n] for n in large)
+            if repeats or any(jax.tree.leaves(shared_mapped)):
                 results = _one_by_one(call, (batched, shared), (batched_mapped, shared_mapped))
             else:
                 results = call(jax.tree.map(partial(repeat, size), batched, batched_mapped), shared)

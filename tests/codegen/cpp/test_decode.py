@@ -169,6 +169,17 @@ def test_nothing_else_is_read(text: str, rng: np.random.Generator) -> None:
 
 
 @needs_compiler
+@pytest.mark.parametrize("batch", [60, 700])
+def test_many_heads_have_fewer_parts(batch: int, rng: np.random.Generator) -> None:
+    """Enough of them keep all threads busy, and what parts have made waits in memory."""
+    plan = plan_of("full()", 1, 2000, 4, (8, 8), batch, "float32")
+    arrays = draw(rng, plan)
+    found = decode(plan, arrays)
+    check(found, plan, arrays, np.ones((1, 2000), bool))
+    assert [x.tobytes() for x in decode(plan, arrays, threads=5)] == [x.tobytes() for x in found]
+
+
+@needs_compiler
 def test_rows_that_attend_to_nothing(rng: np.random.Generator) -> None:
     plan = plan_of("strided(4) & window(0, 2000)", 4, 900, 24, (2, 2), 1, "float32", 898)
     arrays = draw(rng, plan)
@@ -231,6 +242,25 @@ def test_a_batch_at_different_positions(rng: np.random.Generator) -> None:
         wanted = reference.gradients(a, b, c, mask, 2 * expected, np.zeros_like(lse), **options)
         for found, x in zip(gradients, wanted, strict=True):
             np.testing.assert_allclose(found[n : n + 1], x, atol=1e-4)
+
+
+@needs_compiler
+def test_positions_in_one_cache(rng: np.random.Generator) -> None:
+    """One after the other: what they share is not repeated."""
+    pattern = splat.parse(SINKS)
+    q, k, v, *_ = draw_inputs(rng, 1, 1100, heads=(4, 2))
+    queries, at = rng.standard_normal((5, *q.shape)).astype(np.float32), np.array([0, 3, 777, 1095, 1099])
+
+    def one(q: Any, at: Any) -> Any:
+        return splat.attention(q, k, v, pattern, query_offset=at, implementation="cpp")
+
+    run = jax.jit(jax.vmap(one)).lower(queries, at).compile()
+    assert "f32[5,1,1100," not in (run.as_text() or "")
+    for n, out in enumerate(run(queries, at)):
+        mask = pattern.to_dense(1, 1100, query_offset=int(at[n]))
+        a, b, c = (np.asarray(x, np.float64) for x in (queries[n], k, v))
+        expected, _ = reference.attention(a, b, c, mask)
+        np.testing.assert_allclose(out, expected, atol=1e-5)
 
 
 def test_one_text_for_all_patterns_and_positions() -> None:

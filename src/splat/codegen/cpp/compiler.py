@@ -308,7 +308,8 @@ _one_key: dict[str, threading.Lock] = {}
 _loaded: dict[str, ctypes.CDLL] = {}
 
 
-os.register_at_fork(after_in_child=_one_key.clear)  # the threads that hold locks are the parent's
+if hasattr(os, "register_at_fork"):  # the threads that hold locks are the parent's
+    os.register_at_fork(after_in_child=_one_key.clear)
 
 
 def build(name: str, source: str) -> Path:

@@ -203,20 +203,22 @@ def _forward(call: _Call) -> Any:
         _, tables = _lowered(call, tables, "decode")
         if not tables:
             return _nothing(query)
-        runs = jnp.asarray(tables[0][0])  # of each batch entry: mapped over offsets it is still one call
+        runs = jnp.asarray(tables[0][0])  # of each batch entry: mapped over offsets and keys it is still one call
         return kernel((*batched, jnp.broadcast_to(runs, (query.shape[0], *runs.shape))), None)
 
     return forward
 
 
-@vmappable("BTNH BSKH BSKH B BTW -> BTNH BTN")
+@vmappable("BTNH BSKH BSKH B BTW -> BTNH BTN", of_rows=4, large=(1, 2))
 def _forward_kernel(call: _Call, batched: Any, tables: Any) -> Any:
     query, key, value, lengths, runs = batched
-    nothing = jax.eval_shape(_nothing, query)
+    out = jax.ShapeDtypeStruct(query.shape, query.dtype)
+    lse = jax.ShapeDtypeStruct(query.shape[:-1], jnp.promote_types(query.dtype, jnp.float32))
     if runs is None:
-        results = _run(call, "forward", tables, [query, key, value], lengths, nothing)
+        results = _run(call, "forward", tables, [query, key, value], lengths, [out, lse])
     else:
-        results = _call(_facts(call, "decode", (), query, lengths), call, [query, key, value], lengths, [runs], nothing)
+        facts = _facts(call, "decode", (), query, lengths)
+        results = _call(facts, call, [query, key, value], lengths, [runs], [out, lse])
     return _nothing(query) if results is None else tuple(results)
 
 

@@ -1,8 +1,8 @@
 // Attention of few queries, as when one token after the other is decoded: what forward.hpp computes, without lanes for
 // queries that are not there.
 //
-// Keys and values are read where they are, once for all query heads that share them, as fast as memory gives them.
-// The elements of a row lie in the lanes:
+// Keys and values are read where they are, once for up to 16 queries of heads that share them, as fast as memory gives
+// them. The elements of a row lie in the lanes:
 //
 //     scores   sum[query, key][lane]  +=  query[d + lane] * key[d + lane]     kWidth such sums, then each one's lanes
 //     sums     out[query][d + lane]   +=  weight[query, key] * value[d + lane]
@@ -23,8 +23,8 @@ template <class Facts> class Decode {
   static constexpr int kPairs = within(4, (64 << 10) / (2 * kPadded * (int)sizeof(T)), 16);
   static constexpr int kBlock = within(16, 8192 / (D * (int)sizeof(Scalar)) / 16 * 16, 64);  // keys at a time
   static constexpr int kTogether = W < 4 ? W : 4;  // queries at a time
-  /// Columns that are worth a part, and most parts.
-  static constexpr int kPart = 512, kMostParts = 32;
+  /// Columns that are worth a part, most parts, and most of all places: whose results wait in memory.
+  static constexpr int kPart = 512, kMostParts = 32, kMostWaiting = 4096;
 
   struct Result {
     alignas(64) T sum[kPadded];
@@ -49,6 +49,8 @@ template <class Facts> class Decode {
       kv_heads_of_unit = kPairs / (rows_of_unit * group);
       if (kv_heads_of_unit > call.num_kv_heads) kv_heads_of_unit = call.num_kv_heads;
     }
+    const int64_t units = call.batch * call.num_kv_heads * head_parts * row_parts;  // at most
+    most_parts = units > kMostWaiting ? 1 : kMostWaiting / units < kMostParts ? kMostWaiting / units : kMostParts;
     const int64_t of_batch = num_places() / call.batch;
     for (int64_t n = 0; n < call.batch * row_parts; ++n) {
       const int64_t wanted = parts_for(columns(place_of(n / row_parts * of_batch + n % row_parts)));
@@ -62,8 +64,9 @@ template <class Facts> class Decode {
     auto is_uneven = [&](int64_t units) { return units < threads || (units % threads && units < 4 * threads); };
     for (int64_t n = 2; kv_heads_of_unit > 1 && is_uneven(places * parts); ++n)
       kv_heads_of_unit = ceil_div(most, n), places = num_places();
+    pairs = rows_of_unit * heads_of_unit * kv_heads_of_unit;
     if (parts > 1) {
-      const int64_t bytes = places * parts * kPairs * (int64_t)sizeof(Result);
+      const int64_t bytes = places * parts * pairs * (int64_t)sizeof(Result);
       results = (Result*)scratch(bytes + places * sizeof(int32_t));  // units have nothing else there
       finished = (int32_t*)((char*)results + bytes);
       memset(finished, 0, places * sizeof(int32_t));
@@ -73,7 +76,8 @@ template <class Facts> class Decode {
 
  private:
   const Call& call;
-  int64_t group, rows_of_unit, heads_of_unit, kv_heads_of_unit = 1, row_parts, head_parts, parts = 1;
+  int64_t group, rows_of_unit, heads_of_unit, kv_heads_of_unit = 1, row_parts, head_parts;
+  int64_t most_parts, parts = 1, pairs;  // pairs: of a unit
   Result* results = nullptr;    // [place][part][pair]
   int32_t* finished = nullptr;  // parts of a place
 
@@ -98,9 +102,9 @@ template <class Facts> class Decode {
     return call.batch * ceil_div(call.num_kv_heads, kv_heads_of_unit) * head_parts * row_parts;
   }
 
-  static int64_t parts_for(int64_t columns) {
+  int64_t parts_for(int64_t columns) const {
     const int64_t wanted = columns / kPart;
-    return wanted < 1 ? 1 : wanted < kMostParts ? wanted : kMostParts;
+    return wanted < 1 ? 1 : wanted < most_parts ? wanted : most_parts;
   }
 
   /// A row's columns of one component: start + stride * [0, count).
@@ -169,9 +173,9 @@ template <class Facts> class Decode {
         }
     });
     if (num_parts == 1) return end(state, place);
-    Result* const of_place = results + index * parts * kPairs;
+    Result* const of_place = results + index * parts * pairs;
     for (int pair = 0; pair < place.pairs(); ++pair) {
-      Result& result = of_place[part * kPairs + pair];
+      Result& result = of_place[part * pairs + pair];
       memcpy(result.sum, state.sum[pair], sizeof result.sum);
       result.base = state.base[pair], result.total = sum_of<T>(state.total[pair]);
     }
@@ -334,14 +338,14 @@ template <class Facts> class Decode {
   }
 
   /// The parts in their order, whoever was last.
-  void merge(Result* parts, const Place& place, int64_t count) const {
+  void merge(const Result* of_place, const Place& place, int64_t count) const {
     for (int pair = 0; pair < place.pairs(); ++pair) {
       T base = -kInfinity<T>, total = 0;
       for (int64_t n = 0; n < count; ++n)
-        if (parts[n * kPairs + pair].base > base) base = parts[n * kPairs + pair].base;
+        if (of_place[n * pairs + pair].base > base) base = of_place[n * pairs + pair].base;
       alignas(64) T sum[kPadded] = {};
       for (int64_t n = 0; n < count; ++n) {
-        const Result& one = parts[n * kPairs + pair];
+        const Result& one = of_place[n * pairs + pair];
         Vec<T> factor = exp2<T>(splat_of(one.base - base));
         if (one.base == -kInfinity<T>) factor = splat_of(one.total * 0);  // 0, or NaN
         total += one.total * factor[0];
