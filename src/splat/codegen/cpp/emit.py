@@ -98,12 +98,10 @@ def kernels_of(plan: Plan, options: Options, kernel: str | None = None) -> list[
         raise ArgumentError(f"kernel must be one of {every}, but {kernel!r} was given")
     p = plan.problem
     query = jax.ShapeDtypeStruct((p.batch, p.q_len, p.num_q_heads, p.head_dim), p.dtype)
-    forward = generate.forward_kernel(p.q_len)
     call, tables = _static(plan, options)
     key = jax.ShapeDtypeStruct((p.batch, p.kv_len, p.num_kv_heads, p.head_dim), p.dtype)
-    wanted = (
-        (forward, *_gradient_kernels(call, query, key)) if name is None else (forward if name == "forward" else name,)
-    )
+    wanted = ("forward", *_gradient_kernels(call, query, key)) if name is None else (name,)
+    wanted = tuple(generate.forward_kernel(p.q_len) if one == "forward" else one for one in wanted)
     found = _every_kernel(call, tables, query, None, wanted)
     if name is not None and not found:
         raise ArgumentError(f"this plan calls no kernel {kernel!r}. Leave kernel out to see what it calls.")
@@ -136,9 +134,11 @@ def _static(plan: Plan, options: Options) -> tuple[_Call, list[list[Tables]] | N
     """What is static about the call, and the tables that are not."""
     if plan.is_static:
         return _Call(options, threads.count(), plan), None
-    passes, tables, refusal = lower_all(plan, lower)
-    if generate.forward_kernel(plan.problem.q_len) == "decode":
-        tables.append(runs_of(plan.acsr))
+    if generate.forward_kernel(plan.problem.q_len) == "forward":
+        passes, tables, refusal = lower_all(plan, lower)
+    else:  # which reads no schedule
+        passes, tables, refusal = lower_all(plan, lower, SCHEDULES[1:])
+        passes, tables = ((), *passes), [runs_of(plan.acsr), *tables]
     return _Call(options, threads.count(), None, passes, refusal), tables
 
 
@@ -146,7 +146,7 @@ def _lowered(call: _Call, tables: Any, kernel: str) -> Lowered:
     if call.plan is not None:
         return passes_of(call.plan, kernel)
     n = SCHEDULES.index(SCHEDULE_OF.get(kernel, kernel))
-    return ((), tables[-1]) if kernel == "decode" else (call.passes[n], tables[n])
+    return call.passes[n], tables[n]
 
 
 def _gradient_kernels(call: _Call, query: Array, key: Array) -> tuple[str, ...]:
