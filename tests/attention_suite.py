@@ -534,11 +534,26 @@ class AttentionSuite:
             compare(run(inputs, jnp.asarray(ids)), truth(inputs, pattern.to_dense(32)), "float32")
         assert next(traces) == 1
 
-    def test_runtime_segments_without_jit(self, rng: np.random.Generator) -> None:
-        inputs = draw_inputs(rng, 20, 20)
-        ids = [0] * 6 + [3] * 10 + [-1] * 4
-        found = self.attention(*inputs[:3], splat.segments(jnp.asarray(ids)))
-        np.testing.assert_allclose(found, self.attention(*inputs[:3], splat.segments(ids)), atol=1e-6)
+    def test_without_jit(self, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Run-time values in calls outside `jax.jit`: one program too, planned once, and its gradients."""
+        plans = []
+        module = sys.modules["splat.ops.attention"]
+        real = module.make_plan
+        monkeypatch.setattr(module, "make_plan", lambda *args, **options: plans.append(args) or real(*args, **options))
+        q, k, v, *_ = draw_inputs(rng, 20, 23)
+
+        def loss(q: Any, ids: Any, offset: Any) -> Any:
+            out = self.attention(q, k, v, splat.window(12) & splat.segments(ids), query_offset=offset)
+            return (out**2).sum(), out
+
+        for ids, offset in (([0] * 6 + [3] * 10 + [-1] * 7, 3), ([5] * 20 + [2] * 3, 1)):
+            (_, expected), expected_grad = jax.value_and_grad(loss, has_aux=True)(q, ids, offset)
+            plans.clear()
+            for _ in range(2):
+                (_, out), grad = jax.value_and_grad(loss, has_aux=True)(q, jnp.asarray(ids), jnp.int32(offset))
+                np.testing.assert_allclose(out, expected, atol=1e-6)
+                np.testing.assert_allclose(grad, expected_grad, atol=1e-5)
+            assert len(plans) == (1 if offset == 3 else 0)
 
     def test_vmap_over_segments(self, rng: np.random.Generator) -> None:
         """A batch of different documents, with gradients."""
@@ -678,6 +693,7 @@ class AttentionSuite:
         for call in (
             lambda: jax.jvp(lambda q: self.attention(q, k, v, splat.causal()), (q,), (q,)),
             lambda: jax.jit(jax.jacfwd(lambda q: self.attention(q, k, v, splat.causal())))(q),
+            lambda: jax.jvp(lambda q: self.attention(q, k, v, splat.causal(), query_offset=jnp.int32(1)), (q,), (q,)),
         ):
             with pytest.raises(UnsupportedError) as caught:
                 call()

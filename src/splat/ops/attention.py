@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any
 
 import jax
@@ -93,7 +94,18 @@ def attention(
         known = None if inside[1] else offset
         part = _Part(without_arrays(pattern), known, options, chosen.name, chosen.target(), tree)
         axes = (HEADS_WHOLE if isinstance(pattern, PerHead) else AXES).of(list(given.values()))
-        out, lse = explicit(part, axes, *arrays, names=list(given), keep=True)
+        run = _jitted(part) if any(inside) else part
+        try:
+            out, lse = explicit(run, axes, *arrays, names=list(given), keep=True)
+        except TypeError as error:
+            if "forward-mode" not in str(error):
+                raise
+            raise UnsupportedError(
+                "splat.attention does not support forward mode (jax.jvp, jax.jacfwd) alone. Reverse mode works, and so "
+                "does forward over reverse with implementation='xla': jax.jvp(jax.grad(f), ...), jax.hessian. For a "
+                "plain jvp use "
+                "jax.nn.dot_product_attention with mask=pattern.to_dense(...)."
+            ) from error
     return (out, lse) if return_lse else out
 
 
@@ -128,17 +140,7 @@ class _Part:
         _, q_len, _, head_dim = query.shape
         problem = Problem.of_any_heads(pattern, q_len, key.shape[1], head_dim, str(query.dtype), grouped=grouped)
         plan = make_plan(problem, implementation=self.implementation, target=self.target, query_offset=offset)
-        try:
-            return load(self.implementation).attention(plan, self.options, query, key, value, lengths)
-        except TypeError as error:
-            if "forward-mode" not in str(error):
-                raise
-            raise UnsupportedError(
-                "splat.attention does not support forward mode (jax.jvp, jax.jacfwd) alone. Reverse mode works, and so "
-                "does forward over reverse with implementation='xla': jax.jvp(jax.grad(f), ...), jax.hessian. For a "
-                "plain jvp use "
-                "jax.nn.dot_product_attention with mask=pattern.to_dense(...)."
-            ) from error
+        return load(self.implementation).attention(plan, self.options, query, key, value, lengths)
 
     def _by_head(
         self, pattern: PerHead, offset: Any, query: Any, key: Any, value: Any, lengths: Any
@@ -153,6 +155,12 @@ class _Part:
         back = np.argsort(order)
         out, lse = (jnp.concatenate([part[n] for part in parts], axis=2)[:, :, back] for n in range(2))
         return out, lse
+
+
+@lru_cache(maxsize=64)
+def _jitted(part: _Part) -> Any:
+    """The part as one program: outside `jax.jit` its tables would be computed operation by operation, in each call."""
+    return jax.jit(part)
 
 
 def dot_product_attention(
