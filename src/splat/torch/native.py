@@ -34,7 +34,8 @@ def forward(
     out = query.new_empty(batch, q_len, heads, width).transpose(1, 2)
     lse = query.new_empty(batch, heads, q_len, dtype=torch.promote_types(query.dtype, torch.float32))
     arrays = {"query": query, "key": key, "value": value, "out": out, "lse": lse}
-    if not _run(forward_kernel(q_len), arrays, lengths, static, _num_threads(query, key, static)):
+    kernel = forward_kernel(q_len, _name(query.dtype))
+    if not _run(kernel, arrays, lengths, static, _num_threads(query, key, static)):
         return out.zero_(), lse.fill_(-math.inf)
     return out, lse
 
@@ -51,7 +52,7 @@ def backward(
     results = {name: like for name, like, here in (("d_query", query, wanted[0]), ("d_key", key, wanted[1]),
                                                    ("d_value", value, wanted[1])) if here}  # fmt: skip
     made = {name: like.new_empty(like.transpose(1, 2).shape).transpose(1, 2) for name, like in results.items()}
-    dtype = str(query.dtype).removeprefix("torch.")
+    dtype = _name(query.dtype)
     threads = _num_threads(query, key, static)
     kernels = gradient_kernels(dtype, query.shape[0] * key.shape[1], threads)
     if not all(wanted):
@@ -69,7 +70,7 @@ def _run(kernel: str, arrays: dict[str, Tensor], lengths: Tensor | None, static:
     query, key = arrays["query"], arrays["key"]
     batch, num_q_heads, q_len, width = query.shape
     num_kv_heads, kv_len = key.shape[1], key.shape[2]
-    call = kernel, static, q_len, kv_len, width, str(query.dtype), lengths is not None
+    call = kernel, static, q_len, kv_len, width, _name(query.dtype), lengths is not None
     prepared = _prepared(call, lambda: _prepare(*call))
     if prepared is None:
         return False
@@ -82,7 +83,7 @@ def _run(kernel: str, arrays: dict[str, Tensor], lengths: Tensor | None, static:
 
 def _num_threads(query: Tensor, key: Tensor, static: Static) -> int:
     batch, num_q_heads, q_len, width = query.shape
-    flops = 4 * _nnz(static, q_len, key.shape[2], width, str(query.dtype)) * width * num_q_heads * batch
+    flops = 4 * _nnz(static, q_len, key.shape[2], width, _name(query.dtype)) * width * num_q_heads * batch
     return torch.get_num_threads() if flops > (SMALL_FLOPS if _team() else SMALL_FLOPS_ALONE) else 1
 
 
@@ -105,6 +106,11 @@ def _team() -> int | None:
             if entry is not None:
                 return ctypes.cast(entry, ctypes.c_void_p).value
     return None
+
+
+def _name(dtype: torch.dtype) -> str:
+    """As problems have it: "float32"."""
+    return str(dtype).removeprefix("torch.")
 
 
 def _rows(x: Tensor) -> Tensor:
@@ -135,7 +141,7 @@ def _nnz(static: Static, q_len: int, kv_len: int, head_dim: int, dtype: str) -> 
 
 def _plan(static: Static, q_len: int, kv_len: int, head_dim: int, dtype: str) -> Plan:
     text, _, _, offset = static
-    problem = Problem.of_any_heads(_parsed(text), q_len, kv_len, head_dim, dtype.removeprefix("torch."))
+    problem = Problem.of_any_heads(_parsed(text), q_len, kv_len, head_dim, dtype)
     return make_plan(problem, implementation="cpp", query_offset=offset)
 
 

@@ -116,7 +116,7 @@ LONG = [SINKS, "full()", "strided(3)", "blocked(64) | strided(2)", "random_block
 
 @needs_compiler
 @pytest.mark.parametrize("text", LONG)
-@pytest.mark.parametrize("q_len", [1, 2, 4])
+@pytest.mark.parametrize("q_len", [1, 2, 8])
 def test_parts(q_len: int, text: str, rng: np.random.Generator) -> None:
     """Columns in parts, which are merged; with lengths, a sequence may have fewer of them than the plan, or none."""
     pattern, kv_len = splat.parse(text), 3000
@@ -193,7 +193,7 @@ def test_rows_that_attend_to_nothing(rng: np.random.Generator) -> None:
 
 
 @needs_compiler
-@pytest.mark.parametrize("q_len", [1, generate.FEW_QUERIES, generate.FEW_QUERIES + 1])
+@pytest.mark.parametrize("q_len", [1, generate.few_queries("float32"), generate.few_queries("float32") + 1])
 def test_few_queries_have_it(q_len: int, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch) -> None:
     """Gradients too, one program for all positions, and the forward of many queries gives the same."""
     called = []
@@ -213,7 +213,7 @@ def test_few_queries_have_it(q_len: int, rng: np.random.Generator, monkeypatch: 
         np.testing.assert_allclose(run(q, at), out, atol=1e-5)
         d_query, *_ = reference.gradients(a, b, c, mask, 2 * out, np.zeros_like(lse))
         np.testing.assert_allclose(gradient(q, at), d_query, atol=1e-4)
-    wanted = "decode" if q_len <= generate.FEW_QUERIES else "forward"
+    wanted = "decode" if q_len <= generate.few_queries("float32") else "forward"
     assert {"decode", "forward"} & set(called) == {wanted}
 
 

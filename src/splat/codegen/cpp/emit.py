@@ -101,7 +101,7 @@ def kernels_of(plan: Plan, options: Options, kernel: str | None = None) -> list[
     call, tables = _static(plan, options)
     key = jax.ShapeDtypeStruct((p.batch, p.kv_len, p.num_kv_heads, p.head_dim), p.dtype)
     wanted = ("forward", *_gradient_kernels(call, query, key)) if name is None else (name,)
-    wanted = tuple(generate.forward_kernel(p.q_len) if one == "forward" else one for one in wanted)
+    wanted = tuple(generate.forward_kernel(p.q_len, p.dtype) if one == "forward" else one for one in wanted)
     found = _every_kernel(call, tables, query, None, wanted)
     if name is not None and not found:
         raise ArgumentError(f"this plan calls no kernel {kernel!r}. Leave kernel out to see what it calls.")
@@ -134,7 +134,8 @@ def _static(plan: Plan, options: Options) -> tuple[_Call, list[list[Tables]] | N
     """What is static about the call, and the tables that are not."""
     if plan.is_static:
         return _Call(options, threads.count(), plan), None
-    if generate.forward_kernel(plan.problem.q_len) == "forward":
+    p = plan.problem
+    if generate.forward_kernel(p.q_len, p.dtype) == "forward":
         passes, tables, refusal = lower_all(plan, lower)
     else:  # which reads no schedule
         passes, tables, refusal = lower_all(plan, lower, SCHEDULES[1:])
@@ -185,7 +186,7 @@ def _function(call: _Call) -> Any:
             kernels = generate.every_gradient_kernel(str(query.dtype))
         else:
             kernels = _gradient_kernels(call, query, key)
-        forward = generate.forward_kernel(query.shape[1])
+        forward = generate.forward_kernel(query.shape[1], str(query.dtype))
         bind_jax.prepare_all(_every_kernel(call, tables, query, kv_lengths, (forward, *kernels)))
 
     functions = _forward(call), _backward(call)
@@ -198,7 +199,7 @@ def _forward(call: _Call) -> Any:
 
     def forward(batched: Any, tables: Any) -> Any:
         query = batched[0]
-        if generate.forward_kernel(query.shape[1]) == "forward":
+        if generate.forward_kernel(query.shape[1], str(query.dtype)) == "forward":
             return kernel((*batched, None), tables)
         _, tables = _lowered(call, tables, "decode")
         if not tables:

@@ -127,6 +127,18 @@ template <class Facts> class Decode {
     return run;
   }
 
+  struct Columns {
+    int64_t first;
+    int count;
+
+    bool operator==(const Columns& other) const { return count == other.count && (count <= 0 || first == other.first); }
+  };
+  /// Those of a run in [low, high).
+  static Columns between(const Run& run, int64_t low, int64_t high) {
+    const int64_t t = run.before(low);
+    return {run.start + run.stride * t, (int)(run.before(high) - t)};
+  }
+
   int64_t limit_of(const Place& place) const { return call.kv_lengths ? call.kv_lengths[place.batch] : call.kv_len; }
 
   /// Calls body(component, stride, first, end) for those that a unit's rows have, all between [first, end).
@@ -163,14 +175,16 @@ template <class Facts> class Decode {
       const int64_t low = from > seen ? from - seen : 0, count = ceil_div(end - first, stride);
       const int64_t high = to - seen < count ? to - seen : count;
       seen += count;
-      for (int64_t x = low; x < high; x += kBlock)  // while it is near, for all rows that have something there
-        for (int slot = 0; slot < place.rows; ++slot) {
-          const Run run = run_of(place, slot, component, limit);
-          const int64_t t = run.before(first + stride * x);
-          const int64_t n = run.before(first + stride * (x + kBlock < high ? x + kBlock : high)) - t;
-          for (int head = 0; n > 0 && head < place.kv_heads; ++head)
-            attend(state, place, head, slot, run.start + stride * t, stride, (int)n);
+      for (int64_t x = low; x < high; x += kBlock) {  // while it is near, for all rows that have something there
+        const int64_t next = first + stride * (x + kBlock < high ? x + kBlock : high);
+        for (int slot = 0, same; slot < place.rows; slot += same) {
+          const Columns some = between(run_of(place, slot, component, limit), first + stride * x, next);
+          for (same = 1; slot + same < place.rows; ++same)  // neighbours often have the same ones
+            if (!(between(run_of(place, slot + same, component, limit), first + stride * x, next) == some)) break;
+          for (int head = 0; some.count > 0 && head < place.kv_heads; ++head)
+            attend(state, place, head, slot, same, some.first, stride, some.count);
         }
+      }
     });
     if (num_parts == 1) return end(state, place);
     Result* const of_place = results + index * parts * pairs;
@@ -222,16 +236,17 @@ template <class Facts> class Decode {
     return {at<Scalar>(array, place.batch, place.kv_head + head) + first * array.position, stride * array.position};
   }
 
-  /// One row, in all query heads of a key head, to `n` keys.
-  void attend(State& state, const Place& place, int head, int slot, int64_t first, int64_t stride, int n) const {
+  /// `rows` rows from `slot` on, in all query heads of a key head, to `n` keys.
+  void attend(
+      State& state, const Place& place, int head, int slot, int rows, int64_t first, int64_t stride, int n) const {
     const Rows keys = rows_of(call.key, place, head, first, stride);
     const Rows values = rows_of(call.value, place, head, first, stride);
-    const int pair = (head * place.rows + slot) * place.heads;
-    int h = 0;
+    int pair = (head * place.rows + slot) * place.heads;
+    const int last = pair + rows * place.heads;
     if constexpr (kTogether == 4)
-      for (; h + 4 <= place.heads; h += 4) block<4>(state, pair + h, keys, values, n);
-    for (; h + 2 <= place.heads; h += 2) block<2>(state, pair + h, keys, values, n);
-    for (; h < place.heads; ++h) block<1>(state, pair + h, keys, values, n);
+      for (; pair + 4 <= last; pair += 4) block<4>(state, pair, keys, values, n);
+    for (; pair + 2 <= last; pair += 2) block<2>(state, pair, keys, values, n);
+    for (; pair < last; ++pair) block<1>(state, pair, keys, values, n);
   }
 
   /// NQ queries from `pair` on to `n` keys. Meanwhile their values come, and the keys of the next block.
