@@ -9,6 +9,7 @@ compilation is what these tests spend their time on.
 
 from __future__ import annotations
 
+import gc
 import itertools
 import math
 import os
@@ -16,6 +17,7 @@ import re
 import subprocess
 import sys
 import textwrap
+import weakref
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -31,6 +33,7 @@ import splat
 from splat import reference
 from splat.errors import UnsupportedError
 from splat.pattern import Pattern
+from splat.remembered import Remembered
 from tests.strategies import Case, cases
 
 Array = np.ndarray[Any, Any]
@@ -732,6 +735,22 @@ class AttentionSuite:
         np.testing.assert_allclose(found, jax.grad(lambda q: run(q, k, v).sum())(q), atol=1e-5)
 
     # -- memory --------------------------------------------------------------------------------------------------------
+
+    def test_plans_that_are_not_remembered_are_gone(
+        self, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """With the programs that were made of them: JAX's memory of these is not to keep both for good."""
+        planner = sys.modules["splat.planning.plan"]
+        monkeypatch.setattr(planner, "_remembered", Remembered(entries=1))
+        q, k, v, *_ = draw_inputs(rng, 8, 8)
+        gone = []
+        for left in range(3):
+            jax.block_until_ready(self.attention(q, k, v, splat.window(left, 0)))
+            (plan,) = planner._remembered._known.values()
+            gone.append(weakref.ref(plan))
+            del plan
+        gc.collect()
+        assert [one() is None for one in gone] == [True, True, False]
 
     @pytest.mark.parametrize("text", ["window(8) | strided(32) | global_tokens(3)", "causal()", "full()"])
     def test_no_score_matrix(self, text: str) -> None:

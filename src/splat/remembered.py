@@ -14,7 +14,8 @@ _Made = TypeVar("_Made")
 class Remembered:
     """What was made, by what it was made for; what was used last, as much as fits. For several threads.
 
-    Two threads that want the same at once may both make it.
+    Two threads that want the same at once may both make it. What is no longer kept is told by its `forget()`, if it
+    has one.
     """
 
     def __init__(self, *, entries: int, nbytes: float = math.inf, least: int = 1):
@@ -33,7 +34,7 @@ class Remembered:
             if key in self._known:
                 self._known.move_to_end(key)
                 return self._known[key]
-        made = make()
+        made, dropped = make(), []
         with self._lock:
             if key not in self._known:
                 self._known[key] = made
@@ -41,12 +42,22 @@ class Remembered:
             while len(self._known) > self._entries or (self._nbytes > self._limit and len(self._known) > self._least):
                 _, oldest = self._known.popitem(last=False)
                 self._nbytes -= _nbytes(oldest)
+                dropped.append(oldest)
+        _forget(dropped)
         return made
 
     def clear(self) -> None:
         with self._lock:
+            dropped = list(self._known.values())
             self._known.clear()
             self._nbytes = 0
+        _forget(dropped)
+
+
+def _forget(dropped: list[Any]) -> None:
+    for made in dropped:
+        if forget := getattr(made, "forget", None):
+            forget()
 
 
 def _nbytes(made: Any) -> int:

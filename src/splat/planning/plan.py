@@ -92,6 +92,10 @@ class Plan:
         """What generators make of the plan, kept for as long as the plan is."""
         return Remembered(entries=MOST_MADE)
 
+    def forget(self) -> None:
+        """Drops what generators made of it: functions that lead back to it, so that JAX would keep all for good."""
+        self.__dict__.pop("remembered", None)
+
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in self.__dict__.items() if name != "remembered"}
 
