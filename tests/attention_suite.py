@@ -558,6 +558,18 @@ class AttentionSuite:
                 np.testing.assert_allclose(grad, expected_grad, atol=1e-5)
             assert len(plans) == (1 if offset == 3 else 0)
 
+    def test_runtime_segments_that_hide_nothing(self, rng: np.random.Generator) -> None:
+        """No row of the forward attends to anything, whatever the documents are; gradients ask the columns."""
+        q, k, v, *_ = draw_inputs(rng, 16, 40)
+
+        def loss(q: Any, k: Any, ids: Any) -> Any:
+            pattern = splat.window(8) | splat.causal() & splat.global_rows(4) & splat.segments(ids)
+            return (self.attention(q, k, v, pattern, query_offset=20) ** 2).sum()
+
+        found = jax.jit(jax.grad(loss, (0, 1)))(q, k, jnp.zeros(40, jnp.int32))
+        for a, b in zip(found, jax.grad(loss, (0, 1))(q, k, [0] * 40), strict=True):
+            np.testing.assert_allclose(a, b, atol=1e-5)
+
     def test_vmap_over_segments(self, rng: np.random.Generator) -> None:
         """A batch of different documents, with gradients."""
         inputs = draw_inputs(rng, 24, 24, batch=3)

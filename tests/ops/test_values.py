@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gc
 import importlib.util
 import weakref
@@ -14,7 +15,7 @@ import pytest
 import splat
 from splat.codegen import base
 from splat.codegen.cpp import compiler
-from splat.errors import ArgumentError, UnsupportedError
+from splat.errors import ArgumentError, PatternError, UnsupportedError
 from splat.ops import values as operations
 from splat.ops.values import without
 from splat.remembered import Remembered
@@ -67,6 +68,7 @@ class TestTriton(ValuesSuite):
 
 ACSR = splat.build(splat.window(2), 8)
 ONES = np.ones((8, 4), np.float32)
+BEYOND = splat.ACSR((8, 8), (dataclasses.replace(ACSR.components[0], count=np.full(8, 1 << 30, np.int32)),))
 
 
 @pytest.mark.parametrize(
@@ -89,6 +91,7 @@ ONES = np.ones((8, 4), np.float32)
         (lambda: splat.spmm(np.ones((2, 8, 5)), ACSR, np.ones((3, 8, 4))), ArgumentError, "must broadcast"),
         (lambda: splat.spmm_transposed(np.ones((8, 5)), ACSR, ONES[:5]), ArgumentError, "acsr has 8 rows"),
         (lambda: splat.sddmm(ONES, ONES, ACSR, implementation="cuda"), ArgumentError, "implementation must be None"),
+        (lambda: splat.sddmm(ONES, ONES, BEYOND), PatternError, "component 0 of this ACSR leaves the matrix of 8 x 8"),
     ],
 )
 def test_refused(call, error: type[Exception], message: str) -> None:

@@ -130,6 +130,7 @@ def test_common_expressions_have_few_components(text: str) -> None:
         ("causal() & window(5)", 1),
         ("window(5) & strided(3)", 1),
         ("strided(4) & strided(6)", 1),
+        ("neighborhood((300, 8), (300, 8))", 1),
         ("causal() & window(64) | sink(4)", 2),
         ("window(4) | strided(8)", 3),
         ("causal() & (window(4) | strided(8))", 2),

@@ -215,6 +215,35 @@ def test_traced_segments_do_not_recompile() -> None:
     assert next(traces) == 1
 
 
+STRIDES: dict[str, Callable[[Pattern], Pattern]] = {
+    "all of a stride in documents": lambda documents: (documents | splat.strided(2)) & splat.strided(4),
+    "none of them": lambda documents: (splat.strided(2) - documents) & splat.strided(3),
+    "or another stride": lambda documents: splat.strided(4) & documents | splat.strided(6),
+    "another stride without": lambda documents: splat.strided(6) - (splat.strided(4) & documents),
+    "or columns": lambda documents: splat.lattice_columns(8) | splat.strided(6) & documents,
+    "neighbours without": lambda documents: splat.window(5) - (splat.strided(4) & documents),
+}
+
+
+@pytest.mark.parametrize("name", STRIDES)
+def test_traced_segments_and_strides(name: str) -> None:
+    """A run's start may be known where its count is not."""
+    ids, strides = np.array([0] * 7 + [1] * 12 + [-1] * 5), []
+
+    @jax.jit
+    def find(ids: Any) -> Any:
+        runs = STRIDES[name](splat.segments(ids)).runs(Axis(0, 24), Axis(0, 24))
+        strides.extend(run.stride for run in runs)
+        return [(run.start, run.count) for run in runs]
+
+    mask = np.zeros((24, 24), int)
+    found = find(jnp.asarray(ids))
+    for stride, (start, count) in zip(strides, found, strict=True):
+        for line in range(24):
+            mask[line, int(start[line]) :: stride][: int(count[line])] += 1
+    np.testing.assert_array_equal(mask, STRIDES[name](splat.segments(ids)).to_dense(24))
+
+
 def test_holes_for_arrays() -> None:
     """Patterns without their run-time arrays are equal, and with others they are others."""
     first, second, third = (jnp.asarray(ids, jnp.int32) for ids in ([0] * 8, [0] * 3 + [1] * 5, [0] * 6 + [1] * 2))

@@ -223,7 +223,8 @@ class ACSR:
                 raise PatternError(f"{where} needs int32 arrays, but has {c.start.dtype} and {c.count.dtype}")
             if not c.is_static:
                 continue
-            start, last = c.start[c.count > 0], (c.start + (c.count - 1) * c.stride)[c.count > 0]
+            start = c.start[c.count > 0]
+            last = start + (c.count[c.count > 0].astype(np.int64) - 1) * c.stride
             if (c.count < 0).any() or (start < 0).any() or (last >= cols).any():
                 raise PatternError(f"{where} leaves the matrix of {rows} x {cols}")
             if c.line_step is not None and c.stride > 1:
@@ -233,6 +234,12 @@ class ACSR:
                 same = group[order][1:] == group[order][:-1]
                 if (residue[order][1:] != residue[order][:-1])[same].any():
                     raise PatternError(f"{where}: rows equal modulo {c.line_step} do not share a residue")
+
+    @cached_property
+    def validated(self) -> ACSR:
+        """The matrix itself, after `validate`."""
+        self.validate()
+        return self
 
     def transpose(self) -> ACSR:
         """The transposed matrix, by its numbers. Raises IrregularPatternError where its columns are not regular."""

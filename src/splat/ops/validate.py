@@ -83,7 +83,7 @@ def check_dtype(name: str, array: Any) -> None:
 
 
 def check_acsr(acsr: Any) -> ACSR:
-    """The matrix, after checking that it is one whose numbers are known."""
+    """The matrix, after checking that it is one, and one whose numbers are known: kernels go where they say."""
     if not isinstance(acsr, ACSR):
         raise ArgumentError(
             f"acsr must be a splat.ACSR, such as splat.build(pattern, q_len, kv_len) makes, but {type(acsr).__name__} "
@@ -94,7 +94,7 @@ def check_acsr(acsr: Any) -> ACSR:
             "acsr must have known numbers, but its start and count are run-time arrays. Build it outside of jit, from "
             "NumPy arrays and Python numbers; splat.attention takes run-time patterns."
         )
-    return acsr
+    return acsr.validated
 
 
 def check_pattern(pattern: Any, num_q_heads: int) -> Pattern:

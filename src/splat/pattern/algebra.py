@@ -85,7 +85,7 @@ def intersect(a: Run, b: Run) -> Run:
         # The smaller step: where one bound is constant over lines the other alone says which lines are alike.
         step = a.line_step if a.stride > 1 else lcm(a.line_step, b.line_step)
         return dataclasses.replace(clipped, line_step=step)
-    xp = array_namespace(a.start, b.start)
+    xp = array_namespace(a.start, b.start, a.count, b.count)
     exists, residue, steps = _meet(a, b)
     stride = math.lcm(a.stride, b.stride)
     exists = exists & (a.count > 0) & (b.count > 0)
@@ -157,7 +157,7 @@ def _subtract_lattice(a: Run, b: Run) -> list[Run]:
             runs=needed,
         )
     exists, residue, steps = _meet(a, b)
-    xp = array_namespace(a.start, a.count, residue)
+    xp = array_namespace(a.start, a.count, residue, exists)
     first = residue + a.stride * xp.where(exists, steps, 0)
     step = b.line_step if a.stride == 1 else lcm(a.line_step, b.line_step)
     out: list[Run] = []

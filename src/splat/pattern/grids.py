@@ -153,7 +153,7 @@ class Neighborhood(_Primitive):
             here = xp.broadcast_to(xp.asarray(here, dtype=np.int32), (lines.length,))
             run = Run(dilation[-1], start + moved if moved else start, here, line_step)
             out.append(run if whole else run.clip(cross.start, cross.stop))
-        return prune(coalesce(prune(out)))
+        return prune(coalesce([run for run in out if not run.is_static or (run.count > 0).any()]))
 
 
 def _neighbours(xp, m: Array, length: Array, kernel: int, causal: bool) -> tuple[Array, Array]:

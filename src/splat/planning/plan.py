@@ -106,7 +106,8 @@ class Plan:
 
     @property
     def is_static(self) -> bool:
-        return self.acsr.is_static
+        """Whether all of it is known: of a run-time pattern or offset only the forward's matrix may be."""
+        return self.acsr.is_static and self.problem.pattern.is_static and not is_runtime_array(self.query_offset)
 
     @cached_property
     def forward(self) -> Schedule:
@@ -189,7 +190,7 @@ class Plan:
 
     def to_json(self) -> str:
         """The plan as JSON: the problem, the decisions and a digest of the tables they lead to."""
-        if not self.is_static or not self.problem.pattern.is_static:
+        if not self.is_static:
             raise PatternError("a plan with run-time arrays cannot be written as JSON: its numbers are not known yet")
         problem = dataclasses.asdict(dataclasses.replace(self.problem, pattern=None))  # type: ignore[arg-type]
         problem["pattern"] = repr(self.problem.pattern)
