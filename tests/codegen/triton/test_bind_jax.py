@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 import textwrap
+import types
 from pathlib import Path
 from typing import Any
 
@@ -363,6 +364,17 @@ def test_names_that_triton_call_keeps() -> None:
     launch = _launch(copy, x, constants=dict(BLOCK=4, grid=1, name=2))
     with pytest.raises(ValueError, match=r"keeps the names grid, name to itself"):
         bind_jax._check_constants(launch, jax_triton.triton_call)
+
+
+def test_jax_triton_gets_its_compiler_for_nvidia_back() -> None:
+    """As 0.4 leaves it beside Triton 3.6; where it has the compiler, or knows no stubs (0.3.1), nothing changes."""
+    compiler, stubs = types.ModuleType("compiler"), types.SimpleNamespace(cb=types.SimpleNamespace())
+    whole, older = types.SimpleNamespace(cb=compiler), types.SimpleNamespace()
+    for library in (stubs, whole, older):
+        bind_jax._restore_nvidia(types.SimpleNamespace(triton_lib=library))
+    assert stubs.cb.CUDABackend
+    assert whole.cb is compiler
+    assert not hasattr(older, "cb")
 
 
 def test_nothing_is_missing_here() -> None:

@@ -117,3 +117,11 @@ def test_loops_and_shards_hold_one_call_each(report: Report) -> None:
 def test_export(report: Report) -> None:
     (call,) = report["export"]
     assert report.about["export_checks"] == [call.target]
+
+
+@pytest.mark.parametrize("name", ["this", "python3.12"])
+def test_beside_triton_3_6(name: str) -> None:
+    """jax-triton 0.4 imports a constant that 3.6 lacks."""
+    report = lowering.report(interpreter(name), "tests.codegen.triton.lowering_beside_3_6", "jit", "descriptors")
+    assert not report.errors, "\n".join(report.errors.values())
+    assert ".target sm_90" in report["jit"][0].ptx

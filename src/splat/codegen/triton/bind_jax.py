@@ -1,7 +1,7 @@
 """Launches as JAX operations: `jax_triton.triton_call` on a GPU, a callback into the interpreter on the CPU.
 
 Importing this module imports neither triton nor jax_triton and touches no device. Supported are jax-triton 0.3.1
-(Python 3.11, jax 0.10) and 0.4.1 (Python 3.12, jax 0.11) with triton 3.6 or later.
+(Python 3.11, jax 0.10, triton 3.6) and 0.4 (Python 3.12, jax 0.11, triton 3.6 to 3.8).
 """
 
 from __future__ import annotations
@@ -10,13 +10,14 @@ import contextlib
 import contextvars
 import dataclasses
 import functools
+import importlib
 import importlib.metadata
 import importlib.util
 import inspect
 import os
 import re
 from collections.abc import Callable, Iterator
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import jax
@@ -101,7 +102,20 @@ def _jax_triton() -> ModuleType:
         os.environ.pop(_CACHE_VARIABLE, None)
     else:
         os.environ[_CACHE_VARIABLE] = before
+    _restore_nvidia(jax_triton)
     return jax_triton
+
+
+def _restore_nvidia(jax_triton: Any) -> None:
+    """Gives jax-triton 0.4 the compiler for NVIDIA back that it does without beside triton 3.6.
+
+    It imports the compiler together with a constant of triton 3.7, and where one is missing has stubs for both.
+    The constant is for descriptors made on the host; kernels here make theirs on the device.
+    """
+    library = jax_triton.triton_lib
+    if isinstance(getattr(library, "cb", None), SimpleNamespace):
+        with contextlib.suppress(ImportError):  # a Triton for AMD only
+            library.cb = importlib.import_module("triton.backends.nvidia.compiler")
 
 
 def export_checks() -> list[jax.export.DisabledSafetyCheck]:
