@@ -340,6 +340,34 @@ def test_rehearsal(tmp_path: Path) -> None:
     assert [report.rows for report in main.kept(tmp_path / "rehearsal.json")]
 
 
+#: A job's process where JAX is not installed. Broken, dense attention cannot be made and FlexAttention called but once.
+WITHOUT_JAX = """
+import sys
+sys.modules["jax"] = None
+from benchmarks.gpu import attention, worker
+if {broken}:
+    attention.is_causal = None
+    attention.Flex.build = lambda *_: lambda *_, left=[None]: left.pop()
+worker.main()
+"""
+
+
+@needs_torch
+@pytest.mark.parametrize("broken", [False, True])
+def test_attention_needs_neither_jax_nor_every_peer(broken: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("triton")
+    script = WITHOUT_JAX.format(broken=broken)
+    monkeypatch.setattr(
+        pool, "command", lambda job: [sys.executable, "-c", script, json.dumps(main.dataclasses.asdict(job))]
+    )
+    (job,) = jobs.jobs("sas", "cpu", only=["LongNet"], jax=False)
+    said: list[dict[str, Any]] = []
+    pool.run_stage([job], said.append, pool.Budget(120), parallel=1, prepare_s=100)
+    timed = {m["direction"]: set(m["ms"]) for m in said if m["what"] == "time"}
+    assert timed[FORWARD] == ({"splat"} if broken else {"splat", "flex 128", "flex 64", "dense causal"})
+    assert [m["name"] for m in said if m["what"] == "error" and "flex" not in m["name"]] == ["dense"] * broken
+
+
 @needs_torch
 def test_tuning_is_rehearsed() -> None:
     """Every configuration of the kernel that takes most: compared with the first, and timed."""

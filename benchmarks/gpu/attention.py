@@ -65,8 +65,9 @@ class AttentionBench(Bench):
         for q_len in self.job.lengths:
             self._compile(q_len, Flex(self._text(q_len), BLOCKS[0], self.job.device))
         for q_len in self.job.lengths:
-            causal = is_causal(splat.parse(self._text(q_len)), q_len)
-            self._compile(q_len, Dense(causal, self.job.device, "dense causal" if causal else "dense"))
+            with self.guarded("dense", q_len):
+                causal = is_causal(splat.parse(self._text(q_len)), q_len)
+                self._compile(q_len, Dense(causal, self.job.device, "dense causal" if causal else "dense"))
         for block in BLOCKS[1:] if self.job.suite == "sas" else ():
             for q_len in self.job.lengths:
                 self._compile(q_len, Flex(self._text(q_len), block, self.job.device))
@@ -156,7 +157,9 @@ class AttentionBench(Bench):
             try:
                 calls[name]()
                 clock(calls[name])  # and the clock learns how long launching takes
-            except torch.OutOfMemoryError as error:
+            except Exception as error:
+                if check.is_fatal(error):
+                    raise
                 self.say("error", name=name, q_len=q_len, direction=direction, message=check.summary(error))
                 del calls[name]
                 self.free()
