@@ -12,9 +12,10 @@ import pytest
 
 import splat
 from splat import reference
-from splat.bench import gate, measure, memory, peers, suites
+from splat.bench import clock, gate, measure, memory, peers, suites, timing
 from splat.bench.cases import Case
 from splat.bench.clock import take_turns
+from splat.bench.peers import ours
 from splat.bench.peers.base import Contender, Kind, Layout, Ready
 from splat.bench.problem import OPERATIONS, Problem
 from splat.bench.record import Record
@@ -234,6 +235,81 @@ def test_a_record_has_everyones_numbers_and_why_others_have_none() -> None:
         made.measured["peer"].median_ms / made.measured["ours"].median_ms
     )
     assert Record.of(json.loads(json.dumps(dataclasses.asdict(made)))) == made
+
+
+# -- on a GPU, without one ---------------------------------------------------------------------------------------------
+
+
+class Device:
+    """A call takes it 1 ms of work, and whoever waits for it 20 ms more. What happens is in `done`."""
+
+    def __init__(self) -> None:
+        self.now_s = 0.0
+        self.free_s = 0.0
+        self.done = ""
+
+    def begin(self) -> None:
+        self.free_s = max(self.free_s, self.now_s) + 1e-3
+        self.done += "b"
+
+    def wait(self, result: Any) -> Any:
+        self.now_s = max(self.now_s, self.free_s) + 20e-3
+        self.done += "w"
+        return result
+
+
+def test_a_turn_on_a_device_is_a_row_of_calls(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Launching and waiting count once, not with every call."""
+    device = Device()
+    monkeypatch.setattr(timing.time, "perf_counter", lambda: device.now_s)
+    one = clock.sample(timing.Enqueued(device.begin, device.wait), pause_s=0.0, turn_ms=2100.0)
+    assert device.done == "bw" + 100 * "b" + "w"
+    assert one.first_ms == pytest.approx(21.0)
+    assert one.ms == pytest.approx(1.2)
+
+
+def test_what_is_enqueued(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU what computes; nothing on a CPU."""
+    import jax
+
+    x = np.ones(3, np.float32)
+    assert not isinstance(ours.jitted(lambda x: x + 1, x), timing.Enqueued)
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    call = ours.jitted(lambda x: x + 1, x)
+    assert isinstance(call, timing.Enqueued)
+    np.testing.assert_array_equal(call(), x + 1)
+
+
+def test_what_pytorch_enqueues(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch = pytest.importorskip("torch")
+    from splat.bench.peers import torch_peers
+
+    waited: list[str] = []
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: waited.append("device"))
+    given = problem("attention")
+    assert not isinstance(torch_peers._call(given, lambda: 3), timing.Enqueued)
+    call = torch_peers._call(dataclasses.replace(given, device="cuda"), lambda: 3)
+    assert isinstance(call, timing.Enqueued)
+    assert (call.begin(), waited) == (3, [])
+    assert (call(), waited) == (3, ["device"])
+
+
+def test_the_peak_of_a_device_is_a_large_product_of_the_problems_dtype(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Any] = []
+    monkeypatch.setattr(measure, "cuda_matmul_flops_per_s", lambda *given: asked.append(given) or 1e15)
+    given = dataclasses.replace(problem("attention"), device="cuda", dtype="bfloat16")
+    for quick in (False, True):
+        assert measure.peak_flops_per_s(given, measure.thoroughness("cuda", quick).matmul) == 1e15
+    assert asked == [(8192, "bfloat16")] * 2
+    assert [measure.thoroughness("cpu", quick).matmul for quick in (False, True)] == [1536, 256]
+    assert measure.peak_flops_per_s(problem(), 16) > 0
+    assert len(asked) == 2
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_product_on_a_device(dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(measure, "TURN_MS", 1.0)
+    assert measure.cuda_matmul_flops_per_s(64, dtype) > 0
 
 
 def test_slow_ones_leave_early() -> None:

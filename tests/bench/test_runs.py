@@ -92,6 +92,18 @@ def test_dtypes_have_tables_and_pictures_of_their_own() -> None:
     assert page.index('id="speedup-attention-1024"') < page.index("<h2>attention, bfloat16</h2>")
 
 
+def test_shares_are_of_the_products_that_were_measured() -> None:
+    """On a CPU all are of float32; on a GPU each is of its record's dtype."""
+    records = [dataclasses.replace(one(op="attention", dtype=dtype, ours=measured(1.0)), matmul_flops_per_s=peak)
+               for dtype, peak in (("float32", 5e13), ("bfloat16", 8e14))]  # fmt: skip
+    here = run_of(*records)
+    assert (here.peak_flops_per_s("float32"), here.peak_flops_per_s("bfloat16")) == (8e14, 8e14)
+    there = run_of(*records, settings={**here.settings, "device": "cuda"})
+    assert (there.peak_flops_per_s("float32"), there.peak_flops_per_s("bfloat16")) == (5e13, 8e14)
+    assert "best matrix product 800000 GFLOP/s float32" in tables.notes(here)[-1]
+    assert "best matrix product 50000 GFLOP/s float32, 800000 GFLOP/s bfloat16" in tables.notes(there)[-1]
+
+
 def test_missed_bars_are_named() -> None:
     def attention(case: str, ms: float, dtype: str = "float32") -> Record:
         made = one(case, 4096, "attention", dtype, ours=measured(1.0), dense=measured(ms))

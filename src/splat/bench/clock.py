@@ -15,7 +15,7 @@ from types import MappingProxyType
 from typing import Any
 
 from splat.bench import timing
-from splat.bench.timing import Samples
+from splat.bench.timing import Enqueued, Samples
 
 Call = Callable[[], Any]
 
@@ -91,10 +91,10 @@ class Sample:
 
 
 def sample(function: Call, pause_s: float = PAUSE_S, turn_ms: float = TURN_MS) -> Sample:
-    """One turn, after a pause."""
+    """One turn, after a pause; of an enqueued function a row of calls."""
     time.sleep(pause_s)
     before = waited_ms()
-    calls = timing.turn(function, turn_ms)
+    calls = timing.row(function, turn_ms) if isinstance(function, Enqueued) else timing.turn(function, turn_ms)
     waited = (waited_ms() - before) / len(calls)
     return Sample(statistics.median(calls[1:] or calls), waited, calls[0])
 

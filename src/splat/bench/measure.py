@@ -18,7 +18,7 @@ from splat.bench.peers.base import BLAS_REST_S, Contender, Kind, Layout, Ready
 from splat.bench.peers.ours import jitted
 from splat.bench.problem import Problem
 from splat.bench.record import Measured, Record
-from splat.bench.timing import wall_ms
+from splat.bench.timing import Enqueued, row, wall_ms
 from splat.bench.truth import Truth
 from splat.errors import UnsupportedError
 
@@ -33,6 +33,9 @@ BLOCK, BLOCKS_LONGEST = 128, 1 << 18
 
 #: The matrix product that shares of the peak are stated of, and how often it is measured beside each record.
 MATMUL, MATMUL_CALLS = 1536, 3
+
+#: On a GPU, where smaller ones show the launch.
+CUDA_MATMUL = 8192
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,6 +56,12 @@ class Thoroughness:
 
 
 QUICK = Thoroughness(rounds=2, budget_s=0.2, turn_ms=0.0, matmul=256)
+
+
+def thoroughness(device: str, quick: bool) -> Thoroughness:
+    """Where nothing else is asked for."""
+    how = QUICK if quick else Thoroughness()
+    return dataclasses.replace(how, matmul=CUDA_MATMUL) if device == "cuda" else how
 
 
 @dataclasses.dataclass(frozen=True)
@@ -166,9 +175,29 @@ def _record(
         q_len=problem.q_len, heads=problem.heads, head_dim=problem.head_dim, dtype=problem.dtype, nnz=problem.nnz,
         density=problem.acsr.density, flops=problem.flops, metadata_bytes=problem.acsr.metadata_bytes,
         csr_bytes=problem.csr_bytes, waste=waste(problem), gate_off=gate_off,
-        matmul_flops_per_s=matmul_flops_per_s(how.matmul), measured=measured, left_out=left_out,
+        matmul_flops_per_s=peak_flops_per_s(problem, how.matmul), measured=measured, left_out=left_out,
         clean=turns.clean, foreign=turns.foreign,
     )  # fmt: skip
+
+
+def peak_flops_per_s(problem: Problem, side: int) -> float:
+    """What shares of the peak are stated of: on a CPU a float32 product, on a GPU one of the problem's dtype."""
+    return cuda_matmul_flops_per_s(side, problem.dtype) if problem.device == "cuda" else matmul_flops_per_s(side)
+
+
+def cuda_matmul_flops_per_s(side: int, dtype: str) -> float:
+    """Of a square matrix product on JAX's GPU, of random numbers: zeros are faster. The best of rows of calls.
+
+    float32 without tf32, as the kernels compute.
+    """
+    import jax
+
+    a = jax.random.normal(jax.random.key(0), (side, side), dtype)
+    precision = jax.lax.Precision.HIGHEST if dtype == "float32" else None
+    product = jax.jit(lambda x: jax.numpy.matmul(x, x, precision=precision))
+    call = Enqueued(lambda: product(a), jax.block_until_ready)
+    call()
+    return 2 * side**3 / min(row(call, TURN_MS)[-1] for _ in range(MATMUL_CALLS)) * 1e3
 
 
 def matmul_flops_per_s(side: int) -> float:

@@ -164,9 +164,17 @@ class Run:
         return any(name in record.measured for record in self.records)
 
     @cached_property
-    def peak_flops_per_s(self) -> float:
-        """The best matrix product that was seen while it ran: shares are of it."""
-        return max((record.matmul_flops_per_s for record in self.records), default=float("nan"))
+    def peaks(self) -> dict[str, float]:
+        """By dtype the best matrix product that was seen while it ran: on a CPU float32, on a GPU the records' own."""
+        out: dict[str, float] = {}
+        for record in self.records:
+            dtype = record.dtype if self.settings.get("device") == "cuda" else "float32"
+            out[dtype] = max(out.get(dtype, 0.0), record.matmul_flops_per_s)
+        return out
+
+    def peak_flops_per_s(self, dtype: str) -> float:
+        """What shares are of."""
+        return self.peaks[dtype if dtype in self.peaks else "float32"]
 
     def of_task(self, task: str) -> tuple[Record, ...]:
         return tuple(record for record in self.records if record.task == task)

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from splat.bench import machine, memory, peers, variants
-from splat.bench.measure import QUICK, Tell, Thoroughness, brief, matmul_flops_per_s, measure
+from splat.bench.measure import Tell, Thoroughness, brief, matmul_flops_per_s, measure, thoroughness
 from splat.bench.peers import Contender, Kind, ours
 from splat.bench.problem import Problem
 from splat.bench.record import Run
@@ -125,7 +125,7 @@ def run(request: Request, *, tell: Tell, listen: Listener, how: Thoroughness | N
     SPLAT's failures are collected in `failed`, and do not end the run.
     """
     todo = problems(request.suite, request.selection)
-    how = how or (QUICK if request.selection.quick else Thoroughness())
+    how = how or thoroughness(request.selection.device, request.selection.quick)
     everyone, left_out = contenders(request, todo)
     made = Run(
         suite=request.suite.name,

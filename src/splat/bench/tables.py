@@ -62,7 +62,7 @@ def speedups(run: Run, task: str) -> Table:
         assert first is not None, "records of it were found"
         ours = record.measured[first]
         rate = record.flops_per_s(first) or 0.0
-        rates = (f"{rate / 1e9:.1f}", f"{rate / run.peak_flops_per_s:.0%}") if rated else ()
+        rates = (f"{rate / 1e9:.1f}", f"{rate / run.peak_flops_per_s(record.dtype):.0%}") if rated else ()
         found = [summary.faster(run, record, rival) for rival in rivals]
         rows.append(
             (*_problem(record), spread(ours), *rates, f"{ours.first_ms / 1e3:.2f}", megabytes(ours.peak_bytes),
@@ -149,8 +149,8 @@ def notes(run: Run) -> list[str]:
         out += [f"{name} was left out of {_some(where)}: {why}" for why, where in reasons.items()]
     if run.records:
         foreign = statistics.median(record.foreign for record in run.records)
-        out.append(f"others took {foreign:.0%} of the processors (median); best matrix product "
-                   f"{run.peak_flops_per_s / 1e9:.0f} GFLOP/s float32")  # fmt: skip
+        peaks = ", ".join(f"{peak / 1e9:.0f} GFLOP/s {dtype}" for dtype, peak in run.peaks.items())
+        out.append(f"others took {foreign:.0%} of the processors (median); best matrix product {peaks}")
     return [*out, *(f"BAR MISSED: {what}" for what in bars.missed(run)), *(f"FAILED: {what}" for what in run.failed)]
 
 

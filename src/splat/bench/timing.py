@@ -115,6 +115,41 @@ def turn(function: Callable[[], Any], turn_ms: float, clock: Clock = wall_ms) ->
     return tuple(calls)
 
 
+@dataclasses.dataclass(frozen=True)
+class Enqueued:
+    """A call in two, on a device that computes in order while the host goes on.
+
+    Attributes:
+      begin: enqueues the work.
+      wait: what `begin` returned -> the same, when it is there.
+    """
+
+    begin: Callable[[], Any]
+    wait: Callable[[Any], Any]
+
+    def __call__(self) -> Any:
+        return self.wait(self.begin())
+
+
+def row(function: Enqueued, turn_ms: float) -> tuple[float, ...]:
+    """A call alone, then as many in a row as last `turn_ms` together, about, each with the row's mean.
+
+        host    begin begin begin ... wait
+        device    [kernels][kernels] ... [kernels]
+
+    So a call's time is not that of launching it and of waiting, unless launching takes longer than computing.
+    """
+    alone = wall_ms(function)
+    count = max(1, round(turn_ms / alone))
+
+    def calls() -> None:
+        for _ in range(count - 1):
+            function.begin()
+        function()
+
+    return (alone, *[wall_ms(calls) / count] * count)
+
+
 def ratio(numerator: Samples, denominator: Samples) -> float:
     """The median over the rounds of one interleaved measurement: each round is compared with itself."""
     return statistics.median(a / b for a, b in zip(numerator.ms, denominator.ms, strict=True))

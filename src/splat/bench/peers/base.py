@@ -41,7 +41,7 @@ class Ready:
     """A prepared problem.
 
     Attributes:
-      call: computes, and returns when the result is there.
+      call: computes, and returns when the result is there; on a GPU `timing.Enqueued`, but for planning.
       layout: of what `read` makes of the result.
       note: what was chosen while preparing, for the report.
     """

@@ -6,6 +6,7 @@ from typing import Any
 
 from splat.bench.peers.base import Contender, Kind, Layout, Ready
 from splat.bench.problem import Problem
+from splat.bench.timing import Enqueued
 
 
 def _spmm(problem: Problem) -> Ready:
@@ -18,11 +19,13 @@ def _spmm(problem: Problem) -> Ready:
     value = cupy.asarray(problem.inputs.value)
 
     def call() -> Any:
-        out = cupy.stack([a @ v for a, v in zip(matrices, value, strict=True)])
+        return cupy.stack([a @ v for a, v in zip(matrices, value, strict=True)])
+
+    def wait(out: Any) -> Any:
         cupy.cuda.get_current_stream().synchronize()
         return out
 
-    return Ready(call, Layout.ROWS, lambda out: out.get())
+    return Ready(Enqueued(call, wait), Layout.ROWS, lambda out: out.get())
 
 
 CUSPARSE = Contender(

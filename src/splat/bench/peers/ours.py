@@ -11,6 +11,7 @@ import numpy as np
 import splat
 from splat.bench.peers.base import Contender, Kind, Layout, Ready, as_numpy
 from splat.bench.problem import Problem
+from splat.bench.timing import Enqueued
 
 #: The planning contender: no implementation takes part in it.
 PLANNING = "splat"
@@ -31,10 +32,12 @@ def laid_out(layout: str) -> Iterator[None]:
 
 
 def jitted(function: Callable[..., Any], *arrays: np.ndarray) -> Callable[[], Any]:
-    """The compiled function as a call that returns when the result is there."""
+    """The compiled function as a call that returns when the result is there; enqueued on a GPU."""
     import jax
 
     compiled, on_device = jax.jit(function), [jax.numpy.asarray(x) for x in arrays]
+    if jax.default_backend() == "gpu":
+        return Enqueued(lambda: compiled(*on_device), jax.block_until_ready)
     return lambda: jax.block_until_ready(compiled(*on_device))
 
 

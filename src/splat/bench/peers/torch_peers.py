@@ -12,6 +12,7 @@ import numpy as np
 from splat.bench import flex as masks
 from splat.bench.peers.base import Contender, Kind, Layout, Ready, as_numpy
 from splat.bench.problem import Problem
+from splat.bench.timing import Enqueued
 
 #: Bytes that `create_block_mask` needs for each pair of positions, measured.
 BLOCK_MASK_BYTES = 19
@@ -28,17 +29,18 @@ def _on(problem: Problem, array: np.ndarray) -> Any:
 
 
 def _call(problem: Problem, function: Callable[[], Any]) -> Callable[[], Any]:
-    """With gradients for training alone; returns when the result is there."""
+    """With gradients for training alone; returns when the result is there. Enqueued on a GPU."""
     import torch
 
     def call() -> Any:
         with torch.set_grad_enabled(problem.op == "training"):
-            out = function()
-        if problem.device == "cuda":
-            torch.cuda.synchronize()
+            return function()
+
+    def wait(out: Any) -> Any:
+        torch.cuda.synchronize()
         return out
 
-    return call
+    return Enqueued(call, wait) if problem.device == "cuda" else call
 
 
 def _read(result: Any) -> np.ndarray:
@@ -101,7 +103,7 @@ def _flex_refuses(problem: Problem) -> str | None:
 def _flex_planning(problem: Problem) -> Ready:
     masks.block_mask("causal()", 256, problem.device)  # what the first call loads is not the mask's
     call = _call(problem, lambda: masks.block_mask(problem.text, problem.q_len, problem.device))
-    return Ready(call, Layout.PLAN, as_numpy)
+    return Ready(call.__call__, Layout.PLAN, as_numpy)  # one at a time: who plans waits for it
 
 
 # -- torch.sparse ------------------------------------------------------------------------------------------------------
