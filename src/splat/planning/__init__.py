@@ -1,6 +1,7 @@
 """Planning: devices, costs, schedules, and the printable plan."""
 
 from splat.planning.cost import CostModel, cost_model
+from splat.planning.parts import parts_of
 from splat.planning.plan import (
     SCHEDULES,
     Candidate,
@@ -35,6 +36,7 @@ __all__ = [
     "find",
     "make_plan",
     "model_of",
+    "parts_of",
     "predict_ms",
     "savings",
     "schedule",
