@@ -127,7 +127,7 @@ class TuneBench(Bench):
             lambda shape, dtype, value: torch.full(shape, value, dtype=getattr(torch, dtype), device=device),
             descriptors=True,
         )  # fmt: skip
-        return Program(Options(1 / math.sqrt(sizes.head_dim)), kinds, find(self.target).arch, UNKNOWN, binding)
+        return Program(Options(1 / math.sqrt(sizes.head_dim)), kinds, find(self.target), UNKNOWN, binding)
 
     def _prepare_one(self, config: Config) -> None:
         """Compiles, and compares with the first configuration that worked."""

@@ -9,12 +9,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.torch.cases import DEVICE, draw_inputs, in_subprocess, needs_device, run, torch
+from tests.torch.cases import DEVICE, compare, draw_inputs, in_subprocess, needs_device, run, torch, truth
 
 import triton  # isort: skip
 
 import splat  # isort: skip
 import splat.torch  # isort: skip
+from splat.codegen.triton import program
 from splat.remembered import Remembered
 from splat.torch import programs, recording
 
@@ -55,6 +56,36 @@ def test_decoding_compiles_few_kernels_and_remembers_a_bounded_number_of_calls(
         splat.torch.attention(q, k, v, PATTERN, query_offset=offset)
     assert len(launches.kernels) <= 6
     assert len(remembered) == 20
+
+
+@pytest.mark.skipif(DEVICE != "cpu", reason="what decides is replaced, and GPUs have their own")
+@pytest.mark.parametrize("text", ["causal() & window(40) | sink(2)", "window(3) | strided(4)", "global_rows(62)"])
+def test_passes_in_parts(text: str, monkeypatch: pytest.MonkeyPatch, rng: np.random.Generator) -> None:
+    """What GPUs do where there are few programs: values, log-sum-exp and gradients, with key lengths."""
+    monkeypatch.setattr(programs, "_forwards", Remembered(entries=4))
+    monkeypatch.setattr(program, "parts_of", lambda *of: 3)
+    launches = Launches(monkeypatch)
+    inputs = draw_inputs(rng, 3, 70, heads=(4, 2), batch=2)
+    pattern, lengths = splat.parse(text), torch.tensor([64, 20])
+    found = run(pattern, inputs, query_offset=60, kv_lengths=lengths)
+    assert [one.kernel.name for one in launches.launches].count("splat_merge") == 1
+    compare(found, truth(inputs, pattern.to_dense(3, 70, query_offset=60), kv_lengths=lengths.numpy()), "float32")
+
+
+def test_decoding_keeps_its_kernels_while_the_cache_fills(
+    monkeypatch: pytest.MonkeyPatch, rng: np.random.Generator
+) -> None:
+    """More parts as there are more keys: a number that is passed, not compiled."""
+    launches = Launches(monkeypatch, carry_out=False)
+    monkeypatch.setattr(programs, "target_of", lambda device: "h100")
+    monkeypatch.setattr(programs, "_forwards", Remembered(entries=20))
+    q, k, v, *_ = draw_inputs(rng, 1, 16384, heads=(8, 2), head_dim=16, dtype="bfloat16")
+    for offset in range(2100, 16384, 1000):
+        splat.torch.attention(q, k, v, splat.causal(), query_offset=offset)
+    forward = [one for one in launches.launches if one.kernel.name == "splat_forward"]
+    assert len({one.programs for one in forward}) > 5
+    assert len({kernel for kernel in launches.kernels if "def splat_forward(" in kernel[0]}) == 1
+    assert len(launches.kernels) == 2
 
 
 def test_kernels_are_not_compiled_for_single_lengths() -> None:
@@ -188,7 +219,8 @@ def test_descriptors_want_aligned_arrays(monkeypatch: pytest.MonkeyPatch, rng: n
     expanded = k[:, :, :1].expand(-1, -1, 2048, -1)
     for key in (k, odd, expanded):
         splat.torch.attention(q, key, v, splat.causal())
-    assert [launch.constants["DESCRIPTORS"] for launch in launches.launches] == [True, False, False]
+    forward = [launch for launch in launches.launches if launch.kernel.name == "splat_forward"]
+    assert [launch.constants["DESCRIPTORS"] for launch in forward] == [True, False, False]
 
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="looks at what would be launched")

@@ -139,7 +139,7 @@ def _program(call: Call, plan: Plan, tape: Tape) -> Program:
         tape.launch, tape.strides, lambda b, n, t, h: (b, t, n, h), tape.table, tape.full,
         allow_tf32=call.allow_tf32, descriptors=call.aligned and _has_descriptors(call.strides),
     )  # fmt: skip
-    return Program(Options(scale, cap), call.sizes, find(plan.target).arch, guards_of(plan), binding)
+    return Program(Options(scale, cap), call.sizes, find(plan.target), guards_of(plan), binding)
 
 
 def _has_descriptors(strides: Sequence[tuple[int, int, int]]) -> bool:

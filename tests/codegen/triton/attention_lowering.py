@@ -99,6 +99,19 @@ def runtime_offset() -> list[KernelCall]:
 
 
 @case
+def decoding() -> list[KernelCall]:
+    """One query of every sequence, at a position that is not known yet."""
+    query, key, value = arrays()
+    query = jax.ShapeDtypeStruct((BATCH, 1, *query.shape[2:]), query.dtype)
+
+    def run(q: Any, k: Any, v: Any, offset: Any, kv_lengths: Any) -> Any:
+        return gradients(q, k, v, query_offset=offset, kv_lengths=kv_lengths)
+
+    numbers = jax.ShapeDtypeStruct((), jnp.int32), jax.ShapeDtypeStruct((BATCH,), jnp.int32)
+    return lower(run, query, key, value, *numbers)
+
+
+@case
 def runtime_segments() -> list[KernelCall]:
     def run(q: Any, k: Any, v: Any, ids: Any) -> Any:
         return gradients(q, k, v, splat.causal() & splat.segments(ids))

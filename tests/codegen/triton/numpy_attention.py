@@ -14,7 +14,7 @@ from splat.codegen.triton import interpret
 from splat.codegen.triton.launch import Launch
 from splat.codegen.triton.program import Binding, Program, Sizes, guards_of, passes_of
 from splat.pattern import Pattern
-from splat.planning import Plan, Problem, make_plan
+from splat.planning import Plan, Problem, find, make_plan
 from tests.attention_suite import Inputs, Results, compare, truth
 
 Array = np.ndarray[Any, Any]
@@ -101,7 +101,7 @@ def attend(
     binding = Binding(changed, layout.strides, layout.shape, np.asarray, full, descriptors=descriptors)
     sizes = Sizes(batch, q_len, kv_len, heads, kv_heads, head_dim, str(inputs.query.dtype))
     options = Options(head_dim**-0.5 if scale is None else scale, logits_soft_cap)
-    program = Program(options, sizes, plan.target, guards_of(plan), binding)
+    program = Program(options, sizes, find(plan.target), guards_of(plan), binding)
     q, k, v, d_out = (layout.put(x) for x in inputs[:4])
     d_lse = np.swapaxes(np.asarray(inputs.d_lse), 1, 2)
     kept = None if lengths is None else np.asarray(lengths, np.int32)

@@ -8,6 +8,7 @@ import pytest
 
 from splat.planning.kernels import find_config
 from tests.codegen.triton import lowering
+from tests.codegen.triton.attention_lowering import LENGTH
 from tests.codegen.triton.lowering import KernelCall, Report
 from tests.codegen.triton.test_lowering import interpreter
 
@@ -96,6 +97,14 @@ def test_grids(report: Report) -> None:
     assert {name: call.grid[0] for name, call in mapped.items()} == {
         name: 3 * call.grid[0] for name, call in by_name.items()
     }
+
+
+def test_decoding_is_divided(report: Report) -> None:
+    """16 heads and sequences on 132 multiprocessors: in parts of 8 tiles, whatever the position; gradients as ever."""
+    assert sorted(names(report["decoding"])) == sorted([*GRADIENTS, "splat_merge"])
+    grids = {call.name: call.grid[0] for call in report["decoding"]}
+    assert grids["splat_forward"] == 16 * (LENGTH // (8 * 128))
+    assert grids["splat_merge"] == grids["splat_d_query"] == 16
 
 
 def test_loops_shards_and_exports(report: Report) -> None:

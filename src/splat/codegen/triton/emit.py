@@ -136,7 +136,7 @@ class _Call:
     """
 
     options: Options
-    arch: str
+    target: str
     allow_tf32: bool
     plan: Plan | None
     specs: tuple[tuple[PassSpec, ...], ...] = ()
@@ -145,11 +145,11 @@ class _Call:
 
 def _static(plan: Plan, options: Options) -> tuple[_Call, list[list[Tables]] | None]:
     """What is static about the call, and the tables that are not."""
-    arch, tf32 = find(plan.target).arch, _allows_tf32()
+    tf32 = _allows_tf32()
     if plan.is_static:
-        return _Call(options, arch, tf32, plan), None
+        return _Call(options, plan.target, tf32, plan), None
     specs, tables, refusal = lower_all(plan, lower)
-    return _Call(options, arch, tf32, None, specs, refusal), tables
+    return _Call(options, plan.target, tf32, None, specs, refusal), tables
 
 
 def _allows_tf32() -> bool:
@@ -195,7 +195,7 @@ def _program(call: _Call, query: Array, key: Array) -> Program:
         allow_tf32=call.allow_tf32, descriptors=bind_jax.supports_descriptors(),
     )  # fmt: skip
     guards = UNKNOWN if call.plan is None else guards_of(call.plan)
-    return Program(call.options, sizes, call.arch, guards, binding)
+    return Program(call.options, sizes, find(call.target), guards, binding)
 
 
 __all__ = ["IMPLEMENTATION", "TritonImplementation"]

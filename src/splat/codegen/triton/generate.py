@@ -26,12 +26,14 @@ class Variant:
       earlier: so many passes' results are merged into this one's.
       lengths: there are run-time key lengths.
       grouped: several query heads share a key head.
+      parts: a slot has no more rows in the results than its tile.
     """
 
     partial: bool = False
     earlier: int = 0
     lengths: bool = False
     grouped: bool = False
+    parts: bool = False
 
 
 @lru_cache(maxsize=512)
@@ -57,6 +59,12 @@ def combine(passes: int, results: int, with_lse: bool) -> Kernel:
     """Arrays SLOTS, then each pass's results (and log-sum-exp first, where merged through it); outputs the sums."""
     name = "splat_merge" if with_lse else "splat_sum"
     return load(name, "\n".join(_combine_lines(name, passes, results, with_lse)) + "\n")
+
+
+@lru_cache(maxsize=64)
+def merge_parts(passes: int) -> Kernel:
+    """As `combine` with log-sum-exp, of passes in parts: how many of each is an argument."""
+    return load("splat_merge", "\n".join(_merge_parts_lines("splat_merge", passes)) + "\n")
 
 
 # -- text --------------------------------------------------------------------------------------------------------------
@@ -127,6 +135,12 @@ def _prologue(facts: PassFacts, variant: Variant, heads: str) -> list[str]:
 
 def _target(variant: Variant) -> list[str]:
     """Where results go: `at`, of `count`."""
+    if variant.parts:
+        return [
+            "    at = tl.arange(0, BLOCK_Q)",
+            "    count = num_slots * TILE_ROWS",
+            "    at = tl.where(at < TILE_ROWS, slot * TILE_ROWS + at, count)",
+        ]
     if variant.partial:
         return ["    at = slot * BLOCK_Q + tl.arange(0, BLOCK_Q)", "    count = num_slots * BLOCK_Q"]
     return ["    at = rows", "    count = num_rows"]
@@ -347,13 +361,15 @@ def _keeps(facts: PassFacts) -> Iterator[str]:
                 yield from _keep_lines(tests, f"keep_{n}_{side}")
 
 
-def _combine_lines(name: str, passes: int, results: int, with_lse: bool) -> Iterator[str]:
+def _combine_head(name: str, passes: int, results: int, with_lse: bool, counts: Sequence[str]) -> Iterator[str]:
+    """The signature, and where the results are; `counts`: parameters of each pass, without its number."""
     each = [f"X{n}_{r}" for n in range(passes) for r in range(results)]
     lses = [f"LSE{n}" for n in range(passes)] if with_lse else []
     indent = " " * (len(name) + 5)
+    numbers = [f"{count}{n}" for count in counts for n in range(passes)]
     yield "@triton.jit"
     yield f"def {name}(SLOTS, {', '.join([*lses, *each])},"
-    yield f"{indent}{', '.join(f'count{n}' for n in range(passes))}, num_rows, num_blocks, {_strides('out')},"
+    yield f"{indent}{', '.join(numbers)}, num_rows, num_blocks, {_strides('out')},"
     yield f"{indent}{', '.join(f'OUT{r}' for r in range(results))}{', LSE' if with_lse else ''},"
     yield f"{indent}{_steps('out')},"
     yield f"{indent}NUM_HEADS: tl.constexpr, BLOCK: tl.constexpr, HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr):"
@@ -362,6 +378,10 @@ def _combine_lines(name: str, passes: int, results: int, with_lse: bool) -> Iter
     yield "    rows = block * BLOCK + tl.arange(0, BLOCK)"
     for n in range(passes):
         yield f"    slots{n} = slots_of(SLOTS, {n}, rows, num_rows)"
+
+
+def _combine_lines(name: str, passes: int, results: int, with_lse: bool) -> Iterator[str]:
+    yield from _combine_head(name, passes, results, with_lse, ["count"])
     if with_lse:
         for n in range(passes):
             yield f"    lse{n} = partial_lse(LSE{n}, pair, slots{n}, count{n})"
@@ -383,6 +403,20 @@ def _combine_lines(name: str, passes: int, results: int, with_lse: bool) -> Iter
     if with_lse:
         yield "    lse = merged_lse(top, total)"
         yield "    tl.store(LSE + pair.to(tl.int64) * num_rows + rows, lse, mask=rows < num_rows)"
+
+
+def _merge_parts_lines(name: str, passes: int) -> Iterator[str]:
+    yield from _combine_head(name, passes, 1, True, ["count", "parts"])
+    yield "    top, total, acc = start(BLOCK, WIDTH)"
+    for n in range(passes):
+        which = f"LSE{n}, X{n}_0, pair, at, count{n}"
+        yield f"    for part in tl.range(0, parts{n}, loop_unroll_factor=4):"
+        yield f"        at = tl.where(slots{n} >= 0, slots{n} + part * (count{n} // parts{n}), -1)"
+        yield f"        top, total, acc = resume(top, total, acc, {which}, HEAD_DIM, WIDTH)"
+    yield "    out, lse = finish(top, total, acc)"
+    yield "    to = head_of(OUT0, batch, head, out_b, out_h, UNIT)"
+    yield "    store_rows(to, out, rows, num_rows, OUT_T, HEAD_DIM, WIDTH)"
+    yield "    tl.store(LSE + pair.to(tl.int64) * num_rows + rows, lse, mask=rows < num_rows)"
 
 
 def _kernel(name: str, lines: Iterator[str], facts: PassFacts) -> Kernel:

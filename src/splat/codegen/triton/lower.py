@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from splat.pattern.core import Array, array_namespace
+from splat.pattern.core import Array, array_namespace, ceil_div
 from splat.planning import Pass, Schedule
 from splat.tiling import Test, Walk
 
@@ -65,6 +65,9 @@ class PassSpec:
       tile_rows, block_q, block_kv: rows of the plan's tiles, and the kernel's block sizes.
       num_slots, num_walks: row tiles that are run, and walks.
       is_long: whether a walk has `LONG` tiles on average (or how many is not known yet).
+      longest: tiles of the longest row tile; at most, where it is not known yet.
+      slot_rows: rows that a slot has in results that are to be merged.
+      parts: so many slots share the tiles of a row tile; see `parts.in_parts`.
     """
 
     facts: PassFacts
@@ -74,10 +77,13 @@ class PassSpec:
     num_slots: int
     num_walks: int
     is_long: bool
+    longest: int
+    slot_rows: int
+    parts: int = 1
 
 
-#: Tables by name, int32: those of `kernels.tiles` that the pass's kernels read, and, where its results are merged into
-#: another pass's, SLOTS [num_rows]: the slot row of every row (slot * block_q + row of the tile), -1: it is in no tile.
+#: Tables by name, int32: those of `kernels.tiles` that the pass's kernels read, and, where its results will be merged,
+#: SLOTS [num_rows]: the slot row of every row (slot * slot_rows + row of the tile), -1: it is in no tile.
 Tables = dict[str, Any]
 
 
@@ -91,7 +97,7 @@ def lower(schedule: Schedule) -> tuple[tuple[PassSpec, ...], list[Tables]]:
     passes.sort(key=lambda one: one.tiles.step if one.tiles.row_map is None else 0)  # 0: some rows are in no tile
     lowered = [_lower_pass(schedule, one) for one in passes]
     for spec, tables in lowered[: -1 if lowered and lowered[-1][0].facts.covers_rows else None]:
-        tables["SLOTS"] = _slots(spec, tables, schedule.acsr.shape[0])
+        tables["SLOTS"] = slots_of(spec, tables, schedule.acsr.shape[0], spec.slot_rows)
     return tuple(spec for spec, _ in lowered), [tables for _, tables in lowered]
 
 
@@ -121,18 +127,28 @@ def _lower_pass(schedule: Schedule, one: Pass) -> tuple[PassSpec, Tables]:
     if looped:
         tables["WALKS"] = _walk_table(walks, tests)
     is_long = not one.is_static or one.num_tiles >= LONG * order.shape[0] * len(one.walks)
-    spec = PassSpec(facts, tile_rows, block_q, one.decision.block_kv, int(order.shape[0]), len(one.walks), is_long)
+    spec = PassSpec(
+        facts, tile_rows, block_q, one.decision.block_kv, int(order.shape[0]), len(one.walks), is_long,
+        longest=_longest(schedule, one), slot_rows=block_q,
+    )  # fmt: skip
     return spec, tables
 
 
-def _slots(spec: PassSpec, tables: Tables, num_rows: int) -> Array:
+def _longest(schedule: Schedule, one: Pass) -> int:
+    """See `PassSpec`."""
+    if one.is_static:
+        return int(np.max(sum(walk.num_tiles for walk in one.walks), initial=0))
+    return sum(ceil_div(ceil_div(schedule.acsr.shape[1], walk.stride), walk.block_kv) for walk in one.walks)
+
+
+def slots_of(spec: PassSpec, tables: Tables, num_rows: int, slot_rows: int) -> Array:
     """SLOTS, see `Tables`."""
     tiles = tables["TILES"]
     xp = array_namespace(tiles)
     if spec.facts.step is None:
-        rows = tables["ROWS"]
+        rows = tables["ROWS"][:, :slot_rows]
     else:
-        n = np.arange(spec.block_q, dtype=np.int32)[None]
+        n = np.arange(slot_rows, dtype=np.int32)[None]
         rows = tiles[:, :1] + spec.facts.step * n
         rows = xp.where((n < spec.tile_rows) & (rows < num_rows), rows, num_rows)
     flat = rows.reshape(-1)

@@ -10,15 +10,18 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from splat.codegen.base import Options
 from splat.codegen.triton import generate
 from splat.codegen.triton.generate import Variant
 from splat.codegen.triton.kernels import SPLAT_DELTA
 from splat.codegen.triton.launch import Kernel, Launch, Launcher, Output
 from splat.codegen.triton.lower import PassSpec, Tables, lower
+from splat.codegen.triton.parts import in_parts, undivided
 from splat.pattern.core import array_namespace, ceil_div
-from splat.planning import Plan
-from splat.planning.kernels import find_config
+from splat.planning import Plan, Target, parts_of
+from splat.planning.kernels import KernelConfig, find_config
 
 #: Static facts and tables of a pass, and of every pass.
 OnePass = tuple[PassSpec, Tables]
@@ -32,6 +35,9 @@ TABLES = ("TILES", "ROWS", "BOUNDS", "WALKS")
 
 #: Rows of a program that merges passes or makes delta; they are bound by memory.
 MERGE_ROWS = 32
+
+#: Warps that a multiprocessor runs at once, about: registers and shared memory of most configurations allow no more.
+RESIDENT_WARPS = 8
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,13 +105,13 @@ class Program:
     """Attention calls of one size: static options, bound to a framework.
 
     Attributes:
-      arch: what the kernels are for; it chooses their configurations.
+      target: what the kernels are for; it chooses their configurations, and in how many parts passes are run.
       guards: what must be zeroed, whatever it holds.
     """
 
     options: Options
     sizes: Sizes
-    arch: str
+    target: Target
     guards: Guards
     binding: Binding
 
@@ -118,12 +124,14 @@ class Program:
             out = self.binding.full(self.binding.shape(s.batch, s.num_q_heads, s.q_len, s.head_dim), s.dtype, 0.0)
             return out, self.binding.full((s.batch, s.num_q_heads, s.q_len), "float32", float("-inf"))
 
+        passes = [self._in_parts(one) for one in passes]
+
         def run(one: OnePass, partial: bool, earlier: Earlier) -> Any:
             spec, _ = one
             out, strides = self._result(spec, partial, s.num_q_heads, s.q_len)
-            lse = Output((s.batch, s.num_q_heads, spec.num_slots * spec.block_q if partial else s.q_len), "float32")
+            lse = Output((s.batch, s.num_q_heads, spec.num_slots * spec.slot_rows if partial else s.q_len), "float32")
             scale, sign = self._scale()
-            variant = Variant(partial, len(earlier.counts), lengths is not None)
+            variant = Variant(partial, len(earlier.counts), lengths is not None, parts=spec.parts > 1)
             return self._launch(
                 "forward", generate.forward(spec.facts, variant), one, s.num_q_heads, (query, key, value), earlier,
                 lengths, self._strides(q=query, k=key, v=value) | {"out": strides}, (s.q_len,),
@@ -205,8 +213,12 @@ class Program:
         *first, last = passes
         nothing = Earlier(None, (), ())
         parts = [run(one, True, nothing) for one in first]
-        if not last[0].facts.covers_rows:
+        if not last[0].facts.covers_rows or last[0].parts > 1:
             return self._merged(passes, [*parts, run(last, True, nothing)], heads, length, with_lse=with_lse)
+        for n, (spec, tables) in enumerate(first):
+            if spec.parts > 1:
+                first[n] = undivided(spec), tables
+                parts[n] = self._merged_slots((spec, tables), parts[n], heads)
         return run(last, False, self._earlier(first, parts, with_lse) if first else nothing)
 
     def _earlier(self, passes: Passes, parts: Sequence[Sequence[Any]], with_lse: bool) -> Earlier:
@@ -214,7 +226,7 @@ class Program:
         slots = self.binding.table(array_namespace(*every).stack(every))
         # Log-sum-exp is the last result, but the kernels want it first.
         arrays = [x for part in parts for x in ((part[-1], *part[:-1]) if with_lse else part)]
-        return Earlier(slots, tuple(arrays), tuple(spec.num_slots * spec.block_q for spec, _ in passes))
+        return Earlier(slots, tuple(arrays), tuple(spec.num_slots * spec.slot_rows for spec, _ in passes))
 
     # -- one launch ----------------------------------------------------------------------------------------------------
 
@@ -227,7 +239,7 @@ class Program:
         read = [self.binding.table(tables[name]) for name in TABLES if name in tables]
         read += [] if lengths is None else [lengths]
         read += [] if earlier.slots is None else [earlier.slots, *earlier.arrays]
-        config = find_config(self.arch, which, s.head_dim, s.dtype, spec.block_q, spec.block_kv)
+        config = self._config(which, spec)
         described = config.descriptors and spec.is_long and self.binding.descriptors and self._describable(strides)
         heads_at, steps = addresses(strides)
         constants = dict(
@@ -244,11 +256,15 @@ class Program:
             )
         )  # fmt: skip
 
+    def _config(self, which: str, spec: PassSpec) -> KernelConfig:
+        s = self.sizes
+        return find_config(self.target.arch, which, s.head_dim, s.dtype, spec.block_q, spec.block_kv)
+
     def _result(self, spec: PassSpec, partial: bool, heads: int, length: int) -> tuple[Output, tuple[int, int, int]]:
         """A result array and its strides: by row, or float32 [B, heads, slot rows, H] to be merged."""
         s = self.sizes
         if partial:
-            count = spec.num_slots * spec.block_q
+            count = spec.num_slots * spec.slot_rows
             shape = (s.batch, heads, count, s.head_dim)
             return Output(shape, "float32"), (heads * count * s.head_dim, count * s.head_dim, s.head_dim)
         output = Output(self.binding.shape(s.batch, heads, length, s.head_dim), s.dtype)
@@ -256,22 +272,52 @@ class Program:
 
     def _merged(self, passes: Passes, parts: Any, heads: int, length: int, *, with_lse: bool = False) -> Sequence[Any]:
         """Results by row from results by slot: summed, or weighted by their log-sum-exp (which is then the last)."""
-        s, b, blocks = self.sizes, self.binding, ceil_div(length, MERGE_ROWS)
         slots = self._earlier(passes, parts, with_lse).slots
+        output = Output(self.binding.shape(self.sizes.batch, heads, length, self.sizes.head_dim), self.sizes.dtype)
+        return self._merge(
+            [spec for spec, _ in passes], slots, parts, heads, length, output, self.binding.strides(output), with_lse
+        )  # fmt: skip
+
+    def _merged_slots(self, one: OnePass, part: Sequence[Any], heads: int) -> Sequence[Any]:
+        """Results by slot from those of parts of slots: what the pass gives where it is not divided."""
+        spec = undivided(one[0])
+        output, strides = self._result(spec, True, heads, 0)
+        count = spec.num_slots * spec.slot_rows
+        slots = self.binding.table(np.arange(count, dtype=np.int32)[None])
+        return self._merge([one[0]], slots, [part], heads, count, output, strides, True)
+
+    def _merge(
+        self, specs: Sequence[PassSpec], slots: Any, parts: Any, heads: int, length: int, output: Output,
+        strides: tuple[int, int, int], with_lse: bool,
+    ) -> Sequence[Any]:  # fmt: skip
+        s, blocks = self.sizes, ceil_div(length, MERGE_ROWS)
         results = len(parts[0]) - with_lse
         lses = [part[-1] for part in parts] if with_lse else []
-        output = Output(b.shape(s.batch, heads, length, s.head_dim), s.dtype)
-        strides, steps = addresses({"out": b.strides(output)})
+        counts = [spec.num_slots * spec.slot_rows for spec in specs]
+        kernel = generate.combine(len(specs), results, with_lse)
+        if any(spec.parts > 1 for spec in specs):
+            kernel = generate.merge_parts(len(specs))
+            counts += [spec.parts for spec in specs]
+        heads_at, steps = addresses({"out": strides})
         outputs = (output,) * results + ((Output((s.batch, heads, length), "float32"),) if with_lse else ())
-        return b.launch(
+        return self.binding.launch(
             Launch(
-                generate.combine(len(passes), results, with_lse), blocks * s.batch * heads,
-                (slots, *lses, *(x for part in parts for x in part[:results])),
-                (*(spec.num_slots * spec.block_q for spec, _ in passes), length, blocks, *strides),
-                outputs, dict(**steps, NUM_HEADS=heads, BLOCK=MERGE_ROWS, HEAD_DIM=s.head_dim, WIDTH=self._width),
+                kernel, blocks * s.batch * heads, (slots, *lses, *(x for part in parts for x in part[:results])),
+                (*counts, length, blocks, *heads_at), outputs,
+                dict(**steps, NUM_HEADS=heads, BLOCK=MERGE_ROWS, HEAD_DIM=s.head_dim, WIDTH=self._width),
                 num_warps=4, num_stages=1,
             )
         )  # fmt: skip
+
+    # -- parts ---------------------------------------------------------------------------------------------------------
+
+    def _in_parts(self, one: OnePass) -> OnePass:
+        """The forward's pass, divided where it has fewer programs than the target has multiprocessors."""
+        s, (spec, tables) = self.sizes, one
+        config = self._config("forward", spec)
+        resident = max(RESIDENT_WARPS // config.num_warps, 1)
+        parts = parts_of(spec.num_slots * s.batch * s.num_q_heads, spec.longest, self.target.units, resident)
+        return in_parts(spec, tables, parts, s.q_len) if parts > 1 else one
 
     # -- facts ---------------------------------------------------------------------------------------------------------
 

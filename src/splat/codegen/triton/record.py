@@ -74,7 +74,7 @@ def launches(
         lambda shape, dtype, value: Output(shape, dtype), descriptors=descriptors,
     )  # fmt: skip
     s = sizes_of(plan)
-    program = Program(options, s, find(plan.target).arch, guards_of(plan), binding)
+    program = Program(options, s, find(plan.target), guards_of(plan), binding)
     q = Output((s.batch, s.q_len, s.num_q_heads, s.head_dim), s.dtype)
     k = Output((s.batch, s.kv_len, s.num_kv_heads, s.head_dim), s.dtype)
     length = Output((s.batch,), "int32") if lengths else None
