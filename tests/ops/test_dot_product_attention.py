@@ -80,6 +80,16 @@ def test_query_lengths(lengths: list[int], rng: np.random.Generator) -> None:
     assert np.isfinite(np.asarray(lse)[~past]).all()
 
 
+def test_lengths_with_wide_integers(rng: np.random.Generator) -> None:
+    """Where JAX counts in 64 bits, and promotes nothing by itself."""
+    q, k, v = draw(rng)
+    lengths = jnp.array([3, 12, 8], jnp.int32)
+    expected = splat.dot_product_attention(q, k, v, query_seq_lengths=lengths)
+    with jax.enable_x64(True), jax.numpy_dtype_promotion("strict"):
+        found = splat.dot_product_attention(q, k, v, query_seq_lengths=lengths)
+    np.testing.assert_allclose(found, expected, atol=1e-6)
+
+
 def test_gradients_with_lengths(rng: np.random.Generator) -> None:
     q, k, v = draw(rng)
     lengths = dict(query_seq_lengths=jnp.array([3, 12, 8]), key_value_seq_lengths=jnp.array([12, 5, 9]))

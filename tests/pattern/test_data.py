@@ -104,6 +104,18 @@ def test_runs_of_any_integer_type() -> None:
     assert splat.from_runs([0, 1], [2], [2, 1]) == expected
 
 
+def test_strides_of_single_columns() -> None:
+    """They say nothing; too many of others are refused at once."""
+    rows = np.arange(1000)
+    pattern = splat.from_runs(rows, rows + 1, np.where(rows == 7, 3, 1))
+    assert len(splat.build(pattern, 1000).components) == 2
+    expected = np.eye(1000, dtype=bool)
+    expected[7, [7, 15, 23]] = True
+    np.testing.assert_array_equal(pattern.to_dense(1000), expected)
+    with pytest.raises(splat.IrregularPatternError, match="20000 different strides were given, more than 256 affine"):
+        splat.from_runs(np.zeros(20000, int), np.arange(1, 20001), np.full(20000, 3))
+
+
 def test_disjoint_runs_are_kept_as_given() -> None:
     pattern = splat.from_runs([[0, 0], [5, 9]], [1, 2], [[2, 3], [2, 1]])
     assert repr(pattern) == "from_runs([[0, 0], [5, 9]], [1, 2], [[2, 3], [2, 1]])"

@@ -233,7 +233,10 @@ class ACSR:
                 order = np.argsort(group, kind="stable")
                 same = group[order][1:] == group[order][:-1]
                 if (residue[order][1:] != residue[order][:-1])[same].any():
-                    raise PatternError(f"{where}: rows equal modulo {c.line_step} do not share a residue")
+                    raise PatternError(
+                        f"{where}: rows equal modulo {c.line_step} do not share a residue. Give line_step=None where "
+                        "residues follow no such rule."
+                    )
 
     @cached_property
     def validated(self) -> ACSR:

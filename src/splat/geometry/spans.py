@@ -79,7 +79,7 @@ def analyze(component: Component, tiles: RowTiles) -> Spans:
     known = _known.setdefault(component, {})
     wanted = tiles.step, tiles.block_q
     if wanted not in known:
-        finer = [size for step, size in known if step == tiles.step and tiles.block_q % size == 0]
+        finer = [size for step, size in list(known) if step == tiles.step and tiles.block_q % size == 0]
         if finer:
             smaller = dataclasses.replace(tiles, block_q=max(finer))
             known[wanted] = known[tiles.step, smaller.block_q].coarsen(tiles.block_q // smaller.block_q, smaller)

@@ -230,7 +230,7 @@ def dot_product_attention(
     key_lengths = validate.check_lengths("key_value_seq_lengths", key_value_seq_lengths, sizes.batch, sizes.kv_len)
     past = None
     if query_lengths is not None:
-        past = (jnp.arange(sizes.q_len)[None, :] >= query_lengths[:, None])[:, :, None]
+        past = (jnp.arange(sizes.q_len, dtype=jnp.int32)[None, :] >= query_lengths[:, None])[:, :, None]
         query = jnp.where(past[..., None], jnp.zeros((), query.dtype), query)
     out, lse = attention(
         query, key, value, pattern, scale=scale, kv_lengths=key_lengths, return_lse=True,

@@ -278,7 +278,14 @@ def from_runs(start: Any, stride: Any, count: Any, *, kv_len: int | None = None)
     if start.ndim == 1 and stride.ndim == 1 and stride.shape != (1,):
         if stride.shape != start.shape:
             raise PatternError(f"from_runs: {stride.shape[0]} strides were given for {rows} rows")
+        stride = np.where(count > 1, stride, 1)  # one column is in any progression
         distinct = np.unique(stride[count > 0])
+        if distinct.size > MAX_COMPONENTS:
+            raise IrregularPatternError(
+                f"from_runs: {distinct.size} different strides were given, more than {MAX_COMPONENTS} affine "
+                "components can have. Use dense masked attention for it.",
+                runs=int(distinct.size),
+            )
         count = np.where(stride == distinct[:, None], count, 0)
         start, stride = np.broadcast_to(start, count.shape), distinct
     components = 1 if start.ndim == 1 else start.shape[0]

@@ -107,7 +107,8 @@ _Lowered = tuple[tuple[PassSpec, ...], list[Tables]]
 
 
 def _lower(schedule: Schedule, query: Array) -> _Lowered:
-    return lower(schedule, query.shape[0] * query.shape[2], STEP_BYTES)
+    batch, _, heads, _ = query.shape
+    return lower(schedule, (batch if isinstance(batch, int) else 1) * heads, STEP_BYTES)  # exported for any batch
 
 
 @kept_with_plan
