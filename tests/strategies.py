@@ -18,7 +18,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
-from hypothesis import reject, settings
+from hypothesis import HealthCheck, Phase, reject, settings
 from hypothesis import strategies as st
 
 import splat
@@ -39,6 +39,18 @@ MOST_COMPONENTS = 64
 def more(factor: int) -> settings:
     """Settings for a property that deserves `factor` times the profile's examples."""
     return settings(max_examples=factor * settings().max_examples)
+
+
+def fewer(divisor: int) -> settings:
+    """Settings for a property whose examples take seconds: a `divisor`th of the profile's examples.
+
+    They are not shrunk: that takes minutes.
+    """
+    return settings(
+        max_examples=settings().max_examples // divisor,
+        phases=[Phase.explicit, Phase.reuse, Phase.generate],
+        suppress_health_check=[HealthCheck.differing_executors, HealthCheck.too_slow, HealthCheck.filter_too_much],
+    )
 
 
 class Positions(NamedTuple):

@@ -238,11 +238,11 @@ class ACSR:
                         "residues follow no such rule."
                     )
 
-    @cached_property
-    def validated(self) -> ACSR:
-        """The matrix itself, after `validate`."""
-        self.validate()
-        return self
+    def validate_once(self) -> None:
+        """`validate`, of which the good answer is kept: numbers do not change."""
+        if "_is_valid" not in self.__dict__:
+            self.validate()
+            self.__dict__["_is_valid"] = True
 
     def transpose(self) -> ACSR:
         """The transposed matrix, by its numbers. Raises IrregularPatternError where its columns are not regular."""

@@ -94,7 +94,8 @@ def check_acsr(acsr: Any) -> ACSR:
             "acsr must have known numbers, but its start and count are run-time arrays. Build it outside of jit, from "
             "NumPy arrays and Python numbers; splat.attention takes run-time patterns."
         )
-    return acsr.validated
+    acsr.validate_once()
+    return acsr
 
 
 def check_pattern(pattern: Any, num_q_heads: int) -> Pattern:

@@ -25,9 +25,14 @@ MAX_COMPONENTS = 256
 # -- runs ------------------------------------------------------------------------------------------------------------
 
 
-def prune(runs: Sequence[Run]) -> list[Run]:
+def without_empty(runs: Sequence[Run]) -> list[Run]:
     """Without the runs that are empty in every line (only where the numbers are known)."""
-    kept = [run for run in runs if not run.is_static or _some(run.count)]
+    return [run for run in runs if not run.is_static or _some(run.count)]
+
+
+def prune(runs: Sequence[Run]) -> list[Run]:
+    """`without_empty`, and refused where too many remain."""
+    kept = without_empty(runs)
     if len(kept) > MAX_COMPONENTS:
         raise IrregularPatternError(
             f"this pattern needs {len(kept)} affine components, more than {MAX_COMPONENTS}. Simplify the expression, "

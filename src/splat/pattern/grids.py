@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from splat.errors import PatternError, UnsupportedError
-from splat.pattern.algebra import coalesce, prune
+from splat.pattern.algebra import coalesce, prune, without_empty
 from splat.pattern.core import Array, Axis, Pattern, Run, array_namespace, ceil_div, check_int, check_positions
 from splat.pattern.library import _CONSTRUCTORS, _Primitive
 
@@ -153,7 +153,7 @@ class Neighborhood(_Primitive):
             here = xp.broadcast_to(xp.asarray(here, dtype=np.int32), (lines.length,))
             run = Run(dilation[-1], start + moved if moved else start, here, line_step)
             out.append(run if whole else run.clip(cross.start, cross.stop))
-        return prune(coalesce([run for run in out if not run.is_static or (run.count > 0).any()]))
+        return prune(coalesce(without_empty(out)))
 
 
 def _neighbours(xp, m: Array, length: Array, kernel: int, causal: bool) -> tuple[Array, Array]:

@@ -17,6 +17,7 @@ from splat.codegen.cpp.generate import forward_kernel, gradient_kernels
 from splat.pattern import Pattern, parse
 from splat.planning import Plan, Problem, make_plan
 from splat.remembered import Remembered
+from splat.torch.validate import name_of
 
 #: pattern, scale, logits_soft_cap, query_offset: as the operations have them.
 Static = tuple[str, float | None, float | None, int]
@@ -34,7 +35,7 @@ def forward(
     out = query.new_empty(batch, q_len, heads, width).transpose(1, 2)
     lse = query.new_empty(batch, heads, q_len, dtype=torch.promote_types(query.dtype, torch.float32))
     arrays = {"query": query, "key": key, "value": value, "out": out, "lse": lse}
-    kernel = forward_kernel(q_len, _name(query.dtype))
+    kernel = forward_kernel(q_len, name_of(query.dtype))
     if not _run(kernel, arrays, lengths, static, _num_threads(query, key, static)):
         return out.zero_(), lse.fill_(-math.inf)
     return out, lse
@@ -52,7 +53,7 @@ def backward(
     results = {name: like for name, like, here in (("d_query", query, wanted[0]), ("d_key", key, wanted[1]),
                                                    ("d_value", value, wanted[1])) if here}  # fmt: skip
     made = {name: like.new_empty(like.transpose(1, 2).shape).transpose(1, 2) for name, like in results.items()}
-    dtype = _name(query.dtype)
+    dtype = name_of(query.dtype)
     threads = _num_threads(query, key, static)
     kernels = gradient_kernels(dtype, query.shape[0] * key.shape[1], threads)
     if not all(wanted):
@@ -70,7 +71,7 @@ def _run(kernel: str, arrays: dict[str, Tensor], lengths: Tensor | None, static:
     query, key = arrays["query"], arrays["key"]
     batch, num_q_heads, q_len, width = query.shape
     num_kv_heads, kv_len = key.shape[1], key.shape[2]
-    call = kernel, static, q_len, kv_len, width, _name(query.dtype), lengths is not None
+    call = kernel, static, q_len, kv_len, width, name_of(query.dtype), lengths is not None
     prepared = _prepared(call, lambda: _prepare(*call))
     if prepared is None:
         return False
@@ -83,7 +84,7 @@ def _run(kernel: str, arrays: dict[str, Tensor], lengths: Tensor | None, static:
 
 def _num_threads(query: Tensor, key: Tensor, static: Static) -> int:
     batch, num_q_heads, q_len, width = query.shape
-    flops = 4 * _nnz(static, q_len, key.shape[2], width, _name(query.dtype)) * width * num_q_heads * batch
+    flops = 4 * _nnz(static, q_len, key.shape[2], width, name_of(query.dtype)) * width * num_q_heads * batch
     return torch.get_num_threads() if flops > (SMALL_FLOPS if _team() else SMALL_FLOPS_ALONE) else 1
 
 
@@ -106,11 +107,6 @@ def _team() -> int | None:
             if entry is not None:
                 return ctypes.cast(entry, ctypes.c_void_p).value
     return None
-
-
-def _name(dtype: torch.dtype) -> str:
-    """As problems have it: "float32"."""
-    return str(dtype).removeprefix("torch.")
 
 
 def _rows(x: Tensor) -> Tensor:

@@ -20,6 +20,7 @@ from splat.planning import TARGETS, Plan, Problem, find, make_plan
 from splat.planning.kernels import INTERPRETER
 from splat.remembered import Remembered
 from splat.torch.recording import Recording, Tape
+from splat.torch.validate import name_of
 
 #: pattern, scale, logits_soft_cap, query_offset: as the operations have them.
 Static = tuple[str, float | None, float | None, int]
@@ -86,7 +87,7 @@ def _call(
 ) -> Call:
     query, key = arrays[:2]
     batch, num_q_heads, q_len, head_dim = query.shape
-    dtype = str(query.dtype).removeprefix("torch.")
+    dtype = name_of(query.dtype)
     sizes = Sizes(batch, q_len, key.shape[2], num_q_heads, key.shape[1], head_dim, dtype)
     strides = tuple((x.stride(0), x.stride(1), x.stride(2)) for x in arrays)
     aligned = all(x.data_ptr() % 16 == 0 for x in arrays)

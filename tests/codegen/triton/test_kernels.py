@@ -12,13 +12,13 @@ from typing import Any
 import hypothesis
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 import splat
 from splat.planning import Plan
 from tests.attention_suite import MODELS, SPARSE_SUITE, VOCABULARY, compare, draw_inputs, truth
-from tests.strategies import Case, cases
+from tests.strategies import Case, cases, fewer
 
 pytest.importorskip("triton", reason="triton is not installed: the interpreted kernels are untested here")
 
@@ -48,11 +48,7 @@ def test_patterns(text: str, rng: np.random.Generator) -> None:
     check(text, draw_inputs(rng, length, length))
 
 
-@settings(
-    max_examples=settings().max_examples // 2,
-    phases=[Phase.explicit, Phase.reuse, Phase.generate],  # not shrunk: that takes minutes
-    suppress_health_check=[HealthCheck.differing_executors, HealthCheck.too_slow, HealthCheck.filter_too_much],
-)
+@fewer(2)
 @given(
     cases(max_len=40, depth=2),
     st.sampled_from([(1, 1), (2, 1)]),

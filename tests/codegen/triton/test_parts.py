@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import splat
@@ -30,7 +30,7 @@ from splat.remembered import Remembered
 from tests.attention_suite import MODELS, SPARSE_SUITE, VOCABULARY, compare, draw_inputs, truth
 from tests.codegen.triton.test_lower import plan_of as tables_plan
 from tests.codegen.triton.test_lower import read
-from tests.strategies import Case, cases, more
+from tests.strategies import Case, cases, fewer, more
 
 pytest.importorskip("triton", reason="triton is not installed: the interpreted kernels are untested here")
 
@@ -119,11 +119,7 @@ def test_patterns(text: str, divide: Any, rng: np.random.Generator) -> None:
     check(text, draw_inputs(rng, length, length, heads=(1, 1)))
 
 
-@settings(
-    max_examples=settings().max_examples // 2,
-    phases=[Phase.explicit, Phase.reuse, Phase.generate],  # not shrunk: that takes minutes
-    suppress_health_check=[HealthCheck.differing_executors, HealthCheck.too_slow, HealthCheck.filter_too_much],
-)
+@fewer(2)
 @given(
     cases(max_len=40, depth=2),
     st.integers(2, 5),

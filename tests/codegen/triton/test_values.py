@@ -14,7 +14,7 @@ import hypothesis
 import jax
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 import splat
@@ -25,7 +25,7 @@ from splat.codegen.triton.launch import Launch
 from splat.errors import ArgumentError, IrregularPatternError, UnsupportedError
 from splat.planning.kernels import INTERPRETER, KernelConfig
 from tests.attention_suite import MODELS, SPARSE_SUITE, VOCABULARY
-from tests.strategies import Case, cases
+from tests.strategies import Case, cases, fewer
 
 pytest.importorskip("triton", reason="triton is not installed: the interpreted kernels are untested here")
 
@@ -72,11 +72,7 @@ def test_patterns(text: str, rng: np.random.Generator) -> None:
     check(m, *draw(rng, m, batch=1))
 
 
-@settings(
-    max_examples=settings().max_examples // 2,
-    phases=[Phase.explicit, Phase.reuse, Phase.generate],  # not shrunk: that takes minutes
-    suppress_health_check=[HealthCheck.differing_executors, HealthCheck.too_slow, HealthCheck.filter_too_much],
-)
+@fewer(2)
 @given(cases(max_len=40, depth=2), st.sampled_from([(16, 16), (32, 16), (16, 32)]), st.integers(0, 2**16))
 def test_composed_patterns(case: Case, blocks: tuple[int, int], seed: int) -> None:
     acsr = splat.build(case.pattern, case.q_len, case.kv_len, query_offset=case.query_offset)
@@ -281,11 +277,7 @@ def test_without(text: str, off: tuple[str, ...], rng: np.random.Generator) -> N
     check(m, *draw(rng, m, batch=1), operations=numpy_values.by(How("rows", **dict.fromkeys(off, False))))
 
 
-@settings(
-    max_examples=settings().max_examples // 4,
-    phases=[Phase.explicit, Phase.reuse, Phase.generate],
-    suppress_health_check=[HealthCheck.differing_executors, HealthCheck.too_slow, HealthCheck.filter_too_much],
-)
+@fewer(4)
 @given(
     cases(max_len=40, depth=2), st.sampled_from([(), *OFF]), st.sampled_from(["rows", "tiles"]), st.integers(0, 2**16)
 )

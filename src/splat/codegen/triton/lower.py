@@ -81,6 +81,11 @@ class PassSpec:
     slot_rows: int
     parts: int = 1
 
+    @property
+    def result_rows(self) -> int:
+        """Rows of results that are to be merged."""
+        return self.num_slots * self.slot_rows
+
 
 #: Tables by name, int32: those of `kernels.tiles` that the pass's kernels read, and, where its results will be merged,
 #: SLOTS [num_rows]: the slot row of every row (slot * slot_rows + row of the tile), -1: it is in no tile.

@@ -129,7 +129,7 @@ class Program:
         def run(one: OnePass, partial: bool, earlier: Earlier) -> Any:
             spec, _ = one
             out, strides = self._result(spec, partial, s.num_q_heads, s.q_len)
-            lse = Output((s.batch, s.num_q_heads, spec.num_slots * spec.slot_rows if partial else s.q_len), "float32")
+            lse = Output((s.batch, s.num_q_heads, spec.result_rows if partial else s.q_len), "float32")
             scale, sign = self._scale()
             variant = Variant(partial, len(earlier.counts), lengths is not None, parts=spec.parts > 1)
             return self._launch(
@@ -226,7 +226,7 @@ class Program:
         slots = self.binding.table(array_namespace(*every).stack(every))
         # Log-sum-exp is the last result, but the kernels want it first.
         arrays = [x for part in parts for x in ((part[-1], *part[:-1]) if with_lse else part)]
-        return Earlier(slots, tuple(arrays), tuple(spec.num_slots * spec.slot_rows for spec, _ in passes))
+        return Earlier(slots, tuple(arrays), tuple(spec.result_rows for spec, _ in passes))
 
     # -- one launch ----------------------------------------------------------------------------------------------------
 
@@ -264,7 +264,7 @@ class Program:
         """A result array and its strides: by row, or float32 [B, heads, slot rows, H] to be merged."""
         s = self.sizes
         if partial:
-            count = spec.num_slots * spec.slot_rows
+            count = spec.result_rows
             shape = (s.batch, heads, count, s.head_dim)
             return Output(shape, "float32"), (heads * count * s.head_dim, count * s.head_dim, s.head_dim)
         output = Output(self.binding.shape(s.batch, heads, length, s.head_dim), s.dtype)
@@ -282,7 +282,7 @@ class Program:
         """Results by slot from those of parts of slots: what the pass gives where it is not divided."""
         spec = undivided(one[0])
         output, strides = self._result(spec, True, heads, 0)
-        count = spec.num_slots * spec.slot_rows
+        count = spec.result_rows
         slots = self.binding.table(np.arange(count, dtype=np.int32)[None])
         return self._merge([one[0]], slots, [part], heads, count, output, strides, True)
 
@@ -293,7 +293,7 @@ class Program:
         s, blocks = self.sizes, ceil_div(length, MERGE_ROWS)
         results = len(parts[0]) - with_lse
         lses = [part[-1] for part in parts] if with_lse else []
-        counts = [spec.num_slots * spec.slot_rows for spec in specs]
+        counts = [spec.result_rows for spec in specs]
         kernel = generate.combine(len(specs), results, with_lse)
         if any(spec.parts > 1 for spec in specs):
             kernel = generate.merge_parts(len(specs))
