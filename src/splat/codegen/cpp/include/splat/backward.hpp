@@ -16,7 +16,7 @@ template <class Facts> struct Backward {
   static constexpr int kRing = 0;
   static constexpr bool kKeeps = true, kWholeHeads = true;
   static constexpr int kChunk = within(32, (96 << 10) / (2 * (D + Dp) * (int)sizeof(T)) / 32 * 32, 4096);
-  static constexpr int kTiles = within(1, (640 << 10) / ((3 * D + 2 * Dp) * kLanes * (int)sizeof(T)), 16);
+  static constexpr int kTiles = within(1, (640 << 10) / ((3 * D + 2 * Dp) * kLanes * (int)sizeof(T)), kMostTiles);
   static constexpr int kSlots = 14;
 
   /// Row tiles of a unit: as many as leave room in the second-level cache for all columns that they have, of `width`

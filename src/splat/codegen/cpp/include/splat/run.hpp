@@ -380,12 +380,12 @@ void run_pass(const Call& call, Pool& pool, const int32_t* const*& tables, const
   const int64_t heads = call.batch * call.num_kv_heads, units = grid.units * grid.head_parts;
   const int64_t all = Kernel::kWholeHeads ? heads : heads * units;
   // Neighbouring row tiles have walked rows in common: a thread takes some one after the other.
-  const int64_t least = grid.by_tile ? within(1, (int)(all / (16 * pool.num_threads)), 4) : 0;
+  const int64_t least = grid.by_tile ? within(1, (int)(all / (16 * pool.num_threads)), 256 / kLanes) : 0;
   // Heads that are interleaved lie in the same pages: the next head comes when units have nothing more in common, and
   // where `kPagesHoldUp` after some.
   const bool interleaved = grid.by_tile && call.key.head < call.key.position;
   const int64_t common = PassType::kStep > 1 ? grid.units_of_residue : units;
-  const int64_t together = !interleaved ? units : kPagesHoldUp && common > 16 ? 16 : common;
+  const int64_t together = !interleaved ? units : kPagesHoldUp && common > kMostTiles ? kMostTiles : common;
   parallel_runs(pool, all, least, [&](int64_t from, int64_t to) {
     auto* memory = (typename Kernel::Scratch*)scratch(sizeof(typename Kernel::Scratch));
     Runner<Kernel, PassType> runner{call, grid, groups, bounds, map, Kernel{call, *memory, first}};

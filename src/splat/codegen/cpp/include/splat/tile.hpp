@@ -14,7 +14,8 @@ template <class T> SPLAT_INLINE T* at(const Array& array, int64_t batch, int64_t
 constexpr int within(int least, int x, int most) { return x < least ? least : x > most ? most : x; }
 
 /// Row tiles of a unit: as many as half a megabyte holds, which leaves a second-level cache for other things.
-template <int state_bytes> constexpr int kTilesOf = within(1, (512 << 10) / state_bytes, 16);
+constexpr int kMostTiles = 1024 / kLanes;
+template <int state_bytes> constexpr int kTilesOf = within(1, (512 << 10) / state_bytes, kMostTiles);
 /// Walked rows that are brought together: as many as a quarter holds.
 template <int row_bytes> constexpr int kChunkOf = within(64, (256 << 10) / row_bytes / 64 * 64, 4096);
 /// Those that stay for the next row tile: as many as three quarters of a megabyte holds.
@@ -80,7 +81,7 @@ class Ahead {
 
  private:
   static constexpr int64_t kNear = 2048;
-  static constexpr int kMost = 34;  // two arrays of 16 heads in the lanes, two that are walked
+  static constexpr int kMost = 2 * kMostTiles + 2;  // two arrays of as many heads in the lanes, two that are walked
   struct Range {
     const char* at;
     int64_t step;

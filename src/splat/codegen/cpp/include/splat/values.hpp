@@ -63,7 +63,8 @@ template <class Facts> struct Values {
   static constexpr int D = Facts::head_dim, W = kWidth<T>, Dp = (D + W - 1) / W * W, NV = kMaxVectors;
   static constexpr int R = kRows<NV>;     // rows at once
   static constexpr int kUnit = 32 * R;    // rows of a unit
-  static constexpr int kBlock = 384;      // lattice columns of a block that are brought together; R-SDDMM: of the lanes
+  static constexpr int kBlock = 384;      // lattice columns of a block that are brought together
+  static constexpr int kWide = 64;        // of a block of R-SDDMM: they lie in the lanes
   static constexpr int kInPlace = within(kBlock, (512 << 10) / (Dp * (int)sizeof(T)), 2048);  // of one that is not
   static constexpr int kChunk = 96;       // rows that the transposed product takes at once
   static constexpr int kColumns = 16 * R; // lattice columns of a unit of the transposed product
@@ -97,8 +98,8 @@ template <class Facts> struct Values {
   struct Scratch {
     Rows rows;
     alignas(64) T a[most(kUnit * D, most(kChunk * kColumns, R * kInPlace))];
-    alignas(64) T b[most(D * kLanes, most(kBlock, kChunk) * Dp)];
-    alignas(64) T c[most(R * kLanes, most(kUnit, kColumns) * Dp)];
+    alignas(64) T b[most(D * kWide, most(kBlock, kChunk) * Dp)];
+    alignas(64) T c[most(R * kWide, most(kUnit, kColumns) * Dp)];
   };
 
   const ValuesCall& call;
@@ -216,22 +217,28 @@ template <class Facts> struct Values {
     const Scalar* const right = (const Scalar*)call.right + batch * call.columns * D;
     T* const values = (T*)call.result;
     for (int n = 0; n < rows.num_rows; ++n) pack_rows<Scalar, D>(left, D, rows.row[n], 1, 1, memory.a + n * D);
-    for_blocks<kLanes>([&](int from, int to) {
-      LaneRows columns;
-      for (int n = 0; n < kLanes; ++n)
-        columns.at[n] = from + n < to ? (int32_t)(rows.residue + component.stride * (from + n)) : -1;
-      rows_to_lanes<Scalar, D>(right, D, columns, (T)1, memory.b);
+    for_blocks<kWide>([&](int from, int to) {
+      for (int lane = 0; lane < to - from; lane += kLanes) {
+        LaneRows columns;
+        for (int n = 0; n < kLanes; ++n) {
+          const int x = from + lane + n;
+          columns.at[n] = x < to ? (int32_t)(rows.residue + component.stride * x) : -1;
+        }
+        rows_to_lanes<Scalar, D>(right, D, columns, (T)1, memory.b + lane * D);
+      }
       for (int r = 0; r < rows.num_rows; r += R) {
         int begin = from, end = to;
         if (!cut(r, begin, end)) continue;
-        for (int lane = (begin - from) / W * W; lane < end - from; lane += NV * W) {
-          const int vectors = (end - from - lane + W - 1) / W;
-          with_vectors<NV>(vectors < NV ? vectors : NV, memory.a + r * D, memory.b + lane, memory.c + lane);
+        for (int lane = (begin - from) / W * W, vectors; lane < end - from; lane += vectors * W) {
+          const int past = lane % kLanes, left = end - from - lane;
+          vectors = (left < kLanes - past ? left + W - 1 : kLanes - past) / W;
+          if (vectors > NV) vectors = NV;
+          with_vectors<NV>(vectors, memory.a + r * D, memory.b + (lane - past) * D + past, memory.c + lane);
         }
         for (int n = r; n < r + R && n < rows.num_rows; ++n)
           values_in(n, begin, end, [&](int t, int x, int count) {
             T* const own = values + place(batch, n) + t;
-            const T* const made = memory.c + (n - r) * kLanes + x - from;
+            const T* const made = memory.c + (n - r) * kWide + x - from;
             if (component.hop == 1) memcpy(own, made, count * sizeof(T));
             else
               for (int k = 0; k < count; ++k) own[k] = made[component.hop * k];
@@ -247,7 +254,7 @@ template <class Facts> struct Values {
     scores_of<N>(a, b, c);
   }
   template <int N> static __attribute__((noinline)) void scores_of(const T* a, const T* b, T* c) {
-    product<T, R, N, false>(Strided<T>{a, D, 1}, b, kLanes, D, c, kLanes);
+    product<T, R, N, false>(Strided<T>{a, D, 1}, b, kLanes, D, c, kWide);
   }
 
   // -- R-SpMM --------------------------------------------------------------------------------------------------------

@@ -163,7 +163,7 @@ SPLAT_INLINE Vec<float> exp2_fraction_short(Vec<float> f) {
   return p * f + 1.0000025933523997f;
 }
 
-/// 2^x; 0 below the normal numbers. `kShort`: `exp2_fraction_short`.
+/// 2^x for x < 128 (1,024); 0 below the normal numbers. `kShort`: `exp2_fraction_short`.
 template <class T, bool kShort = false> SPLAT_INLINE Vec<T> exp2(Vec<T> x) {
   Vec<T> f;
 #ifdef SPLAT_AVX512
@@ -177,20 +177,19 @@ template <class T, bool kShort = false> SPLAT_INLINE Vec<T> exp2(Vec<T> x) {
   return p;
 #else
   constexpr T magic = sizeof(T) == 4 ? (T)12582912.0 : (T)6755399441055744.0;  // 1.5 * 2^(bits of the mantissa)
-  constexpr T least = sizeof(T) == 4 ? (T)-126 : (T)-1022, most = sizeof(T) == 4 ? (T)128 : (T)1024;
+  constexpr T least = sizeof(T) == 4 ? (T)-126 : (T)-1022;
   constexpr int mantissa = sizeof(T) == 4 ? 23 : 52;
   const Vec<T> rounded = (x - (T)0.5) + magic;
   f = x - (rounded - magic);
   const Vec<T> p = exp2_fraction<T>(f);
-  Vec<T> out = bits_as<Vec<T>>(bits_as<Vec<Int<T>>>(p) + (bits_as<Vec<Int<T>>>(rounded) << mantissa));
-  out = x < least ? Vec<T>{} : out;
-  return x < most ? out : x + kInfinity<T>;  // NaN stays NaN
+  const Vec<T> out = bits_as<Vec<T>>(bits_as<Vec<Int<T>>>(p) + (bits_as<Vec<Int<T>>>(rounded) << mantissa));
+  return x < least ? Vec<T>{} : out;  // NaN stays NaN
 #endif
 }
 
 /// tanh, with a relative error of a few roundings: a cap that is far above all scores leaves them as they are.
 template <class T> SPLAT_INLINE Vec<T> tanh(Vec<T> x) {
-  const Vec<T> e = exp2<T>(x * (2 * kLog2e<T>)), large = (T)1 - (T)2 / (e + (T)1), s = x * x;
+  const Vec<T> e = exp2<T>(smaller<T>(splat_of((T)64), x * (2 * kLog2e<T>))), large = (T)1 - (T)2 / (e + (T)1), s = x * x;
   Vec<T> series = s * (T)(-1382.0 / 155925) + (T)(62.0 / 2835);
   series = series * s + (T)(-17.0 / 315);
   series = series * s + (T)(2.0 / 15);
