@@ -24,6 +24,13 @@ def memory(make: Callable[[int], Any], **limits: int) -> tuple[Remembered, Calla
     return remembered, lambda key: remembered(key, lambda: make(key))
 
 
+def test_texts_in_keys_count() -> None:
+    remembered = Remembered(entries=99, nbytes=60)
+    for n in range(9):
+        remembered((f"{n}" * 20, (n, "")), lambda n=n: n)
+    assert len(remembered) == 3
+
+
 def test_made_once() -> None:
     made: list[int] = []
     remembered, get = memory(lambda key: made.append(key) or [key], entries=9, nbytes=9)

@@ -19,7 +19,10 @@ class Remembered:
     """
 
     def __init__(self, *, entries: int, nbytes: float = math.inf, least: int = 1):
-        """Keeps `entries` at most, and `least` or those whose `nbytes` (of those that have it) are at most `nbytes`."""
+        """Keeps `entries` at most, and `least` or those that take at most `nbytes`.
+
+        An entry takes the `nbytes` of what was made, if it has them, and those of the texts in its key.
+        """
         self._entries, self._limit, self._least = entries, nbytes, least
         self._known: OrderedDict[Hashable, Any] = OrderedDict()
         self._nbytes = 0
@@ -38,11 +41,11 @@ class Remembered:
         with self._lock:
             if key not in self._known:
                 self._known[key] = made
-                self._nbytes += _nbytes(made)
+                self._nbytes += _nbytes(key, made)
             while len(self._known) > self._entries or (self._nbytes > self._limit and len(self._known) > self._least):
-                _, oldest = self._known.popitem(last=False)
-                self._nbytes -= _nbytes(oldest)
-                dropped.append(oldest)
+                oldest = self._known.popitem(last=False)
+                self._nbytes -= _nbytes(*oldest)
+                dropped.append(oldest[1])
         _forget(dropped)
         return made
 
@@ -60,5 +63,11 @@ def _forget(dropped: list[Any]) -> None:
             forget()
 
 
-def _nbytes(made: Any) -> int:
-    return getattr(made, "nbytes", 0)
+def _nbytes(key: Any, made: Any) -> int:
+    return _text_bytes(key) + getattr(made, "nbytes", 0)
+
+
+def _text_bytes(key: Any) -> int:
+    if isinstance(key, tuple):
+        return sum(map(_text_bytes, key))
+    return len(key) if isinstance(key, str) else 0

@@ -14,7 +14,7 @@ from hypothesis import given, reject
 import splat
 from splat.acsr import ACSR, NOWHERE, Component, build, build_transposed
 from splat.bench.memory import traced_peak_bytes
-from splat.errors import IrregularPatternError, PatternError
+from splat.errors import ArgumentError, IrregularPatternError, PatternError
 from tests.strategies import Case, cases, more
 
 
@@ -162,6 +162,13 @@ def test_validate_accepts_residues_by_step() -> None:
     ACSR((4, 4), (component(2, [0, 1, 0, 1], [1, 1, 1, 1], 2),)).validate()
     ACSR((4, 4), (component(2, [0, 1, 1, 1], [1, 1, 1, 1], None),)).validate()
     ACSR((4, 4), (component(2, [0, 1, 1, 1], [1, 1, 0, 1], 2),)).validate()
+
+
+def test_build_takes_text_and_patterns_alone() -> None:
+    known = splat.causal() & splat.window(2)
+    np.testing.assert_array_equal(build("causal() & window(2)", 5).to_dense(), known.to_dense(5))
+    with pytest.raises(ArgumentError, match="pattern must be a splat pattern such as .* but ndarray was given"):
+        build(np.ones((4, 4), bool), 4)  # type: ignore[arg-type]
 
 
 def test_a_pair_named_twice_is_found() -> None:

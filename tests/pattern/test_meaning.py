@@ -292,6 +292,7 @@ def test_empty_axes() -> None:
         (lambda: splat.window(np.array([3])), "window: left must be an int, but array([3]) of type ndarray was given"),  # type: ignore[arg-type]
         (lambda: splat.neighborhood((4, 4), 3, causal="no"), "causal must be True or False"),  # type: ignore[arg-type]
         (lambda: splat.per_head(splat.causal()), "per_head: patterns must be a list, one for each query head, but"),  # type: ignore[arg-type]
+        (lambda: splat.per_head(3), "per_head: patterns must be a list, one for each query head, but 3 was given"),  # type: ignore[arg-type]
         (lambda: splat.neighborhood((2, 2, 2, 2), 1), "shape must have 1 to 3 dimensions"),
         (lambda: splat.neighborhood((4, 4), (1, 1, 1)), "does not fit shape (4, 4): give one value or 2"),
         (lambda: splat.neighborhood((8, 4), 3, 2), "kernel * dilation must not exceed the grid, but 3 * 2 > 4"),

@@ -230,7 +230,7 @@ def test_arguments_in_all_forms() -> None:
         pytest.param(
             dict(pattern=3),
             ArgumentError,
-            "pattern must be a splat pattern such as causal() & window(512), but int was given",
+            "pattern must be a splat pattern such as splat.causal() & splat.window(512), but int was given",
         ),
         (dict(pattern="windw(3)"), PatternError, "did you mean window?"),
         (dict(pattern=splat.per_head([splat.causal()])), ArgumentError, "plan each of per_head([...]).patterns"),

@@ -8,12 +8,14 @@ import numpy as np
 
 from splat.acsr.format import ACSR, Component
 from splat.pattern.core import Array, Pattern, Run, check_axes, is_runtime_array
+from splat.pattern.parse import pattern_of
 
 
-def build(pattern: Pattern, q_len: int, kv_len: int | None = None, query_offset: Any = 0) -> ACSR:
+def build(pattern: Pattern | str, q_len: int, kv_len: int | None = None, query_offset: Any = 0) -> ACSR:
     """The matrix of `pattern`: row i is position `i + query_offset`, column j is position j.
 
     Args:
+      pattern: a pattern, or its text.
       q_len, kv_len: rows and columns; kv_len is q_len where None.
       query_offset: an int, or a traced scalar: then (or with run-time arrays in the pattern) so are start and count.
 
@@ -21,13 +23,14 @@ def build(pattern: Pattern, q_len: int, kv_len: int | None = None, query_offset:
       its components' start and count, int32 [q_len] each.
 
     Raises:
-      PatternError: lengths or an offset that are no positions, or the pattern was made from data for other ones;
-        IrregularPatternError: its rows are not regular.
+      ArgumentError: no pattern. PatternError: lengths or an offset that are no positions, or the pattern was made from
+        data for other ones; IrregularPatternError: its rows are not regular.
 
     >>> import splat
     >>> splat.build(splat.causal() & splat.window(2) | splat.sink(1), 4).to_dense().astype(int).tolist()
     [[1, 0, 0, 0], [1, 1, 0, 0], [1, 1, 1, 0], [1, 1, 1, 1]]
     """
+    pattern = pattern_of(pattern)
     rows, cols = check_axes("build", q_len, q_len if kv_len is None else kv_len, query_offset)
     return ACSR((rows.length, cols.length), tuple(_component(run, 0) for run in pattern.runs(rows, cols)))
 

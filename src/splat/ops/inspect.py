@@ -9,7 +9,8 @@ from splat.codegen.base import OPERATIONS
 from splat.errors import ArgumentError
 from splat.ops import validate
 from splat.ops.emit_values import emit_values
-from splat.pattern import Pattern, parse
+from splat.pattern import Pattern
+from splat.pattern.parse import pattern_of
 from splat.planning import TARGETS, Candidate, Plan, Problem, find, make_plan, model_of, predict_ms, schedule
 
 
@@ -48,12 +49,10 @@ def plan(
     >>> p.nnz, p.empty_rows, p.waste < 1.4
     (8273664, 0, True)
     """
-    if isinstance(pattern, str):
-        pattern = parse(pattern)
     kv_len = q_len if kv_len is None else kv_len
     heads = num_q_heads if num_kv_heads is None else num_kv_heads
     name = _dtype_name(dtype)
-    problem = Problem(pattern, q_len, kv_len, head_dim, num_q_heads, heads, batch, name)
+    problem = Problem(pattern_of(pattern), q_len, kv_len, head_dim, num_q_heads, heads, batch, name)
     device = find(target)
     request = Request(device.kind, name, head_dim, elsewhere=True, blocks=(block_q, block_kv))
     chosen = choose(request, implementation).name
@@ -118,8 +117,7 @@ def _values_problem(
     """What an operation on values is emitted for, and its query offset."""
     if given := [name for name, value in others.items() if value is not None]:
         raise ArgumentError(f"kernel {kernel!r} is an operation on values, which has no {', '.join(given)}.")
-    pattern = parse(pattern) if isinstance(pattern, str) else pattern
-    kv_len = q_len if kv_len is None else kv_len
+    pattern, kv_len = pattern_of(pattern), q_len if kv_len is None else kv_len
     return Problem(pattern, q_len, kv_len, head_dim, num_q_heads, num_q_heads, batch, _dtype_name(dtype)), query_offset
 
 

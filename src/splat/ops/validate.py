@@ -15,6 +15,7 @@ from jax.core import Tracer
 from splat.acsr import ACSR
 from splat.errors import ArgumentError, UnsupportedError
 from splat.pattern import Pattern, PerHead
+from splat.pattern.core import check_is_pattern
 
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 
@@ -100,12 +101,7 @@ def check_acsr(acsr: Any) -> ACSR:
 
 def check_pattern(pattern: Any, num_q_heads: int) -> Pattern:
     """The pattern, after checking that it is one (and has one per query head, if per_head)."""
-    if not isinstance(pattern, Pattern):
-        raise ArgumentError(
-            f"pattern must be a splat pattern such as splat.causal() & splat.window(512), but {type(pattern).__name__} "
-            "was given. Use splat.from_mask for a boolean mask, splat.parse for text."
-        )
-    if isinstance(pattern, PerHead) and len(pattern.patterns) != num_q_heads:
+    if isinstance(check_is_pattern(pattern), PerHead) and len(pattern.patterns) != num_q_heads:
         raise ArgumentError(
             f"pattern: per_head names {len(pattern.patterns)} heads, but query has {num_q_heads}. Give one for each."
         )

@@ -13,7 +13,7 @@ from typing import Any, NoReturn
 
 import numpy as np
 
-from splat.errors import PatternError
+from splat.errors import ArgumentError, PatternError
 
 Array = Any  # a NumPy array, or a (traced) JAX array: whatever follows the array API
 
@@ -242,9 +242,16 @@ class Pattern:
     @cached_property
     def run_time_arrays(self) -> tuple[Array, ...]:
         """The traced and device arrays inside, each once."""
+        return tuple(array for array in self._arrays() if is_runtime_array(array))
+
+    @cached_property
+    def nbytes(self) -> int:
+        """About how much memory it holds in the end: the arrays inside, and as much that is seen from their columns."""
+        return 2 * sum(array.nbytes for array in self._arrays())
+
+    def _arrays(self) -> list[Array]:
         own = (getattr(one, field.name) for one in walk(self) for field in dataclasses.fields(one))
-        found = {id(x.array): x.array for x in own if isinstance(x, Frozen) and not x.is_static}
-        return tuple(found.values())
+        return list({id(x.array): x.array for x in own if isinstance(x, Frozen)}.values())
 
     # -- looking -------------------------------------------------------------------------------------------------
 
@@ -374,6 +381,16 @@ def check_int(
         message = f"{constructor}: {argument} must be in [{minimum}, {maximum}], but {number} was given"
         raise PatternError(f"{message}. {remedy}" if remedy else message)
     return int(number)
+
+
+def check_is_pattern(pattern: Any) -> Pattern:
+    """The pattern, or an `ArgumentError` where it is none."""
+    if not isinstance(pattern, Pattern):
+        raise ArgumentError(
+            f"pattern must be a splat pattern such as splat.causal() & splat.window(512), but {type(pattern).__name__} "
+            "was given. Use splat.from_mask for a boolean mask, splat.parse for text."
+        )
+    return pattern
 
 
 def check_axes(caller: str, q_len: Any, kv_len: Any, query_offset: Any) -> tuple[Axis, Axis]:

@@ -55,11 +55,6 @@ class Table(Pattern):
     count: Frozen
     kv_len: int | None = None
 
-    @property
-    def nbytes(self) -> int:
-        """About how much memory it holds in the end: its runs, and those seen from its columns."""
-        return 2 * (self.start.array.nbytes + self.count.array.nbytes)
-
     def _check(self, rows: Axis, cols: Axis) -> None:
         """Raises PatternError where the table was made for other lengths."""
         for given, axis, name in ((self.start.array.shape[1], rows, "query"), (self.kv_len, cols, "key")):

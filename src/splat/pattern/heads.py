@@ -91,7 +91,7 @@ def per_head(patterns: Iterable[Pattern]) -> Pattern:
     Raises:
       PatternError: no pattern given, something else given, or per_head inside per_head.
     """
-    if isinstance(patterns, Pattern):
+    if isinstance(patterns, Pattern | str) or not isinstance(patterns, Iterable):
         raise PatternError(f"per_head: patterns must be a list, one for each query head, but {patterns!r} was given")
     given = tuple(patterns)
     for n, pattern in enumerate(given):

@@ -19,7 +19,7 @@ from typing import Any
 
 from splat.errors import ParseError, PatternError
 from splat.pattern import data, grids, heads, library
-from splat.pattern.core import Pattern, decode_array
+from splat.pattern.core import Pattern, check_is_pattern, decode_array
 
 CONSTRUCTORS: dict[str, Callable[..., Any]] = {
     function.__name__: function
@@ -71,6 +71,11 @@ def parse(text: str) -> Pattern:
     except RecursionError:
         raise ParseError("cannot read this pattern: it is nested too deeply") from None
     return pattern
+
+
+def pattern_of(given: Pattern | str) -> Pattern:
+    """A pattern, or what a text describes. Raises ArgumentError where it is neither, and what `parse` raises."""
+    return parse(given) if isinstance(given, str) else check_is_pattern(given)
 
 
 class _Reader:

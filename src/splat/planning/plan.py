@@ -17,7 +17,7 @@ import numpy as np
 from splat.acsr import ACSR, build, build_transposed
 from splat.errors import ArgumentError, PatternError, SplatError
 from splat.pattern import Pattern, PerHead, parse
-from splat.pattern.core import MAX_LENGTH, brief, check_int, is_runtime_array
+from splat.pattern.core import MAX_LENGTH, brief, check_int, check_is_pattern, is_runtime_array
 from splat.planning.cost import CPP_TILE, CostModel, cost_model
 from splat.planning.savings import Savings, savings, si
 from splat.planning.schedule import PassDecision, Schedule, build_schedule, schedule
@@ -320,12 +320,7 @@ def predict_ms(schedule: Schedule, model: CostModel, problem: Problem) -> float 
 
 def check_problem(problem: Problem) -> Problem:
     """The problem, its numbers as ints. Raises ArgumentError or PatternError where it cannot be planned."""
-    if not isinstance(problem.pattern, Pattern):
-        raise ArgumentError(
-            f"pattern must be a splat pattern such as causal() & window(512), but {type(problem.pattern).__name__} was "
-            "given. Use splat.from_mask for a boolean mask, splat.parse for text."
-        )
-    if isinstance(problem.pattern, PerHead):
+    if isinstance(check_is_pattern(problem.pattern), PerHead):
         raise ArgumentError("a plan is for one pattern: plan each of per_head([...]).patterns, or call splat.attention")
     numbers = {
         name: check_int("plan", name, getattr(problem, name), 0 if name in ("q_len", "batch") else 1)

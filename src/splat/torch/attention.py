@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from splat.errors import ArgumentError
 from splat.pattern import Pattern, PerHead, causal, key_heads
+from splat.pattern.core import check_is_pattern
+from splat.remembered import Remembered
 from splat.torch import validate
 from splat.torch.operation import attend
 
@@ -123,29 +124,35 @@ def groups_of(pattern: Any, *, is_causal: bool = False) -> Groups:
 
     Inside `torch.compile` it runs once for a pattern object, when the call is traced.
     """
-    if not isinstance(pattern, Pattern):
-        raise ArgumentError(
-            f"pattern must be a splat pattern such as splat.causal() & splat.window(512), but {type(pattern).__name__} "
-            "was given. Use splat.from_mask for a boolean mask, splat.parse for text."
-        )
+    check_is_pattern(pattern)
     try:
-        return _texts(pattern & causal() if is_causal else pattern)
+        pattern = pattern & causal() if is_causal else pattern
+        return _known(pattern, lambda: _texts(pattern)).groups
     except AttributeError as error:  # torch.compile hands over the object before it has its attributes
         raise ArgumentError(
             "pattern was made inside a function that torch.compile traces. Make it outside and use it inside."
         ) from error
 
 
-@lru_cache(maxsize=256)
-def _texts(pattern: Pattern) -> Groups:
+class _Texts(NamedTuple):
+    groups: Groups
+    nbytes: int  # of the texts and of the pattern that they are found by
+
+
+def _texts(pattern: Pattern) -> _Texts:
     if not pattern.is_static:
         raise ArgumentError(
             "pattern holds run-time (JAX) arrays, which splat.torch cannot read. Make it from NumPy arrays or lists."
         )
     if isinstance(pattern, PerHead):
-        groups = tuple((repr(one), tuple(heads)) for one, heads in pattern.groups().items())
-        return len(pattern.patterns), groups
-    return None, ((repr(pattern), ()),)
+        named = tuple((repr(one), tuple(heads)) for one, heads in pattern.groups().items())
+        groups = len(pattern.patterns), named
+    else:
+        groups = None, ((repr(pattern), ()),)
+    return _Texts(groups, pattern.nbytes + sum(len(text) for text, _ in groups[1]))
+
+
+_known = Remembered(entries=256, nbytes=1 << 27)
 
 
 def _take(x: Tensor, heads: tuple[int, ...]) -> Tensor:

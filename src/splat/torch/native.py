@@ -5,8 +5,9 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import math
-from functools import cache, lru_cache
+from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,13 +15,10 @@ from torch import Tensor
 from splat.codegen.base import Options
 from splat.codegen.cpp.call import Placed, Prepared, prepare
 from splat.codegen.cpp.generate import forward_kernel, gradient_kernels
-from splat.pattern import Pattern, parse
 from splat.planning import Plan, Problem, make_plan
 from splat.remembered import Remembered
+from splat.torch.static import Static, pattern_in
 from splat.torch.validate import name_of
-
-#: pattern, scale, logits_soft_cap, query_offset: as the operations have them.
-Static = tuple[str, float | None, float | None, int]
 
 #: Calls of fewer floating-point operations stay on their thread: others take about 5 microseconds, and 50 where they
 #: have to be made first.
@@ -130,17 +128,13 @@ def _prepare(
 _prepared = Remembered(entries=512, nbytes=1 << 28)
 
 
-@lru_cache(maxsize=1024)
-def _nnz(static: Static, q_len: int, kv_len: int, head_dim: int, dtype: str) -> int:
-    return _plan(static, q_len, kv_len, head_dim, dtype).nnz
+def _nnz(static: Static, *sizes: Any) -> int:
+    return _counts((static, *sizes), lambda: _plan(static, *sizes).nnz)
+
+
+_counts = Remembered(entries=1024, nbytes=1 << 27)
 
 
 def _plan(static: Static, q_len: int, kv_len: int, head_dim: int, dtype: str) -> Plan:
-    text, _, _, offset = static
-    problem = Problem.of_any_heads(_parsed(text), q_len, kv_len, head_dim, dtype)
-    return make_plan(problem, implementation="cpp", query_offset=offset)
-
-
-@lru_cache(maxsize=256)
-def _parsed(text: str) -> Pattern:
-    return parse(text)
+    problem = Problem.of_any_heads(pattern_in(static), q_len, kv_len, head_dim, dtype)
+    return make_plan(problem, implementation="cpp", query_offset=static[3])

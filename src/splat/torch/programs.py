@@ -15,15 +15,12 @@ from splat.codegen.base import Options
 from splat.codegen.devices import nearest_target
 from splat.codegen.triton import interpret
 from splat.codegen.triton.program import Binding, Program, Sizes, guards_of, passes_of
-from splat.pattern import Pattern, parse
 from splat.planning import TARGETS, Plan, Problem, find, make_plan
 from splat.planning.kernels import INTERPRETER
 from splat.remembered import Remembered
 from splat.torch.recording import Recording, Tape
+from splat.torch.static import Static, pattern_in
 from splat.torch.validate import name_of
-
-#: pattern, scale, logits_soft_cap, query_offset: as the operations have them.
-Static = tuple[str, float | None, float | None, int]
 
 #: How many recordings of each direction are remembered, and how large their tables on the devices may be together.
 ENTRIES, NBYTES = 256, 1 << 28
@@ -151,15 +148,11 @@ def _has_descriptors(strides: Sequence[tuple[int, int, int]]) -> bool:
 # -- planning ----------------------------------------------------------------------------------------------------------
 
 
-@lru_cache(maxsize=256)
-def _parsed(text: str) -> Pattern:
-    return parse(text)
-
-
 def _plan(call: Call) -> Plan:
-    (text, _, _, offset), s = call.static, call.sizes
-    problem = Problem.of_any_heads(_parsed(text), s.q_len, s.kv_len, s.head_dim, s.dtype, grouped=s.group > 1)
-    return make_plan(problem, implementation="triton", target=target_of(call.device), query_offset=offset)
+    s = call.sizes
+    pattern = pattern_in(call.static)
+    problem = Problem.of_any_heads(pattern, s.q_len, s.kv_len, s.head_dim, s.dtype, grouped=s.group > 1)
+    return make_plan(problem, implementation="triton", target=target_of(call.device), query_offset=call.static[3])
 
 
 @lru_cache(maxsize=64)

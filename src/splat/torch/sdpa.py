@@ -11,6 +11,7 @@ from torch import Tensor
 
 from splat.errors import ArgumentError, UnsupportedError
 from splat.pattern import Pattern, PerHead, from_mask, full
+from splat.pattern.core import check_is_pattern
 from splat.remembered import Remembered
 from splat.torch import validate
 from splat.torch.attention import autocast, groups_of, run
@@ -71,11 +72,7 @@ def scaled_dot_product_attention(
         )
     if pattern is None:
         pattern = _FULL
-    elif not isinstance(pattern, Pattern):
-        raise ArgumentError(
-            f"pattern must be a splat pattern such as splat.causal() & splat.window(512), but {type(pattern).__name__} "
-            "was given. Use splat.parse for text."
-        )
+    check_is_pattern(pattern)
     if attn_mask is not None:
         pattern = pattern & _of_mask(attn_mask, sizes)
     out = run(query, key, value, groups_of(pattern, is_causal=is_causal), scale)
