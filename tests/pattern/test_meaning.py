@@ -220,6 +220,8 @@ LARGEST: list[Any] = [
     (splat.strided(2**30), meaning.window(0, 0)),
     (splat.lattice_columns(2**30, -1), meaning.sink(0)),
     (splat.blocked(2**30), meaning.full()),
+    (splat.blocked(1, 2**30, 2**30), meaning.full()),
+    (splat.blocked(3, 0, 2**30), lambda i, j: j // 3 >= i // 3),
     (splat.sink(2**30), meaning.full()),
     (splat.global_rows(2**30), meaning.full()),
     pytest.param(
@@ -236,7 +238,7 @@ LARGEST: list[Any] = [
 @pytest.mark.parametrize(("pattern", "predicate"), LARGEST)
 def test_largest_arguments(pattern: Pattern, predicate: Predicate) -> None:
     """All that the constructors accept stays exact in 32 bits."""
-    for offset in (0, 5):
+    for offset in (0, 5, 2**30 - 9):
         check(Case(pattern, 9, 12, offset, predicate))
     check(Case(pattern & splat.causal(), 9, 12, 0, lambda i, j: predicate(i, j) & (j <= i)))
 

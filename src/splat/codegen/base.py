@@ -63,6 +63,26 @@ class Options:
     logits_soft_cap: float | None = None
 
 
+#: Float32 has the numbers that kernels take, also times log2(e).
+LEAST_NUMBER, MOST_NUMBER = 1e-37, 1e37
+
+
+def check_scale(scale: float) -> float:
+    """The scale, or an ArgumentError where float32 cannot have it."""
+    if not abs(scale) <= MOST_NUMBER:
+        raise ArgumentError(f"scale must be in [{-MOST_NUMBER:g}, {MOST_NUMBER:g}] or None, but {scale} was given")
+    return scale
+
+
+def check_soft_cap(cap: float) -> float:
+    """The soft cap, or an ArgumentError where it is not positive, or float32 cannot have it."""
+    if not LEAST_NUMBER <= cap <= MOST_NUMBER:
+        raise ArgumentError(
+            f"logits_soft_cap must be in [{LEAST_NUMBER:g}, {MOST_NUMBER:g}] or None, but {cap} was given"
+        )
+    return cap
+
+
 @dataclasses.dataclass(frozen=True)
 class How:
     """How operations on values are made: what the paper's specialisations save can be switched off, for comparison.

@@ -13,6 +13,7 @@ import numpy as np
 from jax.core import Tracer
 
 from splat.acsr import ACSR
+from splat.codegen import base
 from splat.errors import ArgumentError, UnsupportedError
 from splat.pattern import Pattern, PerHead
 from splat.pattern.core import check_is_pattern
@@ -112,17 +113,14 @@ def check_scale(scale: Any, head_dim: int) -> float:
     """`scale` as a float; 1/sqrt(head_dim) where None."""
     if scale is None:
         return float(1 / np.sqrt(head_dim))
-    return _static_float("scale", scale)
+    return base.check_scale(_static_float("scale", scale))
 
 
 def check_soft_cap(cap: Any) -> float | None:
     """`logits_soft_cap` as a positive float, or None."""
     if cap is None:
         return None
-    number = _static_float("logits_soft_cap", cap)
-    if not number > 0:
-        raise ArgumentError(f"logits_soft_cap must be positive or None, but {number} was given")
-    return number
+    return base.check_soft_cap(_static_float("logits_soft_cap", cap))
 
 
 def _static_float(name: str, value: Any) -> float:
@@ -134,12 +132,9 @@ def _static_float(name: str, value: Any) -> float:
     try:
         if isinstance(value, (bool, str)):
             raise TypeError
-        number = float(value)
+        return float(value)
     except (TypeError, ValueError):
         raise ArgumentError(f"{name} must be a number or None, but {type(value).__name__} was given") from None
-    if not np.isfinite(number):
-        raise ArgumentError(f"{name} must be a finite number or None, but {value!r} was given")
-    return number
 
 
 def check_lengths(name: str, lengths: Any, batch: int, limit: int) -> Any:

@@ -167,9 +167,9 @@ class Blocked(_Primitive):
     def runs(self, rows: Axis, cols: Axis) -> list[Run]:
         block_row = rows.positions // self.block
         # No position lies past the last of these blocks, and their number times the block's size fits in 32 bits.
-        blocks = (MAX_LENGTH - 1) // self.block + 1
+        last = (MAX_LENGTH - 1) // self.block
         xp = array_namespace(block_row)
-        stop = xp.minimum(block_row + (self.after + 1), blocks) * self.block
+        stop = (xp.minimum(block_row + self.after, last) + 1) * self.block
         return _between(rows, cols, (block_row - self.before) * self.block, stop)
 
     def column_runs(self, cols: Axis, rows: Axis) -> list[Run]:

@@ -7,7 +7,6 @@ functions, so they look at shapes, dtypes and devices, never at values.
 from __future__ import annotations
 
 import importlib.util
-import math
 from collections.abc import Callable
 from functools import lru_cache
 from typing import Any, NamedTuple, TypeVar
@@ -17,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from splat.codegen import base
 from splat.codegen.cpp import compiler
 from splat.codegen.triton import interpret
 from splat.errors import ArgumentError, UnsupportedError
@@ -186,17 +186,14 @@ def _has_tangent(*arrays: Tensor) -> bool:
 
 def check_scale(scale: Any) -> float | None:
     """`scale` as a float, or None."""
-    return None if scale is None else _number("scale", scale)
+    return None if scale is None else base.check_scale(_number("scale", scale))
 
 
 def check_soft_cap(cap: Any) -> float | None:
     """`logits_soft_cap` as a positive float, or None."""
     if cap is None:
         return None
-    number = _number("logits_soft_cap", cap)
-    if not number > 0:
-        raise ArgumentError(f"logits_soft_cap must be positive or None, but {number} was given")
-    return number
+    return base.check_soft_cap(_number("logits_soft_cap", cap))
 
 
 def _number(name: str, value: Any) -> float:
@@ -207,10 +204,7 @@ def _number(name: str, value: Any) -> float:
         )
     if isinstance(value, str) or not hasattr(value, "__float__"):
         raise ArgumentError(f"{name} must be a number or None, but {type(value).__name__} was given")
-    number = float(value)
-    if not math.isfinite(number):
-        raise ArgumentError(f"{name} must be finite, but {number} was given")
-    return number
+    return float(value)
 
 
 def check_offset(query_offset: Any, q_len: int) -> int:
