@@ -126,10 +126,13 @@ def test_scores(options: dict[str, Any], rng: np.random.Generator) -> None:
     check("causal() & window(9) | strided(8)", draw_inputs(rng, 30, 30), **options)
 
 
-@pytest.mark.parametrize("text", ["causal()", "window(3) | strided(5)"])
-def test_kv_lengths(text: str, rng: np.random.Generator) -> None:
+@pytest.mark.parametrize(
+    ("text", "dtype"),
+    [("causal()", torch.int64), ("window(3) | strided(5)", torch.int16), ("full()", torch.uint16),
+     ("causal()", torch.uint32)],
+)  # fmt: skip
+def test_kv_lengths(text: str, dtype: torch.dtype, rng: np.random.Generator) -> None:
     """None, some, all and more keys than there are; of any integer dtype."""
-    dtype = torch.int64 if text == "causal()" else torch.int16
     lengths = torch.tensor([0, 7, 30, 99], dtype=dtype, device=DEVICE)
     check(text, draw_inputs(rng, 24, 30, batch=4), kv_lengths=lengths)
 

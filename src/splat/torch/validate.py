@@ -239,8 +239,9 @@ def check_lengths(lengths: Any, batch: int, kv_len: int, device: torch.device) -
             f"kv_lengths must be on query's device {device}, but it is on {lengths.device}. Move it once, with "
             ".to(query.device), outside the model's inner loop."
         )
-    wide = lengths.dtype == torch.int64  # clamped before the conversion: one past 2^31 means all keys, not none
-    return (lengths if wide else lengths.to(torch.int32)).clamp(0, kv_len).to(torch.int32).expand(batch).contiguous()
+    wide = lengths.dtype in (torch.int64, torch.uint32)  # clamped at 64 bits: one past 2^31 means all keys, not none
+    signed = lengths.to(torch.int64 if wide else torch.int32)
+    return signed.clamp(0, kv_len).to(torch.int32).expand(batch).contiguous()
 
 
-_INTEGERS = (torch.int32, torch.int64, torch.int16, torch.int8, torch.uint8)
+_INTEGERS = (torch.int32, torch.int64, torch.int16, torch.int8, torch.uint8, torch.uint16, torch.uint32)

@@ -9,11 +9,11 @@
 //   start(batch, kv_head, q_head)   once for a unit; the first head of the lanes
 //   walked_heads()             how many heads are walked, one after the other, into the same tiles
 //   begin(tile, head, rows)    before the first walk of a tile; `head` counts from the unit's first
-//   kRing                      walked rows that may stay for the unit's next row tile; 0: none do
+//   kRing                      walked rows that may stay for the next unit; 0: none do
 //   in_place(step)             whether walked rows that many apart are used where they are
 //   pack(head, first, step, count, place, fresh)   brings together walked rows first + step * n from `place` on, of
 //                              which the last `fresh` are missing there; `place` is 0 and all are, but for rings
-//   kInLanes, kWalked, ahead   where kRing: the arrays of either side, and what asks for the next row tile's rows
+//   kInLanes, kWalked, ahead   where kRing: the arrays of either side, and what asks for the next unit's rows
 //   block<NV>(tile, lane, at, n, x, mask)   works on n of them, from number `at` on, in NV vectors from `lane` on
 //   end(tile, head, rows)
 //   kKeeps                     whether what was packed stays for later units, so that chunks are always whole
@@ -54,7 +54,7 @@ struct Grid {
   int64_t num_rows, residues, groups_of_residue, tiles_of_residue, tiles_of_unit, units_of_residue, units;
   int64_t heads, head_parts;  // query heads in the tiles of one unit, and units that share a key head's
   bool last_first;
-  bool by_tile;  // units are single row tiles, and walked rows stay for the next one
+  bool by_band;  // units are few row tiles, and walked rows stay for the next one
   Ring rings[kMaxRings];
 };
 
@@ -76,7 +76,7 @@ template <class Kernel, class PassType> struct Runner {
   int64_t limit;  // of walked rows
   Ring rings[kMaxRings];
   int64_t head_of_rings = -1;
-  int64_t next_group;  // of the next row tile, where it follows in the same lattice; -1: it does not
+  int64_t next_group;  // of the next unit, where it follows in the same lattice; -1: it does not
   int next_num_groups;
 
   /// Unit `index` of a key head, those of all batch entries counted through.
@@ -95,7 +95,7 @@ template <class Kernel, class PassType> struct Runner {
     for (int t = 0; t < num_tiles; ++t) find_rows(t, residue, first + t, Kernel::kKeysInLanes ? keys : grid.num_rows);
     kernel.start(batch, kv_head, kv_head * group + head);
     if constexpr (Kernel::kRing > 0)
-      if (grid.by_tile) prepare_next(every_head, residue, first + 1);
+      if (grid.by_band) prepare_next(every_head, residue, first + num_tiles);
     for (int t = 0; t < num_tiles; ++t)
       for (int h = 0; h < heads; ++h) kernel.begin(t * heads + h, h, rows[t]);
     for (int walked = 0; walked < kernel.walked_heads(); ++walked) walk_all(walked, (PassType*)nullptr);
@@ -112,7 +112,8 @@ template <class Kernel, class PassType> struct Runner {
     kernel.ahead.clear();
     const int64_t from = tile * kGroupsOfTile, left = grid.groups_of_residue - from;
     next_group = left > 0 ? residue * grid.groups_of_residue + from : -1;
-    next_num_groups = (int)(left < kGroupsOfTile ? left : kGroupsOfTile);
+    const int64_t most = kGroupsOfTile * grid.tiles_of_unit;
+    next_num_groups = (int)(left < most ? left : most);
     if constexpr (kStep > 0) {
       const int64_t row = residue + kStep * from * kGroup, count = next_num_groups * kGroup;
       const int64_t rows_left = row < grid.num_rows ? ceil_div(grid.num_rows - row, kStep) : 0;
@@ -176,10 +177,10 @@ template <class Kernel, class PassType> struct Runner {
       if (high[t] > most) most = high[t];
     }
     // Rows that stay where they are come in chunks as well, so that sums do not depend on where rows lie.
-    const int32_t size = grid.by_tile ? rings[number].rows : Kernel::kChunk;
-    Ring* const ring = grid.by_tile && !kernel.in_place(kStride) ? &rings[number] : nullptr;
+    const int32_t size = grid.by_band ? rings[number].rows : Kernel::kChunk;
+    Ring* const ring = grid.by_band && !kernel.in_place(kStride) ? &rings[number] : nullptr;
     if constexpr (Kernel::kRing > 0) {
-      if (grid.by_tile && next_group >= 0) {
+      if (grid.by_band && next_group >= 0) {
         Columns next = hull(span(next_group, number), next_num_groups, PassType::kWalks);
         if (next.low < most) next.low = most;
         if (next.high > stop) next.high = stop;
@@ -283,16 +284,16 @@ template <class Kernel, class PassType> struct Runner {
   }
 };
 
-/// A ring for each walk of a pass in a memory of `room` rows; false where that is too small for what row tiles walk.
+/// A ring for each walk of a pass in a memory of `room` rows; false where that is too small for what units walk.
 template <class PassType>
 bool lay_out_rings(const int32_t* groups, int64_t num_groups, int64_t groups_of_residue, int32_t room, Ring* rings) {
-  constexpr int kGroupsOfTile = PassType::kStep ? kGroups : 1;
+  constexpr int kGroupsOfUnit = kBandTiles * (PassType::kStep ? kGroups : 1);
   int32_t used = 0;
   for (int w = 0; w < PassType::kWalks; ++w) {
-    int32_t width = 0;  // of the columns that a row tile has, the most
+    int32_t width = 0;  // of the columns that a unit has, the most
     for (int64_t n = 0; n < num_groups;) {
       const int64_t left = groups_of_residue - n % groups_of_residue;
-      const int64_t count = left < kGroupsOfTile ? left : kGroupsOfTile;
+      const int64_t count = left < kGroupsOfUnit ? left : kGroupsOfUnit;
       const Columns own = hull((const Span*)groups + n * PassType::kWalks + w, count, PassType::kWalks);
       if (own.high - own.low > width) width = own.high - own.low;
       n += count;
@@ -301,7 +302,7 @@ bool lay_out_rings(const int32_t* groups, int64_t num_groups, int64_t groups_of_
     used += rings[w].rows;
     if (used > room) return false;
   }
-  const int32_t times = used ? room / used : 1;  // the larger, the more rarely a row tile has two chunks
+  const int32_t times = used ? room / used : 1;  // the larger, the more rarely a unit has two chunks
   for (int w = 0; w < PassType::kWalks; ++w) rings[w].at *= times, rings[w].rows *= times;
   return true;
 }
@@ -332,12 +333,12 @@ Grid make_grid(const Call& call, const int32_t* groups, int64_t num_groups, int 
     const int64_t most = Kernel::tiles_for(width) / grid.heads;
     if (wanted > most) wanted = most;
   }
-  grid.by_tile = false;
+  grid.by_band = false;
   const bool one_head = !Kernel::kKeysInLanes || call.num_q_heads == call.num_kv_heads;  // is walked
   if constexpr (Kernel::kRing > 0 && PassType::kWalks <= kMaxRings)
-    grid.by_tile = one_head && lay_out_rings<PassType>(groups, num_groups, grid.groups_of_residue, Kernel::kRing,
+    grid.by_band = one_head && lay_out_rings<PassType>(groups, num_groups, grid.groups_of_residue, Kernel::kRing,
                                                        grid.rings);
-  if (grid.by_tile) wanted = 1;
+  if (grid.by_band && wanted > kBandTiles) wanted = kBandTiles;
   grid.tiles_of_unit = wanted < 1 ? 1 : wanted < grid.tiles_of_residue ? wanted : grid.tiles_of_residue;
   grid.units_of_residue = ceil_div(grid.tiles_of_residue, grid.tiles_of_unit);
   grid.units = grid.residues * grid.units_of_residue;
@@ -346,7 +347,7 @@ Grid make_grid(const Call& call, const int32_t* groups, int64_t num_groups, int 
     const Span &a = ((const Span*)groups)[w], &b = ((const Span*)groups)[(num_groups - 1) * PassType::kWalks + w];
     first += a.x3 - a.x0, last += b.x3 - b.x0;
   }
-  grid.last_first = last > first && !Kernel::kWholeHeads && !grid.by_tile;
+  grid.last_first = last > first && !Kernel::kWholeHeads && !grid.by_band;
   return grid;
 }
 
@@ -379,13 +380,13 @@ void run_pass(const Call& call, Pool& pool, const int32_t* const*& tables, const
   const Grid grid = make_grid<Kernel, PassType>(call, groups, *num_groups++, threads);
   const int64_t heads = call.batch * call.num_kv_heads, units = grid.units * grid.head_parts;
   const int64_t all = Kernel::kWholeHeads ? heads : heads * units;
-  // Neighbouring row tiles have walked rows in common: a thread takes some one after the other.
-  const int64_t least = grid.by_tile ? within(1, (int)(all / (16 * pool.num_threads)), 256 / kLanes) : 0;
+  // Neighbouring units have walked rows in common: a thread takes some one after the other.
+  const int64_t least = grid.by_band ? within(1, (int)(all / (16 * pool.num_threads)), 4) : 0;
   // Heads that are interleaved lie in the same pages: the next head comes when units have nothing more in common, and
   // where `kPagesHoldUp` after some.
-  const bool interleaved = grid.by_tile && call.key.head < call.key.position;
+  const bool interleaved = grid.by_band && call.key.head < call.key.position;
   const int64_t common = PassType::kStep > 1 ? grid.units_of_residue : units;
-  const int64_t together = !interleaved ? units : kPagesHoldUp && common > kMostTiles ? kMostTiles : common;
+  const int64_t together = !interleaved ? units : kPagesHoldUp && common > 16 ? 16 : common;
   parallel_runs(pool, all, least, [&](int64_t from, int64_t to) {
     auto* memory = (typename Kernel::Scratch*)scratch(sizeof(typename Kernel::Scratch));
     Runner<Kernel, PassType> runner{call, grid, groups, bounds, map, Kernel{call, *memory, first}};

@@ -18,10 +18,12 @@ constexpr int kMostTiles = 1024 / kLanes;
 template <int state_bytes> constexpr int kTilesOf = within(1, (512 << 10) / state_bytes, kMostTiles);
 /// Walked rows that are brought together: as many as a quarter holds.
 template <int row_bytes> constexpr int kChunkOf = within(64, (256 << 10) / row_bytes / 64 * 64, 4096);
-/// Those that stay for the next row tile: as many as three quarters of a megabyte holds.
+/// Row tiles of a unit whose walked rows stay for the next one.
+constexpr int kBandTiles = 64 / kLanes;
+/// Those rows: as many as three quarters of a megabyte holds.
 template <int row_bytes> constexpr int kRingOf = within(64, (768 << 10) / row_bytes / 64 * 64, 4096);
 
-/// Where walked rows are brought together that the next row tile needs again: row x of a lattice lies at x % rows.
+/// Where walked rows are brought together that the next unit needs again: row x of a lattice lies at x % rows.
 struct Ring {
   int32_t at, rows;  // of the memory
   int64_t residue = -1, from = 0, to = 0;  // what is there: [from, to) of a lattice
