@@ -12,7 +12,7 @@
 namespace splat {
 
 constexpr int kGroup = 16;                                // of a group: what spans are exact for
-constexpr int kLanes = kVectorBytes == 64 ? 64 : kGroup;  // of a row tile: what a lane block has, so that it lies together
+constexpr int kLanes = kVectorBytes == 64 ? 64 : kGroup;  // of a row tile: a lane block's, so that it lies together
 constexpr int kGroups = kLanes / kGroup;
 
 /// Room for the columns of a block. Its scores pass through the second-level cache: that costs less than reading and

@@ -189,7 +189,8 @@ template <class T, bool kShort = false> SPLAT_INLINE Vec<T> exp2(Vec<T> x) {
 
 /// tanh, with a relative error of a few roundings: a cap that is far above all scores leaves them as they are.
 template <class T> SPLAT_INLINE Vec<T> tanh(Vec<T> x) {
-  const Vec<T> e = exp2<T>(smaller<T>(splat_of((T)64), x * (2 * kLog2e<T>))), large = (T)1 - (T)2 / (e + (T)1), s = x * x;
+  const Vec<T> e = exp2<T>(smaller<T>(splat_of((T)64), x * (2 * kLog2e<T>)));
+  const Vec<T> large = (T)1 - (T)2 / (e + (T)1), s = x * x;
   Vec<T> series = s * (T)(-1382.0 / 155925) + (T)(62.0 / 2835);
   series = series * s + (T)(-17.0 / 315);
   series = series * s + (T)(2.0 / 15);
