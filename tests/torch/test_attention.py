@@ -131,7 +131,7 @@ def test_scores(options: dict[str, Any], rng: np.random.Generator) -> None:
     [("causal()", torch.int64), ("window(3) | strided(5)", torch.int16), ("full()", torch.uint16),
      ("causal()", torch.uint32)],
 )  # fmt: skip
-def test_kv_lengths(text: str, dtype: torch.dtype, rng: np.random.Generator) -> None:
+def test_kv_lengths(text: str, dtype: Any, rng: np.random.Generator) -> None:
     """None, some, all and more keys than there are; of any integer dtype."""
     lengths = torch.tensor([0, 7, 30, 99], dtype=dtype, device=DEVICE)
     check(text, draw_inputs(rng, 24, 30, batch=4), kv_lengths=lengths)
