@@ -746,6 +746,28 @@ class AttentionSuite:
         found = jax.grad(lambda q: read.call(q, k, v).sum())(q)
         np.testing.assert_allclose(found, jax.grad(lambda q: run(q, k, v).sum())(q), atol=1e-5)
 
+    def test_export_for_any_batch(self, rng: np.random.Generator) -> None:
+        """Forward and gradients."""
+        pytest.importorskip("flatbuffers", reason="jax.export needs the flatbuffers package to serialise")
+        from jax import export
+
+        q, k, v, *_ = draw_inputs(rng, 24, 24, batch=3)
+
+        def loss(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+            return (self.attention(q, k, v, splat.causal() & splat.window(5) | splat.strided(4)) ** 2).sum()
+
+        (batch,) = export.symbolic_shape("batch")
+        run = jax.jit(jax.value_and_grad(loss, (0, 1, 2)))
+        kinds = [jax.ShapeDtypeStruct((batch, *x.shape[1:]), jnp.float32) for x in (q, k, v)]
+        found = export.export(run, disabled_checks=self.export_checks())(*kinds).call(q, k, v)
+        for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(run(q, k, v)), strict=True):
+            np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
+
+    @staticmethod
+    def export_checks() -> list[Any]:
+        """What an export is not to check."""
+        return []
+
     # -- memory --------------------------------------------------------------------------------------------------------
 
     def test_plans_that_are_not_remembered_are_gone(

@@ -327,6 +327,7 @@ RUNTIME = build(splat.segments(jnp.zeros(4, jnp.int32)), 4, 4)
 @pytest.mark.parametrize(
     ("call", "message"),
     [
+        (lambda: ACSR.from_dense(np.ma.masked_array(np.ones((2, 2)))), "matrix must not be a masked array"),
         (lambda: ACSR.from_dense([[1, 0]]), "matrix must be a NumPy or JAX array [rows, cols], but list was given"),
         (lambda: ACSR.from_dense(SCIPY), "given; from_scipy, from_bcoo and from_bcsr take sparse ones."),
         (lambda: ACSR.from_dense(np.ones((2, 3, 4))), "matrix must have shape [rows, cols], but [2, 3, 4] was given"),

@@ -21,6 +21,7 @@ pytestmark = pytest.mark.skipif(
 
 class TestCpp(AttentionSuite, ShardingSuite):
     implementation = "cpp"
+    export_checks = staticmethod(bind_jax.export_checks)
 
     def test_forward_over_reverse(self, rng: np.random.Generator) -> None:  # type: ignore[override]
         """Refused, with the implementation that can."""
@@ -43,8 +44,9 @@ class TestCpp(AttentionSuite, ShardingSuite):
         gradient = jax.grad(lambda q: run(q, k, v).sum())(q)
         with pytest.raises(ValueError, match="custom call"):
             export.export(run)(q, k, v).serialize()
-        checks = bind_jax.export_checks()
-        read = export.deserialize(export.export(run, disabled_checks=checks)(q, k, v).serialize(vjp_order=1))
+        read = export.deserialize(
+            export.export(run, disabled_checks=self.export_checks())(q, k, v).serialize(vjp_order=1)
+        )
         np.testing.assert_array_equal(read.call(q, k, v), expected)
         np.testing.assert_array_equal(jax.grad(lambda q: read.call(q, k, v).sum())(q), gradient)
 

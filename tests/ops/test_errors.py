@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import re
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import jax
@@ -101,6 +102,10 @@ REFUSED: list[Any] = [
     ),
     (call(value=x(2, 6, 2, 16, dtype="int32")), UnsupportedError, "value must be one of float32, bfloat16, float16"),
     (call(query=x(2, 8, 4, 16, dtype="complex64")), UnsupportedError, "but complex64 was given"),
+    (call(query=None), ArgumentError, "query must be an array of numbers, but NoneType was given"),
+    (call(key="abc"), ArgumentError, "key must be an array of numbers, but str was given"),
+    (call(value=[[1.0], [2.0, 3.0]]), ArgumentError, "value must be an array of numbers, but list was given"),
+    (call(query=jax.ShapeDtypeStruct((2, 8, 4, 16), "float32")), ArgumentError, "but ShapeDtypeStruct was given"),
     # patterns
     (
         call(pattern=None),
@@ -147,6 +152,7 @@ REFUSED: list[Any] = [
     # options
     (call(scale="1"), ArgumentError, "scale must be a number or None, but str was given"),
     (call(scale=True), ArgumentError, "scale must be a number or None, but bool was given"),
+    (call(scale=10**400), ArgumentError, "scale must be a number or None, but int was given"),
     (call(scale=float("inf")), ArgumentError, "scale must be in [-1e+37, 1e+37] or None, but inf was given"),
     (call(scale="much"), ArgumentError, "scale must be a number or None, but str was given"),
     (call(scale=np.ones(2)), ArgumentError, "scale must be a number or None, but ndarray was given"),
@@ -168,6 +174,21 @@ REFUSED: list[Any] = [
         "logits_soft_cap must be in [1e-37, 1e+37] or None, but nan was given",
     ),
     (call(query_offset=-1), ArgumentError, "query_offset must be in [0, 2**30 - 8] for 8 queries, but -1 was given"),
+    (
+        call(query_offset=np.array(-5)),
+        ArgumentError,
+        "query_offset must be in [0, 2**30 - 8] for 8 queries, but -5 was",
+    ),
+    (call(query_offset=np.array(2**40)), ArgumentError, "query_offset must be in [0, 2**30 - 8] for 8 queries"),
+    (
+        call(query_offset=None),
+        ArgumentError,
+        "query_offset must be an int or an integer scalar, but NoneType was given",
+    ),
+    (call(query_offset="a"), ArgumentError, "query_offset must be an int or an integer scalar, but str was given"),
+    (call(kv_lengths=[[3], [4, 5]]), ArgumentError, "kv_lengths must be an array of numbers, but list was given"),
+    (call(return_lse="no"), ArgumentError, "return_lse must be True or False, but str was given"),
+    (call(implementation=["cpp"]), ArgumentError, "implementation must be None or one of 'triton', 'cpp', 'xla'"),
     (call(query_offset=x()), ArgumentError, "query_offset must be an int or an integer scalar, but float"),
     (call(query_offset=x(2, dtype="int32")), ArgumentError, "For one offset per sequence use jax.vmap over the batch"),
     (
@@ -201,6 +222,54 @@ def test_refused(arguments: dict[str, Any], error: type[SplatError], message: st
 def test_the_listener_would_see_a_compilation(compiled: list[str]) -> None:
     jax.jit(lambda x: x * 3 + 1)(x(7, 3))
     assert compiled
+
+
+def test_refused_by_the_drop_in() -> None:
+    q, k = x(2, 8, 4, 16), x(2, 8, 2, 16)
+    attend: Any = splat.dot_product_attention
+    for arguments, options, message in (
+        ((x(8, 4, 16), k, k), {}, "query must have shape [B, T, N, H], but shape [8, 4, 16] was given"),
+        ((q, k, k, splat.causal()), {}, "bias was given a pattern. Pass it by name: pattern=..."),
+        ((q, k, k, None, splat.causal()), {}, "mask was given a pattern"),
+        ((q, k, k), dict(mask=[[True] * 8, [True]]), "mask must be an array of numbers, but list was given"),
+        ((q, k, k), dict(is_causal="False"), "is_causal must be True or False, but str was given"),
+        ((q, k, k), dict(return_residual=1), "return_residual must be True or False, but int was given"),
+        (
+            (q, k, k),
+            dict(local_window_size=-1),
+            "local_window_size must be an int or (left, right), as sides of a window",
+        ),
+        ((q, k, k), dict(local_window_size=(None, 2)), "local_window_size must be an int or (left, right), as sides"),
+    ):
+        with pytest.raises(ArgumentError) as caught:
+            attend(*arguments, **options)
+        assert message in str(caught.value)
+    with pytest.raises(ArgumentError, match="is_causal must be True or False, but .*Tracer was given"):
+        jax.jit(lambda flag: attend(q, k, k, is_causal=flag))(True)
+
+
+def test_only_the_batch_may_be_symbolic() -> None:
+    (t,) = jax.export.symbolic_shape("t")
+    for q, k in (((2, t, 4, 16), (2, 6, 2, 16)), ((2, 8, 4, 16), (2, t, 2, 16)), ((2, 8, 4, t), (2, 6, 2, t))):
+        arrays = [jax.ShapeDtypeStruct(shape, "float32") for shape in (q, k, k)]
+        with pytest.raises(UnsupportedError, match="Only the batch may be symbolic"):
+            jax.export.export(jax.jit(lambda q, k, v: splat.attention(q, k, v, splat.causal())))(*arrays)
+
+
+@pytest.mark.parametrize("implementation", ["xla", "cpp"])
+def test_offsets_saturate(implementation: str) -> None:
+    """One past all positions is none that comes around."""
+    rng = np.random.default_rng(0)
+    q, k, v = (jnp.asarray(rng.standard_normal(shape), jnp.float32) for shape in ((1, 8, 2, 16), *[(1, 40, 2, 16)] * 2))
+    run = partial(splat.attention, q, k, v, implementation=implementation)
+    for offset in (jnp.uint32(2**31 + 3), jnp.int32(2**31 - 1), jnp.int32(2**30)):
+        np.testing.assert_array_equal(run(splat.causal(), query_offset=offset), run(splat.full()))
+        assert not np.asarray(run(splat.window(5), query_offset=offset)).any()
+    for offset in (jnp.int32(-(2**31)), jnp.int8(-128)):
+        assert not np.asarray(run(splat.causal(), query_offset=offset)).any()
+    np.testing.assert_array_equal(
+        run(splat.causal(), query_offset=np.array(3)), run(splat.causal(), query_offset=np.int64(3))
+    )
 
 
 def test_traced_options_that_are_compiled_in() -> None:

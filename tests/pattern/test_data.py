@@ -229,6 +229,7 @@ def test_columns_that_are_not_regular_are_refused() -> None:
 @pytest.mark.parametrize(
     ("make", "message"),
     [
+        (lambda: splat.from_mask([[1], [1, 2]]), "from_mask must be an array, but NumPy makes none of what was given"),
         (
             lambda: splat.from_mask(np.ones((2, 2))),
             "from_mask: mask must be bool [q_len, kv_len], but float64[2, 2] was",

@@ -286,8 +286,8 @@ def test_empty_axes() -> None:
         (lambda: splat.sink("4"), "sink: n must be an int, but '4' of type str"),  # type: ignore[arg-type]
         (lambda: splat.global_tokens(-1), "global_tokens: n must be in [0, "),
         (lambda: splat.random_blocks(4, 257, 0), "random_blocks: per_row must be in [0, 256], but 257"),
-        (splat.segments, "give either ids (one per position) or lengths"),
-        (lambda: splat.segments([0], lengths=[1]), "give either ids (one per position) or lengths"),
+        (splat.segments, "lengths (one per document), but neither was given"),
+        (lambda: splat.segments([0], lengths=[1]), "lengths (one per document), but both were given"),
         (lambda: splat.segments([0.5]), "ids must be integers of rank 1, but float64[1] was given"),
         (lambda: splat.segments([[0]]), "ids must be integers of rank 1, but int64[1, 1] was given"),
         (lambda: splat.segments(lengths=[3, -2]), "lengths must not be negative, but -2 was given"),

@@ -48,6 +48,8 @@ FEW = X[:, :2]
         ((X, X, X), {"scale": "big"}, ArgumentError, "scale must be a number or None, but str was given"),
         ((X, X, X), {"scale": torch.ones(())}, ArgumentError, "Multiply query by a run-time scale instead."),
         ((X, X, X), {"scale": float("nan")}, ArgumentError, "scale must be in [-1e+37, 1e+37] or None, but nan"),
+        ((X.to_sparse(), X, X), {}, UnsupportedError, "query must be a dense tensor, but a sparse one was given"),
+        ((X, torch.nested.nested_tensor([*X], layout=torch.jagged), X), {}, UnsupportedError, "but a nested one was"),
         ((X, X, X), {"scale": -1e300}, ArgumentError, "scale must be in [-1e+37, 1e+37] or None, but -1e+300"),
         ((X, X, X), {"logits_soft_cap": 1e-300}, ArgumentError, "logits_soft_cap must be in [1e-37, 1e+37]"),
         ((X, X, X), {"logits_soft_cap": 0}, ArgumentError, "logits_soft_cap must be in [1e-37, 1e+37] or None"),

@@ -357,6 +357,8 @@ def _collect(data: Array, number: np.ndarray, size: int) -> Array:
 
 def _array(name: str, array: Array, letters: str, tail: tuple[int, int] | None = None) -> Array:
     """The array, after checking that it ends in `tail`; where None, that it has two axes."""
+    if isinstance(array, np.ma.MaskedArray):
+        raise ArgumentError(f"{name} must not be a masked array. Its filled(0) has zeros, which are not stored.")
     if not isinstance(array, np.ndarray) and not is_runtime_array(array):
         remedy = "np.asarray makes one" if tail else "from_scipy, from_bcoo and from_bcsr take sparse ones"
         raise ArgumentError(f"{name} must be a NumPy or JAX array {letters}, but {_name(array)} was given; {remedy}.")

@@ -18,7 +18,7 @@ _said: set[str] = set()
 
 def load(name: str) -> Implementation:
     """The implementation of that name. Raises ArgumentError for an unknown one."""
-    if name not in _MODULES:
+    if not isinstance(name, str) or name not in _MODULES:
         raise ArgumentError(
             f"implementation must be None or one of {', '.join(map(repr, NAMES))}, but {name!r} was given. None picks "
             "the best that can serve."

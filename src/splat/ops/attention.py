@@ -16,7 +16,7 @@ from splat.codegen import Options, Request, choose
 from splat.codegen.devices import platform_of
 from splat.codegen.partitioning import Axes, explicit
 from splat.codegen.registry import load
-from splat.errors import ArgumentError, UnsupportedError
+from splat.errors import ArgumentError, PatternError, UnsupportedError
 from splat.ops import validate
 from splat.pattern import Pattern, PerHead, causal, from_mask, full, key_heads, window
 from splat.pattern.core import is_runtime_array, with_arrays, without_arrays
@@ -76,7 +76,8 @@ def attention(
     >>> splat.attention(q, k, v, splat.causal() & splat.window(8)).shape
     (1, 64, 2, 16)
     """
-    query, key, value = (x if isinstance(x, jax.Array) else jnp.asarray(x) for x in (query, key, value))
+    query, key, value = map(validate.as_array, ("query", "key", "value"), (query, key, value))
+    return_lse = validate.check_flag("return_lse", return_lse)
     sizes = validate.check_arrays(query, key, value)
     pattern = validate.check_pattern(pattern, sizes.num_q_heads)
     options = Options(validate.check_scale(scale, sizes.head_dim), validate.check_soft_cap(logits_soft_cap))
@@ -130,7 +131,7 @@ class _Part:
     def __call__(self, *arrays: Any) -> tuple[Any, Any]:
         (query, key, value, lengths), (inside, offsets) = self.tree.unflatten(arrays)
         pattern = with_arrays(self.pattern, inside) if inside else self.pattern
-        offset = offsets[0] if offsets else self.offset
+        offset = validate.saturated(offsets[0], query.shape[1]) if offsets else self.offset
         if isinstance(pattern, PerHead):
             return self._by_head(pattern, offset, query, key, value, lengths)
         return self._run(pattern, offset, query, key, value, lengths)
@@ -205,25 +206,32 @@ def dot_product_attention(
     >>> splat.dot_product_attention(q, k, v, is_causal=True, pattern=splat.strided(4) | splat.window(8)).shape
     (1, 64, 2, 16)
     """
+    for name, given in (("bias", bias), ("mask", mask)):
+        if isinstance(given, Pattern):
+            raise ArgumentError(f"{name} was given a pattern. Pass it by name: pattern=...")
     if bias is not None:
         raise UnsupportedError(
             "bias is not supported: a dense [T, S] bias costs what sparse attention saves. Use "
             "jax.nn.dot_product_attention for it."
         )
-    query, key, value = (x if isinstance(x, jax.Array) else jnp.asarray(x) for x in (query, key, value))
-    single = query.ndim == 3
+    query, key, value = map(validate.as_array, ("query", "key", "value"), (query, key, value))
+    return_residual = validate.check_flag("return_residual", return_residual)
+    single = query.ndim == key.ndim == value.ndim == 3
     if single:
         query, key, value = query[None], key[None], value[None]
     sizes = validate.check_arrays(query, key, value)
     pattern = full() if pattern is None else validate.check_pattern(pattern, sizes.num_q_heads)
-    if is_causal:
+    if validate.check_flag("is_causal", is_causal):
         pattern = pattern & causal()
     if local_window_size is not None:
         given: Any = local_window_size
         sides = (given, given) if hasattr(given, "__index__") else given
         if not isinstance(sides, Sequence) or len(sides) != 2:
             raise ArgumentError(f"local_window_size must be an int or (left, right), but {given!r} was given")
-        pattern = pattern & window(*sides)
+        try:
+            pattern = pattern & window(*sides)
+        except PatternError as error:
+            raise ArgumentError(f"local_window_size must be an int or (left, right), as sides of a {error}") from None
     if mask is not None:
         pattern = pattern & _pattern_of_mask(mask, sizes)
     query_lengths = validate.check_lengths("query_seq_lengths", query_seq_lengths, sizes.batch, sizes.q_len)
@@ -250,7 +258,7 @@ def _pattern_of_mask(mask: Any, sizes: validate.Sizes) -> Pattern:
             "mask is traced, so its structure cannot be recovered. Pass a NumPy mask, or describe it: pattern=, "
             "is_causal=, local_window_size=, or segments(ids) for packed documents."
         )
-    array = np.asarray(mask)
+    array = np.asarray(validate.as_array("mask", mask, np))
     if array.dtype != bool or array.ndim > 4:
         raise ArgumentError(
             f"mask must be bool, broadcastable to [B, N, T, S], but {array.dtype}{list(array.shape)} was given"

@@ -32,6 +32,25 @@ class Sizes(NamedTuple):
     head_dim: int
 
 
+def as_array(name: str, given: Any, xp: Any = jnp, expected: str = "an array of numbers") -> Any:
+    """`given` as an array: JAX's as they are, others as `xp` makes them."""
+    if isinstance(given, jax.Array):
+        return given
+    try:
+        if isinstance(given, str):
+            raise TypeError
+        return xp.asarray(given)
+    except (TypeError, ValueError, OverflowError):
+        raise ArgumentError(f"{name} must be {expected}, but {type(given).__name__} was given") from None
+
+
+def check_flag(name: str, value: Any) -> bool:
+    """`value` as a bool: it decides what is compiled, so that no run-time value can be one."""
+    if not isinstance(value, (bool, np.bool_)):
+        raise ArgumentError(f"{name} must be True or False, but {type(value).__name__} was given")
+    return bool(value)
+
+
 def check_arrays(query: Any, key: Any, value: Any) -> Sizes:
     """The sizes of query [B, T, N, H], key and value [B, S, K, H], after checking them."""
     for name, array, letters in (("query", query, "[B, T, N, H]"), ("key", key, "[B, S, K, H]"),
@@ -61,6 +80,11 @@ def check_arrays(query: Any, key: Any, value: Any) -> Sizes:
             "(axis 3). Keys that serve every batch entry need jnp.broadcast_to."
         )
     kv_len, num_kv_heads = key.shape[1], key.shape[2]
+    if not all(isinstance(size, int) for size in (q_len, num_q_heads, head_dim, kv_len, num_kv_heads)):
+        raise UnsupportedError(
+            f"positions, heads and head dim must be known, but query {query.shape} and key {key.shape} were given. "
+            "Only the batch may be symbolic."
+        )
     if kv_len == 0:
         raise ArgumentError("key and value must have at least one position, but kv_len is 0. Skip the call instead.")
     if num_kv_heads == 0 or head_dim == 0 or num_q_heads == 0:
@@ -133,7 +157,7 @@ def _static_float(name: str, value: Any) -> float:
         if isinstance(value, (bool, str)):
             raise TypeError
         return float(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         raise ArgumentError(f"{name} must be a number or None, but {type(value).__name__} was given") from None
 
 
@@ -146,7 +170,7 @@ def check_lengths(name: str, lengths: Any, batch: int, limit: int) -> Any:
     if lengths is None:
         return None
     # Before any conversion to int32: a length past 2^31 means all positions, not none.
-    array = lengths if isinstance(lengths, jax.Array) else np.asarray(lengths)
+    array = as_array(name, lengths, np)
     if not jnp.issubdtype(array.dtype, jnp.integer) or array.shape not in ((), (batch,)):
         raise ArgumentError(
             f"{name} must be integers of shape [{batch}] or [] ({batch} is the batch size), but "
@@ -161,17 +185,26 @@ def check_lengths(name: str, lengths: Any, batch: int, limit: int) -> Any:
 
 
 def check_offset(query_offset: Any, q_len: int) -> Any:
-    """`query_offset` as an int, or as a run-time int32 scalar."""
+    """`query_offset` as an int, or as a run-time integer scalar, which `saturated` takes."""
+    if isinstance(query_offset, np.ndarray) and query_offset.ndim == 0:
+        query_offset = query_offset[()]
     if isinstance(query_offset, (int, np.integer)) and not isinstance(query_offset, bool):
         if not 0 <= query_offset <= 2**30 - q_len:
             raise ArgumentError(
                 f"query_offset must be in [0, 2**30 - {q_len}] for {q_len} queries, but {query_offset} was given"
             )
         return int(query_offset)
-    array = jnp.asarray(query_offset)
+    array = as_array("query_offset", query_offset, expected="an int or an integer scalar")
     if array.shape != () or not jnp.issubdtype(array.dtype, jnp.integer):
         raise ArgumentError(
             f"query_offset must be an int or an integer scalar, but {array.dtype}{list(array.shape)} was given. For "
             "one offset per sequence use jax.vmap over the batch."
         )
-    return array.astype(jnp.int32)
+    return array
+
+
+def saturated(query_offset: Any, q_len: int) -> Any:
+    """A run-time offset as int32: one past all positions stays there, and one far before them stays before."""
+    least, most = -(2**30), 2**30 - q_len
+    wide = query_offset if query_offset.dtype.itemsize >= 4 else query_offset.astype(jnp.int32)
+    return jnp.clip(wide, max(least, int(jnp.iinfo(wide.dtype).min)), most).astype(jnp.int32)

@@ -194,7 +194,10 @@ def _as_numpy(name: str, values: Any) -> np.ndarray:
             ) from error
     if isinstance(values, str):
         return decode_array(values)
-    return np.asarray(values)
+    try:
+        return np.asarray(values)
+    except ValueError as error:
+        raise PatternError(f"{name} must be an array, but NumPy makes none of what was given: {error}") from None
 
 
 def from_mask(mask: Any, *, max_components: int = 64) -> Pattern:

@@ -361,7 +361,8 @@ def segments(ids: Any = None, *, lengths: Any = None) -> Pattern:
       PatternError: neither or both given, wrong rank or dtype, negative lengths, ids in several stretches.
     """
     if (ids is None) == (lengths is None):
-        raise PatternError("segments: give either ids (one per position) or lengths (one per document), not both")
+        given = "neither was" if ids is None else "both were"
+        raise PatternError(f"segments: give ids (one per position) or lengths (one per document), but {given} given")
     if lengths is not None:
         _check_int_array("lengths", lengths)
         return SegmentLengths(Frozen(lengths if is_runtime_array(lengths) else _int32_lengths(np.asarray(lengths))))

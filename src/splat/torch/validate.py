@@ -62,6 +62,11 @@ def check_arrays(query: Any, key: Any, value: Any) -> Sizes:
                 f"{name} must be a torch.Tensor, but {type(array).__name__} was given. JAX and NumPy arrays are for "
                 "splat.attention."
             )
+        if array.is_nested or array.layout is not torch.strided:
+            raise UnsupportedError(
+                f"{name} must be a dense tensor, but a {'nested' if array.is_nested else 'sparse'} one was given. For "
+                "sequences of different lengths use kv_lengths, or one long sequence and splat.segments."
+            )
         if array.ndim != 4:
             raise ArgumentError(
                 f"{name} must have shape {letters}, but shape {list(array.shape)} was given. A missing batch axis "

@@ -11,6 +11,7 @@ import dataclasses
 import textwrap
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
+from typing import Any
 
 from splat import __version__
 from splat.codegen.cpp.lower import ALONE, GROUP, PassFacts, WalkFacts
@@ -43,12 +44,14 @@ def forward_kernel(q_len: int, dtype: str) -> str:
     return "decode" if q_len <= few_queries(dtype) else "forward"
 
 
-def gradient_kernels(dtype: str, heads: int, threads: int) -> tuple[str, ...]:
+def gradient_kernels(dtype: str, heads: Any, threads: int) -> tuple[str, ...]:
     """The kernels of a backward: all in one where dK and dV add up in the results and heads keep threads busy.
 
     The one takes five matrix products, the two seven, but they share out row tiles instead of key heads (`heads`,
-    those of all batch entries).
+    those of all batch entries; a program for any batch does not know them).
     """
+    if not isinstance(heads, int):
+        return ("d_query", "d_key_value")
     rounds = -(-heads // threads)
     if "backward" in every_gradient_kernel(dtype) and heads >= 0.8 * rounds * threads:
         return ("backward",)
