@@ -11,7 +11,7 @@ import pytest
 from rich.console import Console
 
 import splat
-from splat.errors import PatternError
+from splat.errors import ArgumentError, PatternError
 from splat.explain import Drawing, expression, numbers, rasterize, save_picture, save_strip, summary
 from splat.explain import picture as picture_module
 from splat.explain import raster as raster_module
@@ -162,6 +162,18 @@ def test_strip_with_parts_and_times(tmp_path: Path) -> None:
     assert {FULL, PARTIAL, WASTED} <= pixels(path)
     save_strip(plans, path)
     assert matplotlib.image.imread(path).shape[0] < with_bars[0]
+
+
+@pytest.mark.parametrize(
+    ("suffix", "begins"), [("", b"\x89PNG"), (".PNG", b"\x89PNG"), (".svg", b"<?xml"), (".pdf", b"%PDF")]
+)
+def test_picture_is_what_its_name_says(tmp_path: Path, suffix: str, begins: bytes) -> None:
+    path = tmp_path / f"p{suffix}"
+    for save in (save_picture, lambda plan, path: save_strip([plan], path)):
+        save(make("window(9)", 64), path)
+        assert path.read_bytes().startswith(begins)
+    with pytest.raises(ArgumentError, match=r"written as .png, .svg, .pdf, but the file p.jpeg ends in .jpeg"):
+        save_picture(make("window(9)", 64), tmp_path / "p.jpeg")
 
 
 def drawn(plan: Plan, encoding: str = "utf-8", width: int = 120, **kwargs) -> str:

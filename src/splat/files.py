@@ -13,12 +13,13 @@ from pathlib import Path
 def replacing(path: Path) -> Iterator[Path]:
     """Gives the path of a new file beside `path`, which takes its place in the end, and is removed after an error.
 
-    What is there and no regular file, such as /dev/stdout, is given itself. An OSError names `path`.
+    It has the same suffix. What is there and no regular file, such as /dev/stdout, is given itself. An OSError names
+    `path`.
     """
     whole = path.resolve()  # a link stays one
     # Not tempfile: its files are readable by their owner only, and results are shared.
     there = path.exists() and not path.is_file()
-    written = path if there else whole.with_name(f".{whole.name}.{os.getpid()}")
+    written = path if there else whole.with_name(f".{whole.stem}.{os.getpid()}{whole.suffix}")
     try:
         yield written
         if not there:

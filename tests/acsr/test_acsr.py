@@ -183,3 +183,15 @@ def test_empty_matrices() -> None:
         assert (acsr.nnz, acsr.density) == (0, 0.0)
         assert acsr.to_dense().shape == (q_len, kv_len)
         assert acsr.transpose().shape == (kv_len, q_len)
+
+
+def test_more_rows_than_memory_holds_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = sys.modules[build.__module__]
+    monkeypatch.setattr(module, "_memory_bytes", lambda: 1 << 30)
+    build(splat.window(2), 1000)
+    with pytest.raises(PatternError, match="q_len 1,000,000,000 takes at least 37 GiB to plan, and this machine has 1"):
+        build(splat.window(2), 10**9)
+    with pytest.raises(PatternError, match="kv_len 100,000,000 takes at least 4 GiB to plan"):
+        build_transposed(splat.window(2), 1, 10**8)
+    monkeypatch.setattr(module, "_memory_bytes", lambda: None)  # where the system does not say
+    build(splat.window(2), 1000)

@@ -327,6 +327,17 @@ RUNTIME = build(splat.segments(jnp.zeros(4, jnp.int32)), 4, 4)
 @pytest.mark.parametrize(
     ("call", "message"),
     [
+        (lambda: ACSR.from_dense(np.array([["a"]])), "matrix must be of numbers or booleans, but its dtype is <U1"),
+        (lambda: ACSR.from_dense(np.array([[1, None]])), "of numbers or booleans, but its dtype is object"),
+        (
+            lambda: ACSR.from_dense(np.zeros((1, 1), "M8[s]")),
+            r"of numbers or booleans, but its dtype is datetime64\[s\]",
+        ),
+        (lambda: ACSR.from_dense(np.zeros((1, 1), [("a", int)])), "of numbers or booleans, but its dtype is"),
+        (
+            lambda: ACSR.from_dense(jax.random.key(0).reshape(1, 1)),
+            r"of numbers or booleans, but its dtype is key<fry>",
+        ),
         (lambda: ACSR.from_dense(np.ma.masked_array(np.ones((2, 2)))), "matrix must not be a masked array"),
         (lambda: ACSR.from_dense([[1, 0]]), "matrix must be a NumPy or JAX array [rows, cols], but list was given"),
         (lambda: ACSR.from_dense(SCIPY), "given; from_scipy, from_bcoo and from_bcsr take sparse ones."),

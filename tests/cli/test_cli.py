@@ -131,6 +131,10 @@ def test_emit_keeps_float64(run, kernel: str) -> None:
             "out, or take the target triton or ptx.",
         ),
         (["show", "causal()", "--out", "/no/such/folder/p.png"], "--out must lie in a folder that exists"),
+        (
+            ["show", "causal()", "--out", "p.jpg"],
+            "pictures are written as .png, .svg, .pdf, but the file p.jpg ends in",
+        ),
         (["demo", "--out", "/"], "--out must name a file"),
     ],
 )

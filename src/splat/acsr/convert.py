@@ -362,6 +362,8 @@ def _array(name: str, array: Array, letters: str, tail: tuple[int, int] | None =
     if not isinstance(array, np.ndarray) and not is_runtime_array(array):
         remedy = "np.asarray makes one" if tail else "from_scipy, from_bcoo and from_bcsr take sparse ones"
         raise ArgumentError(f"{name} must be a NumPy or JAX array {letters}, but {_name(array)} was given; {remedy}.")
+    if not _is_of_numbers(array.dtype):
+        raise ArgumentError(f"{name} must be of numbers or booleans, but its dtype is {array.dtype}.")
     if tail is None and array.ndim != 2:
         raise ArgumentError(
             f"{name} must have shape {letters}, but {list(array.shape)} was given. For a batch make one ACSR of the "
@@ -374,6 +376,11 @@ def _array(name: str, array: Array, letters: str, tail: tuple[int, int] | None =
             f"{remedy}"
         )
     return np.asarray(array) if isinstance(array, np.ndarray) else array
+
+
+def _is_of_numbers(dtype: Any) -> bool:
+    """Not text, times, objects, records or JAX's random keys. What NumPy lacks, such as bfloat16, is of ml_dtypes."""
+    return isinstance(dtype, np.dtype) and (dtype.kind in "biufc" or dtype.type.__module__ == "ml_dtypes")
 
 
 def _known(name: str, array: Array) -> np.ndarray:

@@ -61,7 +61,7 @@ def command(
     out: Annotated[Path, typer.Option(help="Where the picture goes.")] = Path("splat-demo.png"),
 ) -> None:
     """Run three patterns over real text: plan, compute, check against float64, time against dense attention."""
-    check_out(out)
+    check_out(out, picture=True)
     import jax
     from rich.console import Console
 

@@ -75,11 +75,15 @@ def _report(message: str, error: Exception) -> None:
     raise typer.Exit(2)
 
 
-def check_out(path: Path | None) -> None:
-    """Raises ArgumentError where a file cannot be put there: said before the work, not after it."""
+def check_out(path: Path | None, *, picture: bool = False) -> None:
+    """Raises ArgumentError where a file (or picture) cannot be put there: said before the work, not after it."""
     if path is None:
         return
     if not path.parent.is_dir():
         raise ArgumentError(f"--out must lie in a folder that exists, but {path.parent} is none. Create it first.")
     if path.is_dir():
         raise ArgumentError(f"--out must name a file, but {path} is a folder")
+    if picture:
+        from splat.explain.picture import picture_format
+
+        picture_format(path)

@@ -20,10 +20,10 @@ def command(
     query_offset: options.QueryOffset = 0,
     block_q: Annotated[int, typer.Option(help="Rows of a tile.")] = 64,
     block_kv: Annotated[int, typer.Option(help="Columns of a tile.")] = 64,
-    out: options.PngOut = None,
+    out: options.PictureOut = None,
 ) -> None:
     """Draw a pattern and its tiles, with the numbers: non-zeros, tiles full and partial, waste."""
-    check_out(out)
+    check_out(out, picture=True)
     from rich.console import Console
 
     import splat

@@ -1,4 +1,4 @@
-"""PNG pictures of plans. Figures are objects of their own: pyplot and its global state are not touched.
+"""Pictures of plans. Figures are objects of their own: pyplot and its global state are not touched.
 
 Places are inches from the figure's upper left corner, so that nothing depends on measured text.
 """
@@ -8,10 +8,12 @@ from __future__ import annotations
 import textwrap
 from collections.abc import Mapping, Sequence
 from os import PathLike
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from splat.errors import ArgumentError
 from splat.explain.raster import FULL, LABELS, PARTIAL, WASTED, rasterize
 from splat.explain.text import expression, numbers, summary
 from splat.planning import Plan, Schedule
@@ -22,6 +24,7 @@ if TYPE_CHECKING:
 
 INK, FAINT, FRAME = "#1a1a1a", "#666666", "#b8b8b8"
 DPI = 150
+FORMATS = ("png", "svg", "pdf")
 CELLS = 400
 
 #: Up to this length every pair is drawn by itself, and no part is shown beside.
@@ -44,11 +47,22 @@ class Outlines(NamedTuple):
     lattice_tile: str
 
 
+def picture_format(path: str | PathLike[str]) -> str:
+    """What a picture is written as: the path's suffix; png where it has none. Raises ArgumentError for others."""
+    suffix = Path(path).suffix
+    if (name := suffix[1:].lower() or "png") not in FORMATS:
+        spelled = ", ".join(f".{one}" for one in FORMATS)
+        raise ArgumentError(f"pictures are written as {spelled}, but the file {Path(path).name} ends in {suffix}.")
+    return name
+
+
 def save_picture(plan: Plan, path: str | PathLike[str]) -> None:
     """Draws one plan: all of it, and beside it a part in which single pairs and tiles can be told apart.
 
-    Raises PatternError for a run-time pattern.
+    Written as the path ends: .png, .svg or .pdf. Raises PatternError for a run-time pattern, ArgumentError for a path
+    that ends otherwise.
     """
+    written_as = picture_format(path)
     schedule = plan.forward
     whole, exact = _whole(schedule), max(plan.acsr.shape) <= EXACT_LENGTH or not plan.nnz
     panel, gap, left = (6.4, 0.0, 0.8) if exact else (4.9, 0.95, 0.8)
@@ -69,7 +83,7 @@ def save_picture(plan: Plan, path: str | PathLike[str]) -> None:
         figure.axes[0].set_title("all", fontsize=9.5, color=FAINT, loc="left")
         beside.set_title("the framed part, pair by pair", fontsize=9.5, color=FAINT, loc="left")
     _legend(figure, outlines, framed=not exact)
-    figure.savefig(path, format="png")
+    figure.savefig(path, format=written_as)
 
 
 def save_strip(
@@ -84,7 +98,10 @@ def save_strip(
     Args:
       zoom: below each, also a part of it pair by pair (only where it is too long to be drawn so).
       times_ms: name -> milliseconds, one per plan: a bar chart of them at the bottom.
+
+    Path and errors as for `save_picture`.
     """
+    written_as = picture_format(path)
     panel, gap, left, rows = 3.0, 0.55, 0.55, 2 if zoom else 1
     width = left + len(plans) * (panel + gap) - gap + 0.4
     titles = [textwrap.wrap(expression(plan, 120), 29) for plan in plans]
@@ -109,7 +126,7 @@ def save_strip(
     if times_ms is not None:
         _bars(_axes(figure, left + 2.3, below + caption + 0.25, width - left - 3.0, bars - 0.4), titles, times_ms)
     _legend(figure, outlines, framed=framed)
-    figure.savefig(path, format="png")
+    figure.savefig(path, format=written_as)
 
 
 def _caption(plan: Plan) -> str:

@@ -82,14 +82,14 @@ def recover(
       Components are disjoint and together exactly the input.
 
     Raises:
-      ArgumentError: the arrays are not a CSR structure of this shape.
+      ArgumentError: the arrays are not a CSR structure of this shape, or `max_components` is no positive int.
       IrregularPatternError: a row, or all rows together, need more than `max_components`.
 
     >>> recover([0, 1, 3, 6], [0, 0, 1, 0, 1, 2], (3, 3))
     [(1, array([0, 0, 0], dtype=int32), array([1, 2, 3], dtype=int32))]
     """
-    if max_components < 1:
-        raise ArgumentError(f"max_components must be at least 1, got {max_components}")
+    if isinstance(max_components, bool) or not isinstance(max_components, (int, np.integer)) or max_components < 1:
+        raise ArgumentError(f"max_components must be an int of at least 1, but {max_components!r} was given")
     columns = _read(indptr, indices, shape)
     if not columns.keys.size:
         return []

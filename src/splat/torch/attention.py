@@ -13,6 +13,7 @@ from splat.pattern.core import check_is_pattern
 from splat.remembered import Remembered
 from splat.torch import validate
 from splat.torch.operation import attend
+from splat.torch.transforms import Attend, is_transformed
 
 #: The number of heads that `per_head` names (None: the pattern serves any), and the distinct patterns as text, each
 #: with its query heads.
@@ -93,14 +94,15 @@ def run(
     offset = validate.check_offset(query_offset, sizes.q_len)
     lengths = validate.check_lengths(kv_lengths, sizes.batch, sizes.kv_len, query.device)
 
+    operation = Attend.apply if is_transformed() else attend
     if len(patterns) == 1:
-        out, lse = attend(query, key, value, lengths, patterns[0][0], scale, cap, offset)
+        out, lse = operation(query, key, value, lengths, patterns[0][0], scale, cap, offset)
         return (out, lse) if return_lse else out
     outs, lses = [], []
     for text, heads in patterns:
         kv_heads = key_heads(heads, sizes.num_q_heads // sizes.num_kv_heads)
         arrays = _take(query, heads), _take(key, kv_heads), _take(value, kv_heads)
-        out, lse = attend(*arrays, lengths, text, scale, cap, offset)
+        out, lse = operation(*arrays, lengths, text, scale, cap, offset)
         outs.append(out.transpose(1, 2))
         lses.append(lse)
     order = [heads for _, heads in patterns]

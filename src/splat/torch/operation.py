@@ -10,6 +10,7 @@ schema has to change the forward's too, or old caches call the new backward in t
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -117,20 +118,25 @@ def _gradients_like(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> tu
 # -- derivatives -------------------------------------------------------------------------------------------------------
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+def save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    """Keeps what `differentiate` needs."""
     query, key, value, kv_lengths, *ctx.static = inputs
     ctx.save_for_backward(query, key, value, kv_lengths, *output)
     ctx.set_materialize_grads(False)
 
 
-def _differentiate(ctx: Any, d_out: Tensor | None, d_lse: Tensor | None) -> tuple[Any, ...]:
+def differentiate(
+    ctx: Any, d_out: Tensor | None, d_lse: Tensor | None, backward: Callable[..., Any] = attend_backward
+) -> tuple[Any, ...]:
+    """The gradients of all arguments of `attend`; `backward`: what calls `attend_backward`."""
     needed = ctx.needs_input_grad[:3]
     of_key_value = needed[1] or needed[2]  # one kernel makes both
-    gradients = attend_backward(*ctx.saved_tensors, d_out, d_lse, *ctx.static, needed[0], of_key_value)
+    gradients = backward(*ctx.saved_tensors, d_out, d_lse, *ctx.static, needed[0], of_key_value)
     return *(x if here else None for x, here in zip(gradients, needed, strict=True)), *(None,) * 5
 
 
-def _refuse(ctx: Any, *_: Any) -> tuple[Any, ...]:
+def refuse(ctx: Any, *_: Any) -> tuple[Any, ...]:
+    """Of second derivatives."""
     raise UnsupportedError(
         "splat.torch.attention has first derivatives only: a gradient of its gradient was asked for. Use "
         "splat.attention (JAX, implementation='xla') for Hessian-vector products, or torch's own attention with "
@@ -138,5 +144,5 @@ def _refuse(ctx: Any, *_: Any) -> tuple[Any, ...]:
     )
 
 
-attend.register_autograd(_differentiate, setup_context=_save)
-attend_backward.register_autograd(_refuse)
+attend.register_autograd(differentiate, setup_context=save)
+attend_backward.register_autograd(refuse)

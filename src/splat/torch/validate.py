@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Callable
 from functools import lru_cache
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, NoReturn, TypeVar
 
 import numpy as np
 import torch
@@ -174,12 +174,17 @@ def _gpu_refusal(index: int | None) -> str | None:
 def check_tangents(query: Tensor, key: Tensor, value: Tensor) -> None:
     """Refuses forward mode, in which PyTorch takes an operation without a rule for a constant."""
     if forward_ad._current_level >= 0 and _has_tangent(query, key, value):
-        raise UnsupportedError(
-            "splat.torch.attention has no forward mode, but query, key or value has a tangent (torch.func.jvp, jacfwd "
-            "or linearize, or torch.autograd.forward_ad). Use backward(), or torch's own attention with "
-            "attn_mask=torch.from_numpy(pattern.to_dense(...)) inside "
-            "torch.nn.attention.sdpa_kernel(SDPBackend.MATH)."
-        )
+        refuse_tangents()
+
+
+def refuse_tangents() -> NoReturn:
+    """Raises UnsupportedError: there is no forward mode."""
+    raise UnsupportedError(
+        "splat.torch.attention has no forward mode, but query, key or value has a tangent (torch.func.jvp, jacfwd "
+        "or linearize, or torch.autograd.forward_ad). Use backward(), or torch's own attention with "
+        "attn_mask=torch.from_numpy(pattern.to_dense(...)) inside "
+        "torch.nn.attention.sdpa_kernel(SDPBackend.MATH)."
+    )
 
 
 def _has_tangent(*arrays: Tensor) -> bool:

@@ -89,7 +89,8 @@ def export_checks() -> list[jax.export.DisabledSafetyCheck]:
     """What `jax.export.export(..., disabled_checks=...)` has to be given for a function with these kernels in it.
 
     JAX vouches for the stability of its own custom calls only. What is exported names kernels that this process has
-    compiled: it runs here, and in a process that has called the same attention before.
+    compiled: it runs here, and in a process that has called the same attention before. Only what has been traced is
+    known: call the function first, or `jax.eval_shape` with the shapes that are exported.
     """
     import jax.export
 
