@@ -331,7 +331,7 @@ RUNTIME = build(splat.segments(jnp.zeros(4, jnp.int32)), 4, 4)
         (lambda: ACSR.from_dense(np.array([[1, None]])), "of numbers or booleans, but its dtype is object"),
         (
             lambda: ACSR.from_dense(np.zeros((1, 1), "M8[s]")),
-            r"of numbers or booleans, but its dtype is datetime64\[s\]",
+            "of numbers or booleans, but its dtype is datetime64[s]",
         ),
         (lambda: ACSR.from_dense(np.zeros((1, 1), [("a", int)])), "of numbers or booleans, but its dtype is"),
         (

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -237,7 +237,7 @@ def test_columns_that_are_not_regular_are_refused() -> None:
         (lambda: splat.from_mask(np.ones((1, 2, 2), bool)), "use per_head([...])"),
         (lambda: splat.from_mask(np.ones(2, bool)), "but bool[2] was given"),
         (lambda: splat.from_mask(np.zeros((2, 2), int) == 1, max_components=0), "max_components must be an int of at"),
-        (lambda: splat.from_mask(np.eye(2) == 1, max_components=1.5), "of at least 1, but 1.5 was given"),
+        (lambda: splat.from_mask(np.eye(2) == 1, max_components=cast(Any, 1.5)), "of at least 1, but 1.5 was given"),
         (lambda: splat.from_csr([0, 1], [5], (1, 3)), "indices must be in [0, 3), got values from 5 to 5"),
         (lambda: splat.from_csr([0, 2], [1], (1, 3)), "indptr must go from 0 to len(indices) = 1, got 0 to 2"),
         (lambda: splat.from_csr([0, 1], [1], (2, 3)), "indptr must have length rows + 1 = 3 for shape (2, 3), got 2"),

@@ -75,7 +75,7 @@ def test_gradients_and_jacobians(rng: np.random.Generator) -> None:
     q, k, v, weights = (x[0] for x in draw(rng, 1))
     expected = by_backward(q, k, v, weights)
     torch.testing.assert_close([torch.func.grad(loss)(q, k, v, weights)], expected[:1])
-    value, pull = torch.func.vjp(lambda *inputs: loss(*inputs, weights), q, k, v)
+    value, pull = torch.func.vjp(lambda q, k, v: loss(q, k, v, weights), q, k, v)
     torch.testing.assert_close(list(pull(torch.ones_like(value))), expected)
     rows = torch.func.jacrev(lambda q: (splat.torch.attention(q, k, v, MIXED) * weights).sum((0, 2, 3)))(q)
     whole = torch.func.grad(lambda q: (splat.torch.attention(q, k, v, MIXED) * weights).sum())(q)

@@ -84,8 +84,8 @@ def _fold(x: Tensor | None, dim: int | None, size: int) -> Tensor | None:
     """The mapped axis of [batch, ...] as part of the batch; what is not mapped over is repeated."""
     if x is None:
         return None
-    x = x.unsqueeze(0).expand(size, *x.shape) if dim is None else x.movedim(dim, 0)
-    return x.flatten(0, 1)
+    each = x.unsqueeze(0).expand(size, *x.shape) if dim is None else x.movedim(dim, 0)
+    return each.flatten(0, 1)
 
 
 attend.register_vmap(partial(_mapped, attend, 4))

@@ -8,6 +8,7 @@ import json
 import linecache
 import os
 import re
+import signal
 import sys
 import time
 from pathlib import Path
@@ -107,6 +108,17 @@ def die() -> Launch:
 def dawdle() -> Launch:
     time.sleep(60)
     raise AssertionError("nobody waited")
+
+
+def tell() -> Launch:
+    raise RuntimeError(json.dumps([os.getppid(), os.environ.get("SPLAT_TEST_SAID"), os.getcwd()]))
+
+
+def told() -> list[Any]:
+    """(the process that forked for a job, a variable, the working folder), as a job of now sees them."""
+    [failure] = compile_all([Job(f"{HERE}:tell", {}, "sm_90")])
+    assert isinstance(failure, Failure)
+    return json.loads(failure.message.removeprefix("RuntimeError: "))
 
 
 # -- what is read off a kernel -----------------------------------------------------------------------------------------
@@ -249,6 +261,47 @@ def test_too_slow() -> None:
     assert isinstance(failure, Failure)
     assert (failure.outcome, failure.message) == (Outcome.TIMEOUT, "No kernel after 1.5 s.")
     assert time.perf_counter() - start < 30
+
+
+def test_one_process_forks_for_all_jobs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each as if it had been started for it; another takes its place when it is gone."""
+    server, *_ = told()
+    monkeypatch.setenv("SPLAT_TEST_SAID", "this")
+    monkeypatch.chdir(tmp_path)
+    assert told() == [server, "this", str(tmp_path)]
+    monkeypatch.delenv("SPLAT_TEST_SAID")
+    os.kill(server, signal.SIGKILL)
+    offline._idle[-1]._process.wait()
+    other, *rest = told()
+    assert other != server
+    assert rest == [None, str(tmp_path)]
+
+
+def test_an_interrupted_job_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    server, *_ = told()
+
+    def interrupted(*_: Any) -> Any:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as changed:
+        changed.setattr(offline.select, "select", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            compile_all([Job(f"{HERE}:dawdle", {}, "sm_90")])
+    with pytest.raises(ProcessLookupError):
+        os.kill(server, 0)
+    assert told()[0] != server
+
+
+def test_a_forked_process_has_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    (server, *_), own = told(), os.getpid()
+    monkeypatch.setattr(offline.os, "getpid", lambda: own + 1)  # as if this were one
+    other, *_ = told()
+    assert other != server
+    offline._end_forges()
+    monkeypatch.undo()
+    os.killpg(server, signal.SIGKILL)  # its owner's was left alone
+    with pytest.raises(ProcessLookupError):
+        os.kill(other, 0)
 
 
 def test_messages_are_short() -> None:

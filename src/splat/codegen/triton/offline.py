@@ -3,7 +3,7 @@
 Triton's compiler fails in silence: it accepts kernels whose shared memory no device has, spills registers, serializes
 wgmma, or leaves a stub without tensor-core instructions. `compile_launch` reads all of that off the compiled kernel and
 `Compiled.problems` puts it into words. The compiler may also abort the process it runs in, so that `compile_all`
-gives every kernel a process of its own.
+gives every kernel a process of its own, forked from one that has imported Triton.
 
 Registers and spills come from the log of Triton's own call of ptxas: a second call would have to know the flags, which
 differ between Triton's versions. (JAX assembles the PTX with its own copy of ptxas, which may allocate differently.)
@@ -11,6 +11,7 @@ differ between Triton's versions. (JAX assembles the PTX with its own copy of pt
 
 from __future__ import annotations
 
+import atexit
 import concurrent.futures
 import contextlib
 import dataclasses
@@ -23,14 +24,16 @@ import numbers
 import os
 import pickle
 import re
+import select
 import signal
 import subprocess
 import sys
 import tempfile
 import time
+import traceback
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from splat.codegen.triton.launch import Launch
 from splat.codegen.triton.offline_model import ARCHITECTURES
@@ -317,8 +320,6 @@ def _read_hip(asm: Mapping[str, Any], log: str) -> tuple[str, bytes, int, int]:
 
 # -- many launches, each in a process of its own -----------------------------------------------------------------------
 
-_WORKER = "import sys; from splat.codegen.triton import offline; offline._work(*sys.argv[1:])"
-
 #: Of a message; Triton's hold whole programs.
 _MESSAGE_LENGTH = 1500
 
@@ -360,28 +361,22 @@ def _compile_apart(job: Job, timeout_s: float) -> Compiled | Failure:
     with tempfile.TemporaryDirectory() as folder:
         result, log = Path(folder, "result"), Path(folder, "log")
         # A process that dies leaves its temporary files, which go with the folder.
-        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "TMPDIR": folder}
-        environment.pop("TRITON_INTERPRET", None)
-        with log.open("wb") as file:
-            process = subprocess.Popen(
-                [sys.executable, "-c", _WORKER, json.dumps(dataclasses.asdict(job)), str(result)],
-                stdin=subprocess.DEVNULL,
-                stdout=file,
-                stderr=file,
-                env=environment,
-                start_new_session=True,  # so that its ptxas can be ended with it
-            )
-            try:
-                process.wait(timeout_s)
-            except BaseException as error:
-                os.killpg(process.pid, signal.SIGKILL)
-                process.wait()
-                if not isinstance(error, subprocess.TimeoutExpired):
-                    raise
-                return failure(Outcome.TIMEOUT, f"No kernel after {timeout_s:g} s.")
+        environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+        about = dict(path=sys.path, folder=os.getcwd(), environment=environment | {"TMPDIR": folder})
+        request = dict(job=dataclasses.asdict(job), result=str(result), log=str(log), **about)
+        log.touch()
+        forge, code = _take_forge(), None
+        try:
+            code = forge.ask(request, timeout_s)
+        finally:
+            if code is None:
+                forge.end()
+            else:
+                _idle.append(forge)
+        if code is None:
+            return failure(Outcome.TIMEOUT, f"No kernel after {timeout_s:g} s.")
         said = _complaints(log.read_text(encoding="utf-8", errors="replace"))
-        if process.returncode != 0 or not result.exists():
-            code = process.returncode
+        if code != 0 or not result.exists():
             end = f"ended by {signal.Signals(-code).name}" if code < 0 else f"ended with exit status {code}"
             return failure(Outcome.CRASH, f"{end}; {said}" if said else end)
         found = pickle.loads(result.read_bytes())
@@ -390,9 +385,110 @@ def _compile_apart(job: Job, timeout_s: float) -> Compiled | Failure:
     return found
 
 
-def _work(job_text: str, result: str) -> None:
-    """The other process: one job in, one pickled result out."""
-    job = Job(**json.loads(job_text))
+class _Forge:
+    """A process that has imported Triton, which takes a second, and forks for every job."""
+
+    def __init__(self) -> None:
+        program = "from splat.codegen.triton import offline; offline._serve()"
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+        environment.pop("TRITON_INTERPRET", None)
+        self._owner = os.getpid()
+        self._process = subprocess.Popen(
+            [sys.executable, "-c", program],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            env=environment,
+            start_new_session=True,  # so that a compiler and its ptxas can be ended with it
+        )
+
+    @property
+    def is_usable(self) -> bool:
+        """Whether it is there, and of this process rather than of one that this was forked from."""
+        return self._owner == os.getpid() and self._process.poll() is None
+
+    def ask(self, request: dict[str, Any], timeout_s: float) -> int | None:
+        """The exit code of the job's process (or of this one), negative for a signal; None: the time was over."""
+        given, answers = self._process.stdin, self._process.stdout
+        assert given is not None
+        assert answers is not None
+        with contextlib.suppress(BrokenPipeError):
+            given.write(json.dumps(request).encode() + b"\n")
+            given.flush()
+        if not select.select([answers], [], [], timeout_s)[0]:
+            return None
+        answer = answers.readline()
+        return int(answer) if answer else self._process.wait()
+
+    def end(self) -> None:
+        """Ends it and all that it has started; in a process that was forked from its owner, only leaves it alone."""
+        if self._owner == os.getpid():
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self._process.pid, signal.SIGKILL)
+            self._process.wait()
+        self._process.returncode = self._process.returncode or 0  # Python would complain of one that goes on
+        for pipe in (self._process.stdin, self._process.stdout):
+            assert pipe is not None
+            with contextlib.suppress(BrokenPipeError):
+                pipe.close()
+
+
+#: Those without a job.
+_idle: list[_Forge] = []
+
+
+def _take_forge() -> _Forge:
+    while _idle:
+        with contextlib.suppress(IndexError):  # another thread was faster
+            forge = _idle.pop()
+            if forge.is_usable:
+                return forge
+            forge.end()
+    return _Forge()
+
+
+@atexit.register
+def _end_forges() -> None:
+    while _idle:
+        _idle.pop().end()
+
+
+def _serve() -> None:
+    """The other process: a request a line on stdin, answered by what its job's process ended with."""
+    with contextlib.suppress(Exception):  # jobs say what is wrong
+        importlib.import_module("splat.codegen.triton.record")
+        importlib.import_module("triton").runtime.cache.triton_key()  # reads all of Triton, and remembers
+    for line in sys.stdin.buffer:
+        pid = os.fork()
+        if not pid:
+            _forked(**json.loads(line))
+        print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
+
+
+def _forked(
+    job: dict[str, Any], result: str, log: str, path: list[str], folder: str, environment: dict[str, str]
+) -> NoReturn:
+    """One job's process, as if it had been started for it."""
+    try:
+        for number, name, flags in ((0, os.devnull, os.O_RDONLY), (1, log, os.O_CREAT | os.O_WRONLY | os.O_APPEND)):
+            os.dup2(os.open(name, flags), number)
+        os.dup2(1, 2)
+        os.environ.clear()
+        os.environ.update(environment)
+        os.chdir(folder)
+        sys.path[:] = path
+        tempfile.tempdir = None
+        _work(Job(**job), result)
+        code = 0
+    except BaseException:
+        traceback.print_exc()
+        code = 1
+    sys.stdout.flush()
+    os._exit(code)
+
+
+def _work(job: Job, result: str) -> None:
+    """One job, and its pickled result."""
     start = time.perf_counter()
     module, _, function = job.factory.partition(":")
     try:
