@@ -277,7 +277,7 @@ def test_max_components_is_inclusive() -> None:
         ([0, 1, 2], [0.0, 1.0], (2, 2), {}, r"indices must be a 1-D integer array, got shape \(2,\), dtype float64"),
         ([[0, 1, 2]], [0, 1], (2, 2), {}, r"indptr must be a 1-D integer array, got shape \(1, 3\), dtype int64"),
         ([0], [], (0, -1), {}, "neither negative"),
-        ([0, 1], [0], (1, 1), {"max_components": 0}, "max_components must be at least 1, got 0"),
+        ([0, 1], [0], (1, 1), {"max_components": 0}, "max_components must be an int of at least 1, but 0 was given"),
     ],
 )
 def test_refuses_malformed_input(
