@@ -284,7 +284,7 @@ def test_an_interrupted_job_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:
         raise KeyboardInterrupt
 
     with monkeypatch.context() as changed:
-        changed.setattr(offline.select, "select", interrupted)
+        changed.setattr(offline.selectors.DefaultSelector, "select", interrupted)
         with pytest.raises(KeyboardInterrupt):
             compile_all([Job(f"{HERE}:dawdle", {}, "sm_90")])
     with pytest.raises(ProcessLookupError):

@@ -24,7 +24,7 @@ import numbers
 import os
 import pickle
 import re
-import select
+import selectors
 import signal
 import subprocess
 import sys
@@ -415,8 +415,10 @@ class _Forge:
         with contextlib.suppress(BrokenPipeError):
             given.write(json.dumps(request).encode() + b"\n")
             given.flush()
-        if not select.select([answers], [], [], timeout_s)[0]:
-            return None
+        with selectors.DefaultSelector() as selector:
+            selector.register(answers, selectors.EVENT_READ)
+            if not selector.select(timeout_s):
+                return None
         answer = answers.readline()
         return int(answer) if answer else self._process.wait()
 
@@ -455,6 +457,8 @@ def _end_forges() -> None:
 
 def _serve() -> None:
     """The other process: a request a line on stdin, answered by what its job's process ended with."""
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # what imports print is no answer
     with contextlib.suppress(Exception):  # jobs say what is wrong
         importlib.import_module("splat.codegen.triton.record")
         importlib.import_module("triton").runtime.cache.triton_key()  # reads all of Triton, and remembers
@@ -462,7 +466,7 @@ def _serve() -> None:
         pid = os.fork()
         if not pid:
             _forked(**json.loads(line))
-        print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
+        print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), file=answers, flush=True)
 
 
 def _forked(
