@@ -602,6 +602,27 @@ class AttentionSuite:
             expected = truth(Inputs(*(x[n : n + 1] for x in inputs)), mask)
             np.testing.assert_allclose(out[n : n + 1], expected.out, atol=1e-5)
 
+    @pytest.mark.parametrize("q_len", [1, 9])
+    def test_an_offset_for_each_sequence(self, q_len: int, rng: np.random.Generator) -> None:
+        """As one call for each of them; per head, too, and with documents known at run time."""
+        local, ids = splat.causal() & splat.window(7), jnp.asarray(rng.integers(0, 2, 60).cumsum())
+        q, k, v, *_ = draw_inputs(rng, q_len, 30, batch=3)
+        for pattern in (local | splat.sink(2), splat.per_head([local, splat.full()]), local & splat.segments(ids)):
+
+            def loss(q: Any, k: Any, v: Any, offset: Any, lengths: Any, pattern: Any = pattern) -> Any:
+                out, lse = self.attention(q, k, v, pattern, query_offset=offset, kv_lengths=lengths, return_lse=True)
+                return (out**2).sum() + jnp.where(jnp.isfinite(lse), lse, 0).sum(), out
+
+            run = jax.jit(jax.value_and_grad(loss, (0, 1, 2), has_aux=True))
+            offsets, lengths = np.array([0, 12, 29]), jnp.array([30, 9, 30])
+            (_, found), gradients = run(q, k, v, offsets, lengths)
+            for n, offset in enumerate(offsets):
+                own = q[n : n + 1], k[n : n + 1], v[n : n + 1], jnp.int32(offset), lengths[n : n + 1]
+                (_, expected), of_one = run(*own)
+                np.testing.assert_allclose(found[n : n + 1], expected, atol=1e-5)
+                for a, b in zip(gradients, of_one, strict=True):
+                    np.testing.assert_allclose(a[n : n + 1], b, atol=1e-5)
+
     @pytest.mark.parametrize("known", [True, False], ids=["static", "run-time"])
     def test_ranks_are_not_promoted(self, known: bool, rng: np.random.Generator) -> None:
         """Code is traced, forward and backward, where jax_numpy_rank_promotion is "raise"."""

@@ -72,6 +72,9 @@ class ShardingSuite:
             def run_time(q, k, v, n, ids, offset):
                 return attend(q, k, v, local & splat.segments(ids), query_offset=offset, kv_lengths=n)
 
+            def positions(q, k, v, n):
+                return attend(q, k, v, query_offset=n)
+
             def by_head(q, k, v):
                 return attend(q, k, v, splat.per_head([local, splat.causal()] * 2))
 
@@ -87,6 +90,8 @@ class ShardingSuite:
                 (by_head, (4,), 2, both, both, ()),
                 (mapped, (2, 1), 2, batch, batch, ()),
             ]
+            if {kind!r} == "Explicit":
+                cases.append((positions, (2,), 2, heads, heads, ((jnp.asarray([20, 3]), batch),)))
             for loss, leading, num_kv_heads, spec, kv_spec, further in cases if {ours} else cases[:1]:
                 arrays = [
                     jnp.asarray(rng.standard_normal((*leading, 24, n, 8)), jnp.float32)
@@ -108,7 +113,7 @@ class ShardingSuite:
             XLA_FLAGS="--xla_force_host_platform_device_count=4",
         )
         moved = [line.split()[1:] for line in printed.splitlines()]
-        assert moved == [[]] * 4 if ours else len(moved) == 1
+        assert moved == [[]] * (5 if kind == "Explicit" else 4) if ours else len(moved) == 1
 
     def test_sharded_as_cannot_be_split(self) -> None:
         """Positions, and arrays that disagree: a sentence that says what to do. Where XLA decides, it gathers."""

@@ -183,14 +183,14 @@ REFUSED: list[Any] = [
     (
         call(query_offset=None),
         ArgumentError,
-        "query_offset must be an int or an integer scalar, but NoneType was given",
+        "query_offset must be an int or integers, but NoneType was given",
     ),
-    (call(query_offset="a"), ArgumentError, "query_offset must be an int or an integer scalar, but str was given"),
+    (call(query_offset="a"), ArgumentError, "query_offset must be an int or integers, but str was given"),
     (call(kv_lengths=[[3], [4, 5]]), ArgumentError, "kv_lengths must be an array of numbers, but list was given"),
     (call(return_lse="no"), ArgumentError, "return_lse must be True or False, but str was given"),
     (call(implementation=["cpp"]), ArgumentError, "implementation must be None or one of 'triton', 'cpp', 'xla'"),
-    (call(query_offset=x()), ArgumentError, "query_offset must be an int or an integer scalar, but float"),
-    (call(query_offset=x(2, dtype="int32")), ArgumentError, "For one offset per sequence use jax.vmap over the batch"),
+    (call(query_offset=x()), ArgumentError, "integers of shape [] or [2] (one for each sequence), but float32[] was"),
+    (call(query_offset=x(3, dtype="int32")), ArgumentError, "integers of shape [] or [2] (one for each sequence), but"),
     (
         call(kv_lengths=x(3, dtype="int32")),
         ArgumentError,

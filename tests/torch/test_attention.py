@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import itertools
+from functools import partial
 from typing import Any
 
 import numpy as np
 import pytest
 
-from tests.torch.cases import DEVICE, Results, check, compare, draw_inputs, needs_device, run, torch, truth
+from tests.torch.cases import DEVICE, Inputs, Results, check, compare, draw_inputs, needs_device, run, torch, truth
 
 import splat  # isort: skip
 import splat.torch  # isort: skip
@@ -159,6 +160,44 @@ def test_nothing_past_the_lengths_is_read(rng: np.random.Generator) -> None:
 @pytest.mark.parametrize("text", ["causal() & window(6) | sink(1)", "causal() & strided(3)"])
 def test_query_offset(text: str, offset: int, rng: np.random.Generator) -> None:
     check(text, draw_inputs(rng, 9, 40), query_offset=offset)
+
+
+@pytest.mark.parametrize("q_len", [1, 5, 12])
+def test_an_offset_for_each_sequence(q_len: int, rng: np.random.Generator) -> None:
+    """Those of a block of rows that is looked up, and of others; callers may count up their own tensor."""
+    inputs, lengths = draw_inputs(rng, q_len, 1040, batch=4), torch.tensor([1040, 9, 1040, 700], device=DEVICE)
+    for pattern in (splat.parse("causal() & window(6) | sink(2)"), splat.per_head([splat.causal(), splat.strided(9)])):
+        expected = []
+        for n, offset in enumerate((1022, 0, 31, 5000)):
+            mask = pattern.to_dense(q_len, 1040, query_offset=offset)
+            own = Inputs(*(x[n : n + 1] for x in inputs))
+            expected.append(truth(own, mask, kv_lengths=lengths[n : n + 1].cpu().numpy()))
+        for dtype in (torch.int64, torch.int32):
+            offsets = torch.tensor([1022, 0, 31, 5000], dtype=dtype)
+            leaves = q, k, v = [x.detach().requires_grad_() for x in inputs[:3]]
+            out, lse = splat.torch.attention(
+                q, k, v, pattern, query_offset=offsets, kv_lengths=lengths, return_lse=True
+            )
+            offsets += 1
+            torch.autograd.backward([out, lse], [inputs.d_out, inputs.d_lse])
+            found = Results(out, lse, *(x.grad for x in leaves))
+            compare(found, Results(*(np.concatenate(of_each) for of_each in zip(*expected, strict=True))), "float32")
+
+
+def test_offsets_that_are_alike_are_one(rng: np.random.Generator) -> None:
+    q, k, v, *_ = draw_inputs(rng, 5, 24, batch=2)
+    attend = partial(splat.torch.attention, q, k, v, splat.causal())
+    for offsets in (torch.tensor(3), torch.tensor([3, 3], dtype=torch.uint8)):
+        assert torch.equal(attend(query_offset=offsets), attend(query_offset=3))
+
+
+def test_offsets_at_the_end_of_documents(rng: np.random.Generator) -> None:
+    """Whose pattern names few positions."""
+    pattern = splat.causal() & splat.segments([0] * 7 + [1] * 9)
+    for q_len in (1, 3):
+        check(pattern, draw_inputs(rng, q_len, 16), query_offset=16 - q_len)
+        with pytest.raises(splat.PatternError, match="16 positions"):
+            splat.torch.attention(*draw_inputs(rng, q_len, 16)[:3], pattern, query_offset=17 - q_len)
 
 
 def test_chunks_and_single_steps_are_the_whole(rng: np.random.Generator) -> None:

@@ -68,19 +68,22 @@ def test_opcheck(lengths: bool, rng: np.random.Generator) -> None:
     q = q.transpose(1, 2).contiguous().transpose(1, 2)
     arrays = [x.requires_grad_() for x in (q, k, v)]
     given = torch.tensor([5, 20], dtype=torch.int32, device=DEVICE) if lengths else None
+    offsets = torch.tensor([4, 1]) if lengths else None
     static = (repr(PATTERN), 0.3, 5.0, 2) if lengths else (repr(PATTERN), None, None, 0)
-    torch.library.opcheck(attend, (*arrays, given, *static))
+    torch.library.opcheck(attend, (*arrays, given, offsets, *static))
 
 
 @BOTH
 @pytest.mark.parametrize("wanted", [(True, True), (True, False), (False, True)])
 def test_opcheck_of_the_backward(wanted: tuple[bool, bool], rng: np.random.Generator) -> None:
     q, k, v, d_out, d_lse = draw_inputs(rng, 9, 9, batch=2)
-    static = (repr(PATTERN), None, None, 0)
-    out, lse = attend(q, k, v, None, *static)
+    static, offsets = (repr(PATTERN), None, None, 0), torch.tensor([3, 0]) if wanted[0] else None
+    out, lse = attend(q, k, v, None, offsets, *static)
     cotangents = (d_out, None if wanted[0] else d_lse)
     utils = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_static")
-    torch.library.opcheck(attend_backward, (q, k, v, None, out, lse, *cotangents, *static, *wanted), test_utils=utils)
+    torch.library.opcheck(
+        attend_backward, (q, k, v, None, offsets, out, lse, *cotangents, *static, *wanted), test_utils=utils
+    )
 
 
 @pytest.mark.parametrize("shape", [(1, 2, 0, 8), (0, 2, 4, 8)])
@@ -88,7 +91,7 @@ def test_opcheck_without_queries(shape: tuple[int, ...]) -> None:
     q = torch.ones(shape, device=DEVICE, requires_grad=True)
     k = torch.ones((shape[0], 1, 4, 8), device=DEVICE, requires_grad=True)
     utils = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_static")
-    torch.library.opcheck(attend, (q, k, k.detach(), None, repr(PATTERN), None, None, 0), test_utils=utils)
+    torch.library.opcheck(attend, (q, k, k.detach(), None, None, repr(PATTERN), None, None, 0), test_utils=utils)
 
 
 # -- torch.compile -----------------------------------------------------------------------------------------------------
@@ -150,6 +153,18 @@ def test_other_offsets_are_not_compiled_again(rng: np.random.Generator) -> None:
     for at in range(8):
         assert_same([step(q, at)], [splat.torch.attention(q, k, v, PATTERN, query_offset=at)])
     assert backend.frame_count <= 3  # one for 0, one for all others
+
+
+def test_offsets_of_sequences_are_not_compiled_again(rng: np.random.Generator) -> None:
+    q, k, v, *_ = draw_inputs(rng, 1, 24, batch=2)
+    backend = counted()
+    step = torch.compile(
+        lambda q, at: splat.torch.attention(q, k, v, PATTERN, query_offset=at), backend=backend, fullgraph=True
+    )
+    for at in range(8):
+        offsets = torch.tensor([at, 20 - at])
+        assert_same([step(q, offsets)], [splat.torch.attention(q, k, v, PATTERN, query_offset=offsets)])
+    assert backend.frame_count == 1
 
 
 def test_other_lengths_are_compiled_once_more(rng: np.random.Generator) -> None:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
-from functools import lru_cache
+from collections.abc import Callable, Sequence
+from functools import lru_cache, partial
 from typing import Any
 
 import jax
@@ -19,14 +19,14 @@ from splat.codegen.registry import load
 from splat.errors import ArgumentError, PatternError, UnsupportedError
 from splat.ops import validate
 from splat.pattern import Pattern, PerHead, causal, from_mask, full, key_heads, window
-from splat.pattern.core import is_runtime_array, with_arrays, without_arrays
+from splat.pattern.core import with_arrays, without_arrays
 from splat.planning import Problem, make_plan
 
-#: Of query, key, value and key lengths, and of output and log-sum-exp: see `partitioning.Axes`.
-AXES = Axes.parse("BTNH BSKH BSKH B -> BTNH BTN")
+#: Of query, key, value, key lengths and offsets of sequences, and of output and log-sum-exp: see `partitioning.Axes`.
+AXES = Axes.parse("BTNH BSKH BSKH B B -> BTNH BTN")
 
 #: Where heads differ, devices need all.
-HEADS_WHOLE = Axes.parse("BTWH BSWH BSWH B -> BTWH BTW")
+HEADS_WHOLE = Axes.parse("BTWH BSWH BSWH B B -> BTWH BTW")
 
 
 def attention(
@@ -50,8 +50,8 @@ def attention(
       pattern: which (query, key) pairs attend; `per_head([...])` gives each query head its own.
       scale: of the scores, 1/sqrt(H) where None.
       logits_soft_cap: scores become `cap * tanh(score / cap)`.
-      query_offset: row i is position `i + query_offset`. An int is planned for; a JAX scalar is a run-time value: no
-        re-planning, no recompilation.
+      query_offset: row i is position `i + query_offset`. An int is planned for; a JAX scalar, or integers [B] where
+        sequences are at different positions, are run-time values: no re-planning, no recompilation.
       kv_lengths: int [B], or [] for all alike; keys at or past it attend to nothing, whatever they hold. More than S
         means all keys. A run-time value.
       return_lse: also return the log-sum-exp of each row's scores.
@@ -81,7 +81,7 @@ def attention(
     sizes = validate.check_arrays(query, key, value)
     pattern = validate.check_pattern(pattern, sizes.num_q_heads)
     options = Options(validate.check_scale(scale, sizes.head_dim), validate.check_soft_cap(logits_soft_cap))
-    offset = validate.check_offset(query_offset, sizes.q_len)
+    offset = validate.check_offset(query_offset, sizes.batch, sizes.q_len)
     lengths = validate.check_lengths("kv_lengths", kv_lengths, sizes.batch, sizes.kv_len)
     request = Request(platform_of(query), str(query.dtype), sizes.head_dim)
     chosen = choose(request, implementation)
@@ -89,15 +89,22 @@ def attention(
     if query.size == 0:
         out, lse = query, jnp.zeros(query.shape[:-1], jnp.promote_types(query.dtype, jnp.float32))
     else:
-        given = {"query": query, "key": key, "value": value, "kv_lengths": lengths}
-        inside = list(pattern.run_time_arrays), [offset] if is_runtime_array(offset) else []
+        given = {"query": query, "key": key, "value": value, "kv_lengths": lengths, "query_offset": None}
+        inside = list(pattern.run_time_arrays), []
+        known = None
+        if isinstance(offset, int):
+            known = offset
+        elif offset.ndim:
+            given["query_offset"] = offset
+        else:
+            inside[1].append(offset)
         arrays, tree = jax.tree.flatten((tuple(given.values()), inside))
-        known = None if inside[1] else offset
         part = _Part(without_arrays(pattern), known, options, chosen.name, chosen.target(), tree)
         axes = (HEADS_WHOLE if isinstance(pattern, PerHead) else AXES).of(list(given.values()))
-        run = _jitted(part) if any(inside) else part
+        run = _jitted(part) if known is None or inside[0] else part
         try:
-            out, lse = explicit(run, axes, *arrays, names=list(given), keep=True)
+            names = [name for name, x in given.items() if x is not None]
+            out, lse = explicit(run, axes, *arrays, names=names, keep=True)
         except TypeError as error:
             if "forward-mode" not in str(error):
                 raise
@@ -118,7 +125,8 @@ class _Part:
       pattern: `without_arrays`.
       offset: None where it is a run-time value.
       target: of the implementation.
-      tree: of the arguments: ((query, key, value, lengths), (arrays of the pattern, run-time offset)).
+      tree: of the arguments: ((query, key, value, lengths, offsets of sequences), (arrays of the pattern, run-time
+        offset of all)).
     """
 
     pattern: Pattern
@@ -129,12 +137,19 @@ class _Part:
     tree: Any
 
     def __call__(self, *arrays: Any) -> tuple[Any, Any]:
-        (query, key, value, lengths), (inside, offsets) = self.tree.unflatten(arrays)
+        (*given, offsets), (inside, offset_of_all) = self.tree.unflatten(arrays)
         pattern = with_arrays(self.pattern, inside) if inside else self.pattern
-        offset = validate.saturated(offsets[0], query.shape[1]) if offsets else self.offset
-        if isinstance(pattern, PerHead):
-            return self._by_head(pattern, offset, query, key, value, lengths)
-        return self._run(pattern, offset, query, key, value, lengths)
+        run = partial(self._by_head, pattern) if isinstance(pattern, PerHead) else partial(self._run, pattern)
+        if offsets is not None:
+            return jax.vmap(partial(self._of_sequence, run))(offsets, *given)
+        offset = validate.saturated(offset_of_all[0], given[0].shape[1]) if offset_of_all else self.offset
+        return run(offset, *given)
+
+    @staticmethod
+    def _of_sequence(run: Callable[..., Any], offset: Any, *given: Any) -> tuple[Any, Any]:
+        offset = validate.saturated(offset, given[0].shape[0])
+        out, lse = run(offset, *(None if x is None else x[None] for x in given))
+        return out[0], lse[0]
 
     def _run(self, pattern: Pattern, offset: Any, query: Any, key: Any, value: Any, lengths: Any) -> tuple[Any, Any]:
         grouped = self.implementation == "triton" and query.shape[2] > key.shape[2]

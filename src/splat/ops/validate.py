@@ -184,8 +184,8 @@ def check_lengths(name: str, lengths: Any, batch: int, limit: int) -> Any:
     return jnp.broadcast_to(jnp.asarray(wide.clip(0, limit), jnp.int32), (batch,))
 
 
-def check_offset(query_offset: Any, q_len: int) -> Any:
-    """`query_offset` as an int, or as a run-time integer scalar, which `saturated` takes."""
+def check_offset(query_offset: Any, batch: int, q_len: int) -> Any:
+    """`query_offset` as an int, or as run-time integers, [] or [batch], each of which `saturated` takes."""
     if isinstance(query_offset, np.ndarray) and query_offset.ndim == 0:
         query_offset = query_offset[()]
     if isinstance(query_offset, (int, np.integer)) and not isinstance(query_offset, bool):
@@ -194,11 +194,11 @@ def check_offset(query_offset: Any, q_len: int) -> Any:
                 f"query_offset must be in [0, 2**30 - {q_len}] for {q_len} queries, but {query_offset} was given"
             )
         return int(query_offset)
-    array = as_array("query_offset", query_offset, expected="an int or an integer scalar")
-    if array.shape != () or not jnp.issubdtype(array.dtype, jnp.integer):
+    array = as_array("query_offset", query_offset, expected="an int or integers")
+    if array.shape not in ((), (batch,)) or not jnp.issubdtype(array.dtype, jnp.integer):
         raise ArgumentError(
-            f"query_offset must be an int or an integer scalar, but {array.dtype}{list(array.shape)} was given. For "
-            "one offset per sequence use jax.vmap over the batch."
+            f"query_offset must be an int, or integers of shape [] or [{batch}] (one for each sequence), but "
+            f"{array.dtype}{list(array.shape)} was given"
         )
     return array
 

@@ -28,7 +28,7 @@ def attention(
     *,
     scale: float | None = None,
     logits_soft_cap: float | None = None,
-    query_offset: int = 0,
+    query_offset: int | Tensor = 0,
     kv_lengths: Tensor | None = None,
     return_lse: bool = False,
 ) -> Any:
@@ -42,7 +42,9 @@ def attention(
       pattern: which (query, key) pairs attend; `per_head([...])` gives each query head its own.
       scale: of the scores, 1/sqrt(H) where None.
       logits_soft_cap: scores become `cap * tanh(score / cap)`.
-      query_offset: row i is position `i + query_offset`; an int.
+      query_offset: row i is position `i + query_offset`; an int, or where sequences are at different positions
+        integers [B], on the CPU (on GPUs such sequences are served one after the other, and so are more than a few
+        queries on CPUs).
       kv_lengths: integers, [B] or [], on the same device: keys at or past it attend to nothing, whatever they hold. A
         run-time value: it is neither read by the host nor compiled in.
       return_lse: also return the log-sum-exp of each row's scores; it has a gradient, too.
@@ -91,18 +93,18 @@ def run(
             f"pattern: per_head names {num_heads} heads, but query has {sizes.num_q_heads}. Give one for each."
         )
     scale, cap = validate.check_scale(scale), validate.check_soft_cap(logits_soft_cap)
-    offset = validate.check_offset(query_offset, sizes.q_len)
+    offset, offsets = validate.check_offset(query_offset, sizes.batch, sizes.q_len)
     lengths = validate.check_lengths(kv_lengths, sizes.batch, sizes.kv_len, query.device)
 
     operation = Attend.apply if is_transformed() else attend
     if len(patterns) == 1:
-        out, lse = operation(query, key, value, lengths, patterns[0][0], scale, cap, offset)
+        out, lse = operation(query, key, value, lengths, offsets, patterns[0][0], scale, cap, offset)
         return (out, lse) if return_lse else out
     outs, lses = [], []
     for text, heads in patterns:
         kv_heads = key_heads(heads, sizes.num_q_heads // sizes.num_kv_heads)
         arrays = _take(query, heads), _take(key, kv_heads), _take(value, kv_heads)
-        out, lse = operation(*arrays, lengths, text, scale, cap, offset)
+        out, lse = operation(*arrays, lengths, offsets, text, scale, cap, offset)
         outs.append(out.transpose(1, 2))
         lses.append(lse)
     order = [heads for _, heads in patterns]

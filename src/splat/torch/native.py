@@ -7,16 +7,16 @@ import ctypes
 import math
 from functools import cache
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from splat.codegen.base import Options
-from splat.codegen.cpp.call import Placed, Prepared, prepare
+from splat.codegen.cpp.call import Placed, Prepared, prepare, prepare_decode
 from splat.codegen.cpp.generate import forward_kernel, gradient_kernels
 from splat.planning import Plan, Problem, make_plan
 from splat.remembered import Remembered
+from splat.torch.positions import runs_at
 from splat.torch.static import Static, pattern_in
 from splat.torch.validate import name_of
 
@@ -37,6 +37,11 @@ def forward(
     if not _run(kernel, arrays, lengths, static, _num_threads(query, key, static)):
         return out.zero_(), lse.fill_(-math.inf)
     return out, lse
+
+
+def takes_offsets(query: Tensor) -> bool:
+    """Whether `forward` takes sequences at different positions: the kernel for few queries does."""
+    return forward_kernel(query.shape[2], name_of(query.dtype)) == "decode"
 
 
 def backward(
@@ -82,7 +87,8 @@ def _run(kernel: str, arrays: dict[str, Tensor], lengths: Tensor | None, static:
 
 def _num_threads(query: Tensor, key: Tensor, static: Static) -> int:
     batch, num_q_heads, q_len, width = query.shape
-    flops = 4 * _nnz(static, q_len, key.shape[2], width, name_of(query.dtype)) * width * num_q_heads * batch
+    of = static, q_len, key.shape[2], width, name_of(query.dtype)
+    flops = 4 * _pairs(of, lambda: _count(*of)) * width * num_q_heads * batch
     return torch.get_num_threads() if flops > (SMALL_FLOPS if _team() else SMALL_FLOPS_ALONE) else 1
 
 
@@ -120,19 +126,25 @@ def _prepare(
     kernel: str, static: Static, q_len: int, kv_len: int, head_dim: int, dtype: str, lengths: bool
 ) -> Prepared | None:
     _, scale, cap, _ = static
-    scale = 1 / math.sqrt(head_dim) if scale is None else scale
-    plan = _plan(static, q_len, kv_len, head_dim, dtype)
-    return prepare(plan, Options(scale, cap), kernel, lengths=lengths)
+    options = Options(1 / math.sqrt(head_dim) if scale is None else scale, cap)
+    if kernel == "decode":
+        runs = runs_at(static, q_len, kv_len)
+        return prepare_decode(runs, options, dtype=dtype, head_dim=head_dim, lengths=lengths)
+    return prepare(_plan(static, q_len, kv_len, head_dim, dtype), options, kernel, lengths=lengths)
 
 
 _prepared = Remembered(entries=512, nbytes=1 << 28)
 
 
-def _nnz(static: Static, *sizes: Any) -> int:
-    return _counts((static, *sizes), lambda: _plan(static, *sizes).nnz)
+def _count(static: Static, q_len: int, kv_len: int, head_dim: int, dtype: str) -> float:
+    """Non-zeros of a sequence, on average."""
+    if forward_kernel(q_len, dtype) == "forward":
+        return _plan(static, q_len, kv_len, head_dim, dtype).nnz
+    counts = runs_at(static, q_len, kv_len)[..., 2::3]
+    return float(counts.sum()) / len(counts)
 
 
-_counts = Remembered(entries=1024, nbytes=1 << 27)
+_pairs = Remembered(entries=1024, nbytes=1 << 27)
 
 
 def _plan(static: Static, q_len: int, kv_len: int, head_dim: int, dtype: str) -> Plan:

@@ -2,7 +2,8 @@
 
 Everything static about a call travels as text and numbers: the pattern is its expression, `repr(pattern)`. So a traced
 graph can be printed, written and read by another process, and holds no table: the real implementation looks up plan,
-kernels and tables, which it remembers. `query_offset` may be a symbolic integer in a traced graph, and shapes too.
+kernels and tables, which it remembers. `query_offset` may be a symbolic integer in a traced graph, and shapes too;
+where there are `query_offsets`, int64 [B] on the CPU, these count.
 
 PyTorch's cache of compiled graphs on the disk goes by the forward's arguments only: whoever changes the backward's
 schema has to change the forward's too, or old caches call the new backward in the old way.
@@ -10,7 +11,8 @@ schema has to change the forward's too, or old caches call the new backward in t
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,15 +20,16 @@ from torch import Tensor
 
 from splat.errors import UnsupportedError
 from splat.torch import validate
+from splat.torch.static import Static
 
 _SCHEMA = (
-    "(Tensor query, Tensor key, Tensor value, Tensor? kv_lengths, str pattern, float? scale, float? logits_soft_cap, "
-    "SymInt query_offset) -> (Tensor, Tensor)"
+    "(Tensor query, Tensor key, Tensor value, Tensor? kv_lengths, Tensor? query_offsets, str pattern, float? scale, "
+    "float? logits_soft_cap, SymInt query_offset) -> (Tensor, Tensor)"
 )
 _BACKWARD_SCHEMA = (
-    "(Tensor query, Tensor key, Tensor value, Tensor? kv_lengths, Tensor out, Tensor lse, Tensor? d_out, Tensor? d_lse,"
-    " str pattern, float? scale, float? logits_soft_cap, SymInt query_offset, bool of_query, bool of_key_value)"
-    " -> (Tensor, Tensor, Tensor)"
+    "(Tensor query, Tensor key, Tensor value, Tensor? kv_lengths, Tensor? query_offsets, Tensor out, Tensor lse, "
+    "Tensor? d_out, Tensor? d_lse, str pattern, float? scale, float? logits_soft_cap, SymInt query_offset, "
+    "bool of_query, bool of_key_value) -> (Tensor, Tensor, Tensor)"
 )
 
 #: Compiled CUDA graphs leave these out: a first call puts tables on the device, and keeps them.
@@ -39,6 +42,7 @@ def attend(
     key: Tensor,
     value: Tensor,
     kv_lengths: Tensor | None,
+    query_offsets: Tensor | None,
     pattern: str,
     scale: float | None,
     logits_soft_cap: float | None,
@@ -49,10 +53,13 @@ def attend(
         out, lse = _like(query, query, kv_lengths)
         return out.zero_(), lse.zero_()
     if validate.is_native(query.device.type):
-        from splat.torch.native import forward
+        from splat.torch.native import forward, takes_offsets
     else:
-        from splat.torch.programs import forward
-    out, lse = forward(query, key, value, kv_lengths, (pattern, scale, logits_soft_cap, query_offset))
+        from splat.torch.programs import forward, takes_offsets
+    offset = validate.check_offsets(query_offset, query_offsets, query.shape[2])
+    static, arrays = (pattern, scale, logits_soft_cap, offset), (query, key, value, kv_lengths)
+    together = isinstance(offset, int) or takes_offsets(query)
+    out, lse = forward(*arrays, static) if together else _by_sequence(forward, static, arrays)
     return out.data, lse  # no view, of which PyTorch would say the wrong thing to who changes the output in place
 
 
@@ -62,6 +69,7 @@ def attend_backward(
     key: Tensor,
     value: Tensor,
     kv_lengths: Tensor | None,
+    query_offsets: Tensor | None,
     out: Tensor,
     lse: Tensor,
     d_out: Tensor | None,
@@ -81,13 +89,34 @@ def attend_backward(
         from splat.torch.native import backward
     else:
         from splat.torch.programs import backward
-    static, wanted = (pattern, scale, logits_soft_cap, query_offset), (of_query, of_key_value)
-    found = backward(query, key, value, kv_lengths, out, lse, d_out, d_lse, static, wanted)
+    offset, wanted = validate.check_offsets(query_offset, query_offsets, query.shape[2]), (of_query, of_key_value)
+    static, arrays = (pattern, scale, logits_soft_cap, offset), (query, key, value, kv_lengths, out, lse, d_out, d_lse)
+    if isinstance(offset, int):
+        found = backward(*arrays, static, wanted)
+    else:
+        found = _by_sequence(partial(backward, wanted=wanted), static, arrays)
     if of_query and of_key_value:
         return found[0], found[1], found[2]
     if of_query:
         return found[0], key.new_empty(0), value.new_empty(0)
     return query.new_empty(0), found[0], found[1]
+
+
+def _by_sequence(run: Callable[..., Any], static: Static, arrays: Sequence[Tensor | None]) -> list[Tensor]:
+    """Results of one sequence after the other, which are at different positions."""
+    offsets, parts = static[3], []
+    assert isinstance(offsets, tuple)
+    for n, offset in enumerate(offsets):
+        own = (None if x is None else x[n : n + 1] for x in arrays)
+        parts.append(run(*own, (*static[:3], offset)))
+    return [_joined(results) for results in zip(*parts, strict=True)]
+
+
+def _joined(parts: Sequence[Tensor]) -> Tensor:
+    """The sequences' results as one, laid out in memory as each is."""
+    if parts[0].ndim < 4:
+        return torch.cat(tuple(parts))
+    return torch.cat([x.transpose(1, 2) for x in parts]).transpose(1, 2)
 
 
 # -- for tracing: shapes, dtypes and layouts ---------------------------------------------------------------------------
@@ -120,8 +149,8 @@ def _gradients_like(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> tu
 
 def save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     """Keeps what `differentiate` needs."""
-    query, key, value, kv_lengths, *ctx.static = inputs
-    ctx.save_for_backward(query, key, value, kv_lengths, *output)
+    query, key, value, kv_lengths, query_offsets, *ctx.static = inputs
+    ctx.save_for_backward(query, key, value, kv_lengths, query_offsets, *output)
     ctx.set_materialize_grads(False)
 
 
@@ -132,7 +161,7 @@ def differentiate(
     needed = ctx.needs_input_grad[:3]
     of_key_value = needed[1] or needed[2]  # one kernel makes both
     gradients = backward(*ctx.saved_tensors, d_out, d_lse, *ctx.static, needed[0], of_key_value)
-    return *(x if here else None for x, here in zip(gradients, needed, strict=True)), *(None,) * 5
+    return *(x if here else None for x, here in zip(gradients, needed, strict=True)), *(None,) * 6
 
 
 def refuse(ctx: Any, *_: Any) -> tuple[Any, ...]:

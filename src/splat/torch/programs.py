@@ -57,6 +57,11 @@ def forward(
     return out.transpose(1, 2), lse
 
 
+def takes_offsets(_: Tensor) -> bool:
+    """Whether `forward` takes sequences at different positions: each has tables of its own."""
+    return False
+
+
 def backward(
     query: Tensor, key: Tensor, value: Tensor, lengths: Tensor | None, out: Tensor, lse: Tensor,
     d_out: Tensor | None, d_lse: Tensor | None, static: Static, wanted: tuple[bool, bool],

@@ -5,8 +5,8 @@ from __future__ import annotations
 from splat.pattern import Pattern, parse
 from splat.remembered import Remembered
 
-#: pattern, scale, logits_soft_cap, query_offset: as the operations have them.
-Static = tuple[str, float | None, float | None, int]
+#: pattern, scale, logits_soft_cap, query_offset: as the operations have them; one offset a sequence where they differ.
+Static = tuple[str, float | None, float | None, int | tuple[int, ...]]
 
 _patterns = Remembered(entries=256, nbytes=1 << 27)
 

@@ -88,5 +88,5 @@ def _fold(x: Tensor | None, dim: int | None, size: int) -> Tensor | None:
     return each.flatten(0, 1)
 
 
-attend.register_vmap(partial(_mapped, attend, 4))
-attend_backward.register_vmap(partial(_mapped, attend_backward, 8))
+attend.register_vmap(partial(_mapped, attend, 5))
+attend_backward.register_vmap(partial(_mapped, attend_backward, 9))

@@ -217,17 +217,42 @@ def _number(name: str, value: Any) -> float:
     return float(value)
 
 
-def check_offset(query_offset: Any, q_len: int) -> int:
-    """`query_offset` as an int."""
+def check_offset(query_offset: Any, batch: int, q_len: int) -> tuple[int, Tensor | None]:
+    """`query_offset` as an int, or (beside a 0) as int64 [batch], on the CPU, whose values `check_offsets` checks."""
+    if isinstance(query_offset, Tensor):
+        if query_offset.dtype not in _INTEGERS or tuple(query_offset.shape) not in ((), (batch,)):
+            raise ArgumentError(
+                f"query_offset must be an int, or integers of shape [{batch}] or [], but "
+                f"{name_of(query_offset.dtype)}{list(query_offset.shape)} was given"
+            )
+        if query_offset.device.type != "cpu":
+            raise ArgumentError(
+                f"query_offset must be an int or on the CPU, but it is on {query_offset.device}. Positions are planned "
+                "on the host: keep a copy of them there, and pass run-time lengths as kv_lengths."
+            )
+        return 0, query_offset.to(torch.int64).expand(batch).clone()  # callers count theirs up in place
     if isinstance(query_offset, bool) or not isinstance(query_offset, (int, np.integer, torch.SymInt)):
         raise ArgumentError(
-            f"query_offset must be an int, but {type(query_offset).__name__} was given. Positions are planned on the "
-            "host: pass int(query_offset), and run-time lengths as kv_lengths."
+            f"query_offset must be an int or integers of shape [{batch}], but {type(query_offset).__name__} was given"
         )
     offset = int(query_offset) if isinstance(query_offset, np.integer) else query_offset  # symbolic ones stay symbolic
+    _check_position(offset, q_len)
+    return offset, None
+
+
+def check_offsets(query_offset: int, query_offsets: Tensor | None, q_len: int) -> int | tuple[int, ...]:
+    """Where the queries begin: for all sequences, or where they differ for each."""
+    if query_offsets is None:
+        return query_offset
+    offsets = tuple(query_offsets.tolist())
+    for offset in offsets:
+        _check_position(offset, q_len)
+    return offsets if len(set(offsets)) > 1 else offsets[0]
+
+
+def _check_position(offset: int, q_len: int) -> None:
     if not 0 <= offset <= 2**30 - q_len:
         raise ArgumentError(f"query_offset must be in [0, 2**30 - {q_len}] for {q_len} queries, but {offset} was given")
-    return offset
 
 
 def check_lengths(lengths: Any, batch: int, kv_len: int, device: torch.device) -> Tensor | None:

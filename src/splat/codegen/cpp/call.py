@@ -108,10 +108,24 @@ def prepare(plan: Plan, options: Options, kernel: str, *, lengths: bool) -> Prep
     soft_cap = options.logits_soft_cap is not None
     holes = UNKNOWN if kernel == "decode" else holes_of(plan)
     facts = kernel_facts(kernel, passes, holes, dtype=p.dtype, head_dim=p.head_dim, soft_cap=soft_cap, lengths=lengths)
+    return _bound(facts, options, [table for one in tables for table in one], counts_of(kernel, tables))
+
+
+def prepare_decode(runs: np.ndarray, options: Options, *, dtype: str, head_dim: int, lengths: bool) -> Prepared | None:
+    """The kernel `decode` of RUNS, int32 [batch, rows, 3 * components], each sequence with its own (or [1, ...]: all
+    alike); None where there is no component. Raises what `compiler.load` raises."""
+    sequences, rows, numbers = runs.shape
+    if not numbers:
+        return None
+    soft_cap = options.logits_soft_cap is not None
+    facts = kernel_facts("decode", (), UNKNOWN, dtype=dtype, head_dim=head_dim, soft_cap=soft_cap, lengths=lengths)
+    return _bound(facts, options, [runs], [numbers // 3, rows if sequences > 1 else 0])
+
+
+def _bound(facts: KernelFacts, options: Options, tables: list[Any], numbers: list[int]) -> Prepared:
     library = _library(facts, compiler.settings())
-    flat = [np.ascontiguousarray(table, np.int32) for one in tables for table in one]
+    flat = [np.ascontiguousarray(table, np.int32) for table in tables]
     pointers = (ctypes.c_void_p * len(flat))(*(table.ctypes.data for table in flat))
-    numbers = counts_of(kernel, tables)
     counts = (ctypes.c_int64 * len(numbers))(*numbers)
     call = Call(scale=options.scale, soft_cap=options.logits_soft_cap or 0.0)
     call.tables, call.num_groups = ctypes.addressof(pointers), ctypes.addressof(counts)

@@ -80,26 +80,36 @@ template <class Facts> struct Forward {
     Vec<T> most[NV];
     SPLAT_UNROLL
     for (int v = 0; v < NV; ++v) most[v] = splat_of(-kInfinity<T>);
-    constexpr bool kPlain = !M::kSome && !Facts::soft_cap;
     const T factor = (T)lane_factor<Facts>(call);
+    const Part full = mask.full(x, n);
+    Vec<T> before[NV];
     auto made = [&](int v, Vec<T>& score) SPLAT_INLINED {
       score = Side::scaled(score, factor);
-      if constexpr (kPlain) most[v] = larger<T>(most[v], score);
+      if constexpr (!Facts::soft_cap) most[v] = larger<T>(most[v], score);
     };
-    scores<T, kDepth, NV>(key + (int64_t)from * kDepth, s.query + lane, n, p, made, [&]() SPLAT_INLINED {
+    auto begin = [&](int, int) SPLAT_INLINED {
       for (int rows = 0; rows < kRowsAhead; ++rows) ahead.next<D * (int)sizeof(Scalar)>();
-    });
-    if constexpr (!kPlain)
-      for (int k = 0; k < n; ++k) {
+      SPLAT_UNROLL
+      for (int v = 0; v < NV; ++v) before[v] = most[v];
+    };
+    auto end = [&](int r, int rows) SPLAT_INLINED {
+      const bool inside = r >= full.from && r + rows <= full.to;
+      if (inside && !Facts::soft_cap) return;
+      SPLAT_UNROLL
+      for (int v = 0; v < NV; ++v) most[v] = before[v];
+      for (int k = r; k < r + rows; ++k) {
         SPLAT_UNROLL
         for (int v = 0; v < NV; ++v) {
           Vec<T> score = load(p + k * kLanes + v * W);
           if constexpr (Facts::soft_cap) score = tanh<T>(score) * (T)(call.soft_cap * kLog2e<double>);
-          if constexpr (M::kSome) score = mask.keep(x + k, lane + v * W) ? score : splat_of(-kInfinity<T>);
+          if constexpr (M::kSome)
+            if (!inside) score = mask.keep(x + k, lane + v * W) ? score : splat_of(-kInfinity<T>);
           store(p + k * kLanes + v * W, score);
           most[v] = larger<T>(score, most[v]);
         }
       }
+    };
+    scores<T, kDepth, NV>(key + (int64_t)from * kDepth, s.query + lane, n, p, made, begin, end);
     bool rises = false;
     Vec<T> base[NV];
     SPLAT_UNROLL

@@ -70,13 +70,20 @@ SPLAT_INLINE void differentiate(const Call& call, int n, int x, int lane, const 
       }
       Vec<T> weight = probability<T, kPaired<Facts>>(score - base(k, v));
       slope *= weight;
-      if constexpr (M::kSome) {
-        const Vec<Int<T>> keep = mask.keep(x + k, lane + v * W);
-        weight = keep ? weight : Vec<T>{};
-        slope = keep ? slope : Vec<T>{};
-      }
       if constexpr (kKeep) store(p + at, weight);
       store(ds + at, slope);
+    }
+  }
+  if constexpr (M::kSome) {
+    const Part full = mask.full(x, n);
+    for (int k = full.from > 0 ? 0 : full.to; k < n; k = k + 1 == full.from ? full.to : k + 1) {
+      SPLAT_UNROLL
+      for (int v = 0; v < NV; ++v) {
+        const int at = k * kLanes + v * W;
+        const Vec<Int<T>> keep = mask.keep(x + k, lane + v * W);
+        if constexpr (kKeep) store(p + at, keep ? load(p + at) : Vec<T>{});
+        store(ds + at, keep ? load(ds + at) : Vec<T>{});
+      }
     }
   }
 }

@@ -86,18 +86,21 @@ template <int R, class Body> SPLAT_INLINE void in_rows(int n, Body&& body) {
   for (; r < n; ++r) body(Constant<1>{}, r);
 }
 
-/// Rows of D elements each; made(v, score) may change each vector of scores; between() is called before each few rows.
-template <class T, int D, int NV, class B, class Made, class Between>
-SPLAT_INLINE void scores(const B* walked, const B* lanes, int n, T* out, Made&& made, Between&& between) {
+/// Rows of D elements each; made(v, score) may change each vector of scores. Before each few rows, and after them,
+/// before(r, rows) and after(r, rows) are called.
+template <class T, int D, int NV, class B, class Made, class Before, class After>
+SPLAT_INLINE void scores(const B* walked, const B* lanes, int n, T* out, Made&& made, Before&& before, After&& after) {
   in_rows<kRows<NV>>(n, [&](auto rows, int r) SPLAT_INLINED {
-    between();
+    before(r, rows);
     product<T, rows, NV, false>(Strided<B>{walked + r * D, D, 1}, lanes, kLanes, D, out + r * kLanes, kLanes, made);
+    after(r, rows);
   });
 }
 
 template <class T, int D, int NV, class B>
 SPLAT_INLINE void scores(const B* walked, const B* lanes, int n, T* out) {
-  scores<T, D, NV>(walked, lanes, n, out, [](int, Vec<T>&) SPLAT_INLINED {}, []() SPLAT_INLINED {});
+  auto nothing = [](int, int) SPLAT_INLINED {};
+  scores<T, D, NV>(walked, lanes, n, out, [](int, Vec<T>&) SPLAT_INLINED {}, nothing, nothing);
 }
 
 /// D columns; `step` elements from one walked row to the next.

@@ -224,16 +224,20 @@ template <class Kernel, class PassType> struct Runner {
       bool gathered = false;
       for (int h = 0; h < heads; ++h)
         segments<WalkType::kFull, WalkType::kEdges>(
-            spans, from, to, [&](int x, int end, int group, int count, bool masked) {
+            spans, from, to, [&](int x, int end, int group, int count, int x1, int x2) {
               const int index = t * heads + h, lane = group * kGroup, lanes = count * kGroup;
-              // Without a mask, but not all lanes: so rare where there are edges that they are no code of their own.
-              if (!WalkType::kEdges || (!masked && lanes == kGroupsOfTile * kGroup)) {
-                if constexpr (WalkType::kFull || !WalkType::kEdges)
-                  blocks<WalkType::kEdges>(index, lane, lanes, from, x, end, NoMask());
-              } else if constexpr (WalkType::kEdges) {
-                if (!gathered) mask.gather(bounds, grid.num_rows, rows[t], n), gathered = true;
-                if constexpr (Kernel::kGuard) kept_blocks(index, lane, lanes, from, x, end, mask);
-                else blocks<false>(index, lane, lanes, from, x, end, mask);
+              if constexpr (!WalkType::kEdges) {
+                blocks(index, lane, lanes, from, x, end, NoMask());
+              } else {
+                mask.x1 = x1, mask.x2 = x2;
+                if (!gathered && (x < x1 || x2 < end)) mask.gather(bounds, grid.num_rows, rows[t], n), gathered = true;
+                if constexpr (Kernel::kGuard) {
+                  kept_blocks(index, lane, lanes, from, x, x1, mask);
+                  if (x1 < x2) blocks(index, lane, lanes, from, x1, x2, mask);
+                  kept_blocks(index, lane, lanes, from, x2, end, mask);
+                } else {
+                  blocks(index, lane, lanes, from, x, end, mask);
+                }
               }
             });
     }
@@ -251,51 +255,56 @@ template <class Kernel, class PassType> struct Runner {
       while (x < end && !kept(x)) ++x;
       int next = x;
       while (next < end && kept(next)) ++next;
-      if (x < next) blocks<false>(index, lane, lanes, from, x, next, mask);
+      if (x < next) blocks(index, lane, lanes, from, x, next, mask);
       x = next;
     }
   }
 
-  /// `kWhole`: these are all lanes that a row tile may have.
-  template <bool kWhole, class M>
+  template <class M>
   SPLAT_INLINE void blocks(int index, int lane, int lanes, int from, int x, int end, const M& mask) {
     constexpr int kAll = kGroupsOfTile * kGroup / kWidth<T>, kMost = kAll < Kernel::kVectors ? kAll : Kernel::kVectors;
     for (int done = 0; done < lanes;) {
       const int vectors = (lanes - done) / kWidth<T>;
       const int taken = vectors < kMost ? vectors : kMost;
-      with_vectors<kMost, kWhole>(taken, index, lane + done, from, x, end, mask);
+      with_vectors<kMost>(taken, index, lane + done, from, x, end, mask);
       done += taken * kWidth<T>;
     }
   }
 
-  template <int NV, bool kWhole, class M>
+  template <int NV, class M>
   SPLAT_INLINE void with_vectors(int vectors, int index, int lane, int from, int x, int end, const M& mask) {
     constexpr int kOfGroup = kGroup / kWidth<T> > 0 ? kGroup / kWidth<T> : 1;
     if constexpr (NV > 0) {
-      if (kWhole || (NV == vectors && (NV % kOfGroup == 0 || NV == Kernel::kVectors))) {
+      if (NV == vectors && (NV % kOfGroup == 0 || NV == Kernel::kVectors)) {
         const int length = end - x, parts = (length + kBlock<NV> - 1) / kBlock<NV>;
         const int even = (length + parts - 1) / parts, size = (even + kRows<NV> - 1) / kRows<NV> * kRows<NV>;
         for (; x < end; x += size)
           kernel.template block<NV>(index, lane, x - from, x + size < end ? size : end - x, x, mask);
-      } else if constexpr (!kWhole) {
-        with_vectors<NV - 1, false>(vectors, index, lane, from, x, end, mask);
+      } else {
+        with_vectors<NV - 1>(vectors, index, lane, from, x, end, mask);
       }
     }
   }
 };
 
-/// A ring for each walk of a pass in a memory of `room` rows; false where that is too small for what units walk.
+/// A ring for each walk of a pass in a memory of `room` rows; false where that is too small for what most units walk.
+/// The few that walk more (those of global tokens) bring their rows together in as many chunks as they need.
 template <class PassType>
 bool lay_out_rings(const int32_t* groups, int64_t num_groups, int64_t groups_of_residue, int32_t room, Ring* rings) {
   constexpr int kGroupsOfUnit = kBandTiles * (PassType::kStep ? kGroups : 1);
   int32_t used = 0;
+  int64_t all = 0, too_wide = 0;  // columns of units
   for (int w = 0; w < PassType::kWalks; ++w) {
     int32_t width = 0;  // of the columns that a unit has, the most
     for (int64_t n = 0; n < num_groups;) {
       const int64_t left = groups_of_residue - n % groups_of_residue;
       const int64_t count = left < kGroupsOfUnit ? left : kGroupsOfUnit;
       const Columns own = hull((const Span*)groups + n * PassType::kWalks + w, count, PassType::kWalks);
-      if (own.high - own.low > width) width = own.high - own.low;
+      const int32_t columns = own.high > own.low ? own.high - own.low : 0;
+      all += columns;
+      const bool fits = columns <= room;
+      if (!fits) too_wide += columns;
+      if (const int32_t held = fits ? columns : kBlockColumns; held > width) width = held;
       n += count;
     }
     rings[w] = {used, (int32_t)ceil_div(width + 63, 64) * 64};
@@ -304,7 +313,7 @@ bool lay_out_rings(const int32_t* groups, int64_t num_groups, int64_t groups_of_
   }
   const int32_t times = used ? room / used : 1;  // the larger, the more rarely a unit has two chunks
   for (int w = 0; w < PassType::kWalks; ++w) rings[w].at *= times, rings[w].rows *= times;
-  return true;
+  return too_wide <= all / 4;
 }
 
 /// The numbers of rows, tiles and units of a pass.

@@ -18,6 +18,9 @@
 
 namespace splat {
 
+/// Fewer columns than these are not worth a call of their own.
+constexpr int kShortest = 16;
+
 /// One component: value number t of a row is at column start + stride * hop * t, where x = start / stride + hop * t.
 struct Component {
   const int32_t *start, *count;    // [rows]

@@ -6,7 +6,7 @@
 //     lanes       x0            x1                       x2           x3
 //     group 0     |== masked ==|========= full =========|== masked ==|
 //     group 1          |== masked ==|========= full =========|== masked ==|
-//     segments    | 0 .| 0 1 ..                          ..  | . 1 ..|         one call of the kernel each
+//     segments    | 0 .| 0 1 ..                          ..  | . 1 ..|         a call of the kernel each, or several
 #pragma once
 #include "splat/tile.hpp"
 
@@ -41,17 +41,29 @@ template <int kStep_, int kBounds_, class... Walks> struct Pass {
   }
 };
 
-/// What a masked block compares: bounds [test][lower, upper][lane] of one row tile.
+/// Columns [from, to) of a block, counted from its first.
+struct Part {
+  int from, to;
+};
+
+/// What blocks compare: bounds [test][lower, upper][lane] of one row tile.
 template <class T, class WalkType> struct Mask;
 struct NoMask {
   static constexpr bool kSome = false;
+  SPLAT_INLINE Part full(int, int n) const { return {0, n}; }
 };
 
 template <class T, int kStride, bool kFull, bool kEdges, class... Tests>
 struct Mask<T, Walk<kStride, kFull, kEdges, Tests...>> {
   static constexpr bool kSome = true;
   alignas(64) Int<T> bounds[(sizeof...(Tests) ? sizeof...(Tests) : 1) * 2][kLanes];
+  int x1, x2;  // every lane has the columns between them
 
+  /// The columns of a block of n, from x on, that need no comparison.
+  SPLAT_INLINE Part full(int x, int n) const {
+    const int from = within(0, x1 - x, n);
+    return {from, within(from, x2 - x, n)};
+  }
   void gather(const int32_t* table, int64_t num_rows, const LaneRows& rows, int) {
     int n = 0;
     (gather_one<Tests>(table, num_rows, rows, n++), ...);
@@ -106,10 +118,8 @@ struct Span {
   int32_t x0, x1, x2, x3, residue;
 };
 
-/// Fewer columns than these are not worth a call without a mask.
-constexpr int kShortest = 16;
-
-/// Calls body(x, end, group, groups, masked) for the parts of [from, to) in which the same groups take part.
+/// Calls body(x, end, group, groups, x1, x2) for the parts of [from, to) in which the same groups take part; of those,
+/// [x1, x2) needs no mask.
 template <bool kFull, bool kEdges, class Body>
 SPLAT_INLINE void segments(const Span* const (&span)[kGroups], int from, int to, Body&& body) {
   int32_t points[2 * kGroups + 2];
@@ -138,15 +148,9 @@ SPLAT_INLINE void segments(const Span* const (&span)[kGroups], int from, int to,
         if (span[g]->x1 > x1) x1 = span[g]->x1;
         if (span[g]->x2 < x2) x2 = span[g]->x2;
       }
-      if constexpr (!kEdges) {
-        body(a, b, first, g - first, false);
-      } else if (!kFull || x2 - x1 < (x1 == a && x2 == b ? 1 : kShortest)) {
-        body(a, b, first, g - first, true);
-      } else {
-        if (a < x1) body(a, x1, first, g - first, true);
-        body(x1, x2, first, g - first, false);
-        if (x2 < b) body(x2, b, first, g - first, true);
-      }
+      if constexpr (!kEdges) body(a, b, first, g - first, a, b);
+      else if (!kFull || x2 < x1) body(a, b, first, g - first, b, b);
+      else body(a, b, first, g - first, x1, x2);
     }
   }
 }
