@@ -65,7 +65,7 @@ class Layers:
 
 
 def torch_calls(layers: Layers, dtype: str) -> dict[str, Call]:
-    """Ours, planned for each position anew; attention with a mask over all of the cache; and over a slice of it."""
+    """Ours, at new positions and at a known one; attention with a mask over all of the cache; and over a slice."""
     pt = torch_side.torch()
     from splat.torch import attention
 
@@ -128,8 +128,9 @@ def decode(setting: Setting) -> Report:
     report = Report(
         "cpu-decode",
         f"One token by {PATTERN}, batch 1, {THREADS} threads, {LAYERS} layers with caches of their own: microseconds a "
-        f"layer; in turns of {TURN_MS:g} ms. PyTorch's plan is made anew for each token, and serves all layers "
-        "(planned: where it is known; this and all others stay at one position, whose keys are then nearer). SDPA: "
+        f"layer; in turns of {TURN_MS:g} ms. From PyTorch each token is at a new position, whose keys are looked up "
+        "once for all layers (planned: where they are known; this and all others stay at one position, whose keys are "
+        "then nearer). SDPA: "
         "over the whole cache with a mask, and over a slice, the window without sinks. From JAX the position is a "
         "run-time value.",
         (

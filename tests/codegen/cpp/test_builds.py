@@ -236,6 +236,27 @@ def test_matrix_tiles(name: str, rng: np.random.Generator, monkeypatch: pytest.M
     test_processors(TILES, name, rng, monkeypatch)
 
 
+#: Flags, and the cases that are made otherwise with them than on most processors.
+ELSEWHERE = {
+    "-march=x86-64-v4": ("window", "tokens"),
+    "-march=sapphirerapids": ("tokens",),
+    f"-march=sapphirerapids {PAIRS}": ("tokens",),
+}
+
+
+@pytest.mark.parametrize("flags", ELSEWHERE)
+def test_what_other_processors_run_compiles(flags: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if ARM:
+        pytest.skip("for other processors than ARM's")
+    if not compiler._accepts(compiler.find(), shlex.split(flags)):
+        pytest.skip(f"{compiler.find().version} knows no {flags}")
+    monkeypatch.setenv("SPLAT_CXXFLAGS", f"{flags} -O0")
+    monkeypatch.setattr(amx, "is_granted", lambda: flags == "-march=sapphirerapids")
+    for case in map(CASES.__getitem__, ELSEWHERE[flags]):
+        for kernel in kernels_of(case):
+            case.build(kernel)
+
+
 @pytest.mark.parametrize("name", ["window", "union", "tokens", "decode"])
 def test_clang(name: str, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch) -> None:
     names = ("clang++", *(f"clang++-{version}" for version in range(40, 10, -1)))

@@ -81,7 +81,7 @@ template <class Facts> struct Forward {
     SPLAT_UNROLL
     for (int v = 0; v < NV; ++v) most[v] = splat_of(-kInfinity<T>);
     const T factor = (T)lane_factor<Facts>(call);
-    const Part full = mask.full(x, n);
+    const Interval full = mask.full(x, n);
     Vec<T> before[NV];
     auto made = [&](int v, Vec<T>& score) SPLAT_INLINED {
       score = Side::scaled(score, factor);

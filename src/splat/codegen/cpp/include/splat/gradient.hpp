@@ -75,7 +75,7 @@ SPLAT_INLINE void differentiate(const Call& call, int n, int x, int lane, const 
     }
   }
   if constexpr (M::kSome) {
-    const Part full = mask.full(x, n);
+    const Interval full = mask.full(x, n);
     for (int k = full.from > 0 ? 0 : full.to; k < n; k = k + 1 == full.from ? full.to : k + 1) {
       SPLAT_UNROLL
       for (int v = 0; v < NV; ++v) {

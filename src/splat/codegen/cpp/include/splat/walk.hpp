@@ -42,7 +42,7 @@ template <int kStep_, int kBounds_, class... Walks> struct Pass {
 };
 
 /// Columns [from, to) of a block, counted from its first.
-struct Part {
+struct Interval {
   int from, to;
 };
 
@@ -50,7 +50,7 @@ struct Part {
 template <class T, class WalkType> struct Mask;
 struct NoMask {
   static constexpr bool kSome = false;
-  SPLAT_INLINE Part full(int, int n) const { return {0, n}; }
+  SPLAT_INLINE Interval full(int, int n) const { return {0, n}; }
 };
 
 template <class T, int kStride, bool kFull, bool kEdges, class... Tests>
@@ -60,7 +60,7 @@ struct Mask<T, Walk<kStride, kFull, kEdges, Tests...>> {
   int x1, x2;  // every lane has the columns between them
 
   /// The columns of a block of n, from x on, that need no comparison.
-  SPLAT_INLINE Part full(int x, int n) const {
+  SPLAT_INLINE Interval full(int x, int n) const {
     const int from = within(0, x1 - x, n);
     return {from, within(from, x2 - x, n)};
   }
