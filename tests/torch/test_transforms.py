@@ -71,6 +71,20 @@ def test_values_of_samples_in_samples(rng: np.random.Generator) -> None:
     torch.testing.assert_close(found, torch.stack([torch.stack(row, dim=1) for row in expected]))
 
 
+def test_offsets_of_samples(rng: np.random.Generator) -> None:
+    q, k, v, weights = draw(rng, 3)
+
+    def of_one(q: Any, k: Any, v: Any, weights: Any, offsets: Any) -> Any:
+        return (splat.torch.attention(q, k, v, MIXED, query_offset=offsets) * weights).sum()
+
+    gradients = torch.func.grad(of_one, argnums=(0, 1, 2))
+    for offsets in (torch.tensor([[0, 9], [30, 2], [5, 5]]), torch.tensor([3, 0, 12])):
+        found = torch.func.vmap(gradients)(q, k, v, weights, offsets)
+        for n in range(3):
+            expected = gradients(q[n], k[n], v[n], weights[n], offsets[n])
+            torch.testing.assert_close([x[n] for x in found], list(expected))
+
+
 def test_gradients_and_jacobians(rng: np.random.Generator) -> None:
     q, k, v, weights = (x[0] for x in draw(rng, 1))
     expected = by_backward(q, k, v, weights)
