@@ -334,6 +334,30 @@ class AttentionSuite:
     def test_scores(self, options: dict[str, Any], rng: np.random.Generator) -> None:
         self.check(TWO_PASSES, draw_inputs(rng, 30, 30), **options)
 
+    def test_sinks(self, rng: np.random.Generator) -> None:
+        """A score of each head in all of its rows, also those that attend to nothing, and its gradient."""
+        pattern = (splat.window(6) | splat.strided(5)) & splat.segments([0] * 10 + [-1] * 7 + [1] * 13)
+        sinks = np.array([0.7, -np.inf, -3, 20])
+        for dtype in self.dtypes:
+            inputs = draw_inputs(rng, 30, 30, batch=2, heads=(4, 2), dtype=dtype)
+
+            def run(inputs: Inputs, sinks: Any) -> tuple[Results, Any]:
+                def forward(*arrays: Any) -> Any:
+                    return self.attention(*arrays[:3], pattern, sinks=arrays[3], return_lse=True)
+
+                (out, lse), backward = jax.vjp(forward, *inputs[:3], sinks)
+                *gradients, d_sinks = backward((inputs.d_out, inputs.d_lse))
+                return Results(out, lse, *gradients), d_sinks
+
+            found, d_sinks = jax.jit(run)(inputs, jnp.asarray(sinks, jnp.promote_types(dtype, jnp.float32)))
+            expected = truth(inputs, pattern.to_dense(30), sinks=sinks)
+            compare(found, expected, dtype)
+            with np.errstate(invalid="ignore"):
+                weights = np.nan_to_num(np.exp(sinks - expected.lse), nan=1)  # where there is nothing but the sink
+            d_weights = (expected.out * np.asarray(inputs.d_out, np.float64)).sum(-1)
+            wanted = (weights * (np.asarray(inputs.d_lse, np.float64) - d_weights)).sum((0, 1))
+            np.testing.assert_allclose(d_sinks, wanted, atol=20 * TOLERANCE[dtype], rtol=10 * TOLERANCE[dtype])
+
     def test_large_scores_do_not_overflow(self, rng: np.random.Generator) -> None:
         inputs = draw_inputs(rng, 24, 24)
         inputs = inputs._replace(query=inputs.query * 1e4, key=inputs.key * 1e4)

@@ -69,8 +69,10 @@ class ShardingSuite:
                 )
                 return (out * jnp.where(jnp.isfinite(lse), lse, 0)[..., None]).sum()
 
-            def run_time(q, k, v, n, ids, offset):
-                return attend(q, k, v, local & splat.segments(ids), query_offset=offset, kv_lengths=n)
+            def run_time(q, k, v, n, ids, offset, sinks, more):
+                pattern = local & splat.segments(ids)
+                one = attend(q, k, v, pattern, sinks=sinks, query_offset=offset, kv_lengths=n)
+                return one + attend(q, k, v, sinks=more)
 
             def positions(q, k, v, n):
                 return attend(q, k, v, query_offset=n)
@@ -83,7 +85,10 @@ class ShardingSuite:
 
             whole, batch, both, heads = P(), P("data"), P(("data", "model")), P("data", None, "model")
             ids = jnp.repeat(jnp.arange(3, dtype=jnp.int32), 8)
-            further = ((jnp.asarray([24, 7]), batch), (ids, whole), (jnp.int32(0), whole))
+            sinks = jnp.linspace(-2, 3, 4)
+            further = (
+                (jnp.asarray([24, 7]), batch), (ids, whole), (jnp.int32(0), whole), (sinks, P("model")), (sinks, whole)
+            )
             cases = [  # what, leading axes, key heads, shardings of query, of key and value; further arguments
                 (run_time, (2,), 2, heads, heads, further),
                 (attend, (2,), 1, heads, batch, ()),  # every device needs the one key head

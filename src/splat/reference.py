@@ -25,7 +25,7 @@ def _allowed(mask: Any, batch: int, heads: int, kv_lengths: Any) -> np.ndarray:
     return mask
 
 
-def _forward(query, key, value, mask, scale, logits_soft_cap, kv_lengths):
+def _forward(query, key, value, mask, scale, logits_soft_cap, kv_lengths, sinks):
     """(weights, value per query head, scores' soft-cap derivative, lse), all float64, head axis second."""
     q, k, v = (np.moveaxis(np.asarray(x, np.float64), 2, 1) for x in (query, key, value))
     group = q.shape[1] // k.shape[1]
@@ -41,15 +41,16 @@ def _forward(query, key, value, mask, scale, logits_soft_cap, kv_lengths):
         capped = np.tanh(scores / logits_soft_cap)
         scores, slope = logits_soft_cap * capped, 1 - capped**2
     scores = np.where(allowed, scores, -np.inf)
-    top = scores.max(axis=-1, keepdims=True, initial=-np.inf)
+    sink = np.full((q.shape[1], 1, 1), -np.inf) if sinks is None else np.asarray(sinks, np.float64)[:, None, None]
+    top = np.maximum(scores.max(axis=-1, keepdims=True, initial=-np.inf), sink)
     weights = np.where(allowed, np.exp(scores - np.where(np.isfinite(top), top, 0)), 0)
-    total = weights.sum(axis=-1, keepdims=True)
+    total = weights.sum(axis=-1, keepdims=True) + np.exp(sink - np.where(np.isfinite(top), top, 0))
     with np.errstate(divide="ignore"):
         lse = (np.log(total) + np.where(np.isfinite(top), top, 0))[..., 0]
     return weights / np.where(total > 0, total, 1), q, k, v, slope, scale, lse
 
 
-def attention(query, key, value, mask, *, scale=None, logits_soft_cap=None, kv_lengths=None):
+def attention(query, key, value, mask, *, scale=None, logits_soft_cap=None, kv_lengths=None, sinks=None):
     """`softmax(scale * Q K^T over allowed pairs) V` and its log-sum-exp.
 
     Args:
@@ -57,17 +58,21 @@ def attention(query, key, value, mask, *, scale=None, logits_soft_cap=None, kv_l
       mask: bool [T, S] or [N, T, S], True = attend.
       scale: of the scores; 1/sqrt(H) where None. logits_soft_cap: scores become `cap * tanh(score / cap)`.
       kv_lengths: int [B]; keys past it attend to nothing.
+      sinks: [N], one more score in every row of a head, whose value is 0.
 
     Returns:
-      (output float64 [B, T, N, H], log-sum-exp float64 [B, T, N]); 0 and -inf in rows that attend to nothing.
+      (output float64 [B, T, N, H], log-sum-exp float64 [B, T, N]); 0 and -inf (or the sink) in rows that attend to
+      nothing.
     """
-    weights, _, _, v, _, _, lse = _forward(query, key, value, mask, scale, logits_soft_cap, kv_lengths)
+    weights, _, _, v, _, _, lse = _forward(query, key, value, mask, scale, logits_soft_cap, kv_lengths, sinks)
     return np.moveaxis(weights @ v, 1, 2), np.moveaxis(lse, 1, 2)
 
 
-def gradients(query, key, value, mask, d_out, d_lse=None, *, scale=None, logits_soft_cap=None, kv_lengths=None):
+def gradients(
+    query, key, value, mask, d_out, d_lse=None, *, scale=None, logits_soft_cap=None, kv_lengths=None, sinks=None
+):
     """Cotangents of `attention` for output cotangent `d_out` [B, T, N, H] and `d_lse` [B, T, N]; see `attention`."""
-    weights, q, k, v, slope, scale, _ = _forward(query, key, value, mask, scale, logits_soft_cap, kv_lengths)
+    weights, q, k, v, slope, scale, _ = _forward(query, key, value, mask, scale, logits_soft_cap, kv_lengths, sinks)
     d_out = np.moveaxis(np.asarray(d_out, np.float64), 2, 1)
     d_weights = d_out @ np.swapaxes(v, -1, -2)
     d_scores = weights * (d_weights - (weights * d_weights).sum(axis=-1, keepdims=True))

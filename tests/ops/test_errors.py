@@ -173,6 +173,9 @@ REFUSED: list[Any] = [
         ArgumentError,
         "logits_soft_cap must be in [1e-37, 1e+37] or None, but nan was given",
     ),
+    (call(sinks=x(3)), ArgumentError, "sinks must be floating-point numbers of shape [4], one for each query head"),
+    (call(sinks=x(4, dtype="int32")), ArgumentError, "one for each query head, but int32[4] was given"),
+    (call(sinks=splat.sink(4)), ArgumentError, "sinks must be an array of numbers, but Sink was given"),
     (call(query_offset=-1), ArgumentError, "query_offset must be in [0, 2**30 - 8] for 8 queries, but -1 was given"),
     (
         call(query_offset=np.array(-5)),

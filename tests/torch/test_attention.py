@@ -9,7 +9,20 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.torch.cases import DEVICE, Inputs, Results, check, compare, draw_inputs, needs_device, run, torch, truth
+from tests.torch.cases import (
+    DEVICE,
+    TOLERANCE,
+    Inputs,
+    Results,
+    as_numpy,
+    check,
+    compare,
+    draw_inputs,
+    needs_device,
+    run,
+    torch,
+    truth,
+)
 
 import splat  # isort: skip
 import splat.torch  # isort: skip
@@ -235,6 +248,32 @@ def test_per_head_with_options(rng: np.random.Generator) -> None:
     lengths = torch.tensor([9, 28], device=DEVICE)
     found = check(pattern, draw_inputs(rng, 20, 28, heads=(4, 2), batch=2), query_offset=3, kv_lengths=lengths)
     assert found.out.transpose(1, 2).is_contiguous()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_sinks(dtype: str, rng: np.random.Generator) -> None:
+    """A score of each head in all of its rows, also those that attend to nothing, and its gradient."""
+    pattern = (splat.window(6) | splat.strided(5)) & splat.segments([0] * 10 + [-1] * 7 + [1] * 13)
+    inputs = draw_inputs(rng, 30, 30, batch=2, heads=(4, 2), dtype=dtype)
+    values = np.array([0.7, -np.inf, -3, 20])
+    sinks = torch.tensor(values, dtype=torch.float32, device=DEVICE, requires_grad=True)
+    found = run(pattern, inputs, partial(splat.torch.attention, sinks=sinks))
+    assert found.out.transpose(1, 2).is_contiguous()
+    expected = truth(inputs, pattern.to_dense(30), sinks=values)
+    compare(found, expected, dtype)
+    with np.errstate(invalid="ignore"):
+        weights = np.nan_to_num(np.exp(values - expected.lse), nan=1)  # where there is nothing but the sink
+    d_weights = (expected.out * as_numpy(inputs.d_out)).sum(-1)
+    wanted = (weights * (as_numpy(inputs.d_lse) - d_weights)).sum((0, 1))
+    assert sinks.grad is not None
+    np.testing.assert_allclose(sinks.grad.cpu(), wanted, atol=20 * TOLERANCE[dtype], rtol=10 * TOLERANCE[dtype])
+
+
+def test_sinks_of_heads_with_patterns_of_their_own(rng: np.random.Generator) -> None:
+    pattern = splat.per_head([splat.causal(), splat.window(2), splat.causal(), splat.strided(3)])
+    inputs, sinks = draw_inputs(rng, 20, 20, heads=(4, 2)), np.array([1.0, 2, 3, 4])
+    found = run(pattern, inputs, partial(splat.torch.attention, sinks=torch.tensor(sinks, device=DEVICE)))
+    compare(found, truth(inputs, pattern.to_dense(20), sinks=sinks), "float32")
 
 
 # -- autograd ----------------------------------------------------------------------------------------------------------

@@ -127,11 +127,12 @@ def test_compile_a_module(pattern: Any, rng: np.random.Generator) -> None:
         def __init__(self) -> None:
             super().__init__()
             self.pattern = pattern
+            self.sinks = torch.nn.Parameter(torch.tensor([0.5, 3], device=DEVICE))
             self.project = torch.nn.Linear(16, 48, device=DEVICE)
 
         def forward(self, x: Any) -> Any:
             q, k, v = self.project(x).unflatten(-1, (3, 2, 8)).permute(2, 0, 3, 1, 4)
-            return x + splat.torch.attention(q, k, v, self.pattern).transpose(1, 2).flatten(2)
+            return x + splat.torch.attention(q, k, v, self.pattern, sinks=self.sinks).transpose(1, 2).flatten(2)
 
     layer, x = Layer(), draw_inputs(rng, 24, 24, heads=(2, 2)).query.transpose(1, 2).flatten(2)
     compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
@@ -140,7 +141,7 @@ def test_compile_a_module(pattern: Any, rng: np.random.Generator) -> None:
         layer.zero_grad()
         out = model(x)
         out.square().sum().backward()
-        results.append((out, layer.project.weight.grad.clone()))
+        results.append((out, layer.project.weight.grad.clone(), layer.sinks.grad.clone()))
     assert_same(*results)
 
 

@@ -59,6 +59,19 @@ def test_gradients_of_samples(pattern: splat.Pattern, rng: np.random.Generator) 
         torch.testing.assert_close([x[n] for x in found], expected)
 
 
+def test_sinks_of_samples(rng: np.random.Generator) -> None:
+    q, k, v, _ = draw(rng, 3)
+    sinks = torch.tensor(rng.standard_normal((3, 4)), dtype=torch.float32, device=DEVICE)
+
+    def of_one(q: Any, k: Any, v: Any, sinks: Any) -> Any:
+        return splat.torch.attention(q, k, v, MIXED, sinks=sinks).square().sum()
+
+    gradients = torch.func.grad(of_one, argnums=(0, 1, 2, 3))
+    found = torch.func.vmap(gradients)(q, k, v, sinks)
+    for n in range(3):
+        torch.testing.assert_close([x[n] for x in found], list(gradients(q[n], k[n], v[n], sinks[n])))
+
+
 def test_values_of_samples_in_samples(rng: np.random.Generator) -> None:
     q, k, v, _ = draw(rng, 4)
 

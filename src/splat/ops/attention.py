@@ -37,6 +37,7 @@ def attention(
     *,
     scale: float | None = None,
     logits_soft_cap: float | None = None,
+    sinks: Any = None,
     query_offset: Any = 0,
     kv_lengths: Any = None,
     return_lse: bool = False,
@@ -50,17 +51,19 @@ def attention(
       pattern: which (query, key) pairs attend; `per_head([...])` gives each query head its own.
       scale: of the scores, 1/sqrt(H) where None.
       logits_soft_cap: scores become `cap * tanh(score / cap)`.
+      sinks: [N] numbers, one for each query head: one more score in each of its rows, whose value is 0 (learned, as in
+        gpt-oss; of zeros: softmax-off-by-one). A run-time value, with a gradient; neither scaled nor capped.
       query_offset: row i is position `i + query_offset`. An int is planned for; a JAX scalar, or integers [B] where
         sequences are at different positions, are run-time values: no re-planning, no recompilation.
       kv_lengths: int [B], or [] for all alike; keys at or past it attend to nothing, whatever they hold. More than S
         means all keys. A run-time value.
-      return_lse: also return the log-sum-exp of each row's scores.
+      return_lse: also return the log-sum-exp of each row's scores, its sink among them.
       implementation: "triton" (GPUs), "cpp" (CPUs), "xla", or None for the best that can serve. An explicit choice is
         never replaced.
 
     Returns:
       output [B, T, N, H] in the inputs' dtype; with `return_lse` also log-sum-exp [B, T, N] in float32 (float64 for
-      float64). A row that attends to nothing has output 0, log-sum-exp -inf and gradient 0.
+      float64). A row that attends to nothing has output 0, log-sum-exp -inf (or its sink) and gradient 0.
 
     Scores and softmax accumulate in float32 (float64 for float64 inputs). Reverse mode never forms the score matrix
     either, nor does forward over reverse (Hessian-vector products; "xla" only). Forward mode alone and reverse over
@@ -81,6 +84,7 @@ def attention(
     sizes = validate.check_arrays(query, key, value)
     pattern = validate.check_pattern(pattern, sizes.num_q_heads)
     options = Options(validate.check_scale(scale, sizes.head_dim), validate.check_soft_cap(logits_soft_cap))
+    sinks = validate.check_sinks(sinks, sizes.num_q_heads)
     offset = validate.check_offset(query_offset, sizes.batch, sizes.q_len)
     lengths = validate.check_lengths("kv_lengths", kv_lengths, sizes.batch, sizes.kv_len)
     request = Request(platform_of(query), str(query.dtype), sizes.head_dim)
@@ -114,7 +118,22 @@ def attention(
                 "plain jvp use "
                 "jax.nn.dot_product_attention with mask=pattern.to_dense(...)."
             ) from error
+    if sinks is not None:
+        out, lse = _with_sinks(out, lse, sinks)
     return (out, lse) if return_lse else out
+
+
+def _with_sinks(out: Any, lse: Any, sinks: Any) -> tuple[Any, Any]:
+    """Output and log-sum-exp with one more score in each row: the weights of the others become less.
+
+    No gradient is NaN where a row attends to nothing, or a sink is infinite.
+    """
+    sinks = sinks.astype(lse.dtype)
+    attends = lse > -jnp.inf
+    known = jnp.where(attends, lse, 0)
+    more = jnp.logaddexp(sinks - known, jnp.zeros((), lse.dtype))
+    less = jnp.where(attends, jnp.exp(-more), 0)[..., None]
+    return (out.astype(lse.dtype) * less).astype(out.dtype), jnp.where(attends, known + more, sinks)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -147,6 +147,19 @@ def check_soft_cap(cap: Any) -> float | None:
     return base.check_soft_cap(_static_float("logits_soft_cap", cap))
 
 
+def check_sinks(sinks: Any, num_q_heads: int) -> Any:
+    """`sinks` as an array [num_q_heads] of numbers, or None."""
+    if sinks is None:
+        return None
+    array = as_array("sinks", sinks)
+    if array.shape != (num_q_heads,) or not jnp.issubdtype(array.dtype, jnp.floating):
+        raise ArgumentError(
+            f"sinks must be floating-point numbers of shape [{num_q_heads}], one for each query head, but "
+            f"{array.dtype}{list(array.shape)} was given. (Positions that all attend to are a pattern: splat.sink.)"
+        )
+    return array
+
+
 def _static_float(name: str, value: Any) -> float:
     if isinstance(value, Tracer):
         raise ArgumentError(

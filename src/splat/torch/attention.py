@@ -28,6 +28,7 @@ def attention(
     *,
     scale: float | None = None,
     logits_soft_cap: float | None = None,
+    sinks: Tensor | None = None,
     query_offset: int | Tensor = 0,
     kv_lengths: Tensor | None = None,
     return_lse: bool = False,
@@ -42,17 +43,20 @@ def attention(
       pattern: which (query, key) pairs attend; `per_head([...])` gives each query head its own.
       scale: of the scores, 1/sqrt(H) where None.
       logits_soft_cap: scores become `cap * tanh(score / cap)`.
+      sinks: [N] floating-point numbers on the same device, one for each query head: one more score in each of its rows,
+        whose value is 0 (learned, as in gpt-oss; of zeros: softmax-off-by-one). Has a gradient; neither scaled nor
+        capped.
       query_offset: row i is position `i + query_offset`; an int, or where sequences are at different positions
         integers [B], on the CPU (on GPUs such sequences are served one after the other, and so are more than a few
         queries on CPUs).
       kv_lengths: integers, [B] or [], on the same device: keys at or past it attend to nothing, whatever they hold. A
         run-time value: it is neither read by the host nor compiled in.
-      return_lse: also return the log-sum-exp of each row's scores; it has a gradient, too.
+      return_lse: also return the log-sum-exp of each row's scores, its sink among them; it has a gradient, too.
 
     Returns:
       output [B, N, T, H] in the inputs' dtype; with `return_lse` also log-sum-exp [B, N, T] in float32 (float64 for
-      float64). A row that attends to nothing has output 0, log-sum-exp -inf and gradient 0. The output lies in memory
-      as [B, T, N, H], so that `out.transpose(1, 2).flatten(2)` copies nothing.
+      float64). A row that attends to nothing has output 0, log-sum-exp -inf (or its sink) and gradient 0. The output
+      lies in memory as [B, T, N, H], so that `out.transpose(1, 2).flatten(2)` copies nothing.
 
     Scores and softmax accumulate in float32; float32 products round to tf32 only where
     `torch.backends.cuda.matmul` allows it. Inside `torch.autocast` the inputs are cast as for PyTorch's own attention.
@@ -69,7 +73,9 @@ def attention(
     >>> splat.torch.attention(q, k, v, splat.causal() & splat.window(8)).shape
     torch.Size([1, 2, 40, 16])
     """
-    return run(query, key, value, groups_of(pattern), scale, logits_soft_cap, query_offset, kv_lengths, return_lse)
+    groups = groups_of(pattern)
+    out, lse = run(query, key, value, groups, scale, logits_soft_cap, sinks, query_offset, kv_lengths)
+    return (out, lse) if return_lse else out
 
 
 def run(
@@ -79,11 +85,11 @@ def run(
     groups: Groups,
     scale: Any = None,
     logits_soft_cap: Any = None,
+    sinks: Any = None,
     query_offset: Any = 0,
     kv_lengths: Any = None,
-    return_lse: bool = False,
-) -> Any:
-    """`attention` by patterns as text."""
+) -> tuple[Tensor, Tensor]:
+    """Output and log-sum-exp of `attention`, by patterns as text."""
     query, key, value = autocast(query), autocast(key), autocast(value)
     sizes = validate.check_arrays(query, key, value)
     validate.check_tangents(query, key, value)
@@ -93,23 +99,37 @@ def run(
             f"pattern: per_head names {num_heads} heads, but query has {sizes.num_q_heads}. Give one for each."
         )
     scale, cap = validate.check_scale(scale), validate.check_soft_cap(logits_soft_cap)
+    sinks = validate.check_sinks(sinks, sizes.num_q_heads, query.device)
     offset, offsets = validate.check_offset(query_offset, sizes.batch, sizes.q_len)
     lengths = validate.check_lengths(kv_lengths, sizes.batch, sizes.kv_len, query.device)
 
     operation = Attend.apply if is_transformed() else attend
     if len(patterns) == 1:
         out, lse = operation(query, key, value, lengths, offsets, patterns[0][0], scale, cap, offset)
-        return (out, lse) if return_lse else out
-    outs, lses = [], []
-    for text, heads in patterns:
-        kv_heads = key_heads(heads, sizes.num_q_heads // sizes.num_kv_heads)
-        arrays = _take(query, heads), _take(key, kv_heads), _take(value, kv_heads)
-        out, lse = operation(*arrays, lengths, offsets, text, scale, cap, offset)
-        outs.append(out.transpose(1, 2))
-        lses.append(lse)
-    order = [heads for _, heads in patterns]
-    out = _put(outs, order, axis=2).transpose(1, 2)
-    return (out, _put(lses, order, axis=1)) if return_lse else out
+    else:
+        outs, lses = [], []
+        for text, heads in patterns:
+            kv_heads = key_heads(heads, sizes.num_q_heads // sizes.num_kv_heads)
+            arrays = _take(query, heads), _take(key, kv_heads), _take(value, kv_heads)
+            out, lse = operation(*arrays, lengths, offsets, text, scale, cap, offset)
+            outs.append(out.transpose(1, 2))
+            lses.append(lse)
+        order = [heads for _, heads in patterns]
+        out, lse = _put(outs, order, axis=2).transpose(1, 2), _put(lses, order, axis=1)
+    return (out, lse) if sinks is None else _with_sinks(out, lse, sinks)
+
+
+def _with_sinks(out: Tensor, lse: Tensor, sinks: Tensor) -> tuple[Tensor, Tensor]:
+    """Output and log-sum-exp with one more score in each row: the weights of the others become less.
+
+    No gradient is NaN where a row attends to nothing, or a sink is infinite.
+    """
+    sinks = sinks.to(lse.dtype)[:, None]
+    attends = lse > -torch.inf
+    known = torch.where(attends, lse, 0)
+    more = torch.logaddexp(sinks - known, lse.new_zeros(()))
+    less = torch.where(attends, torch.exp(-more), 0)[..., None]
+    return (out * less).to(out.dtype), torch.where(attends, known + more, sinks)
 
 
 def autocast(x: Any) -> Any:

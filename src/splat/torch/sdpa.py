@@ -75,7 +75,7 @@ def scaled_dot_product_attention(
     check_is_pattern(pattern)
     if attn_mask is not None:
         pattern = pattern & _of_mask(attn_mask, sizes)
-    out = run(query, key, value, groups_of(pattern, is_causal=is_causal), scale)
+    out, _ = run(query, key, value, groups_of(pattern, is_causal=is_causal), scale)
     return out[0] if single else out
 
 

@@ -206,6 +206,22 @@ def check_soft_cap(cap: Any) -> float | None:
     return base.check_soft_cap(_number("logits_soft_cap", cap))
 
 
+def check_sinks(sinks: Any, num_q_heads: int, device: torch.device) -> Tensor | None:
+    """`sinks` as a tensor [num_q_heads] of numbers on the device, or None."""
+    if sinks is None:
+        return None
+    if not isinstance(sinks, Tensor) or not sinks.is_floating_point() or tuple(sinks.shape) != (num_q_heads,):
+        is_tensor = isinstance(sinks, Tensor)
+        given = f"{name_of(sinks.dtype)}{list(sinks.shape)}" if is_tensor else type(sinks).__name__
+        raise ArgumentError(
+            f"sinks must be a floating-point tensor of shape [{num_q_heads}], one number for each query head, but "
+            f"{given} was given. (Positions that all attend to are a pattern: splat.sink.)"
+        )
+    if sinks.device != device:
+        raise ArgumentError(f"sinks must be on query's device {device}, but it is on {sinks.device}. Move it there.")
+    return sinks
+
+
 def _number(name: str, value: Any) -> float:
     if isinstance(value, Tensor):
         raise ArgumentError(
