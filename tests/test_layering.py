@@ -18,7 +18,8 @@ SRC = Path(__file__).parents[1] / "src"
 # Top-level modules and packages of splat, the earliest first. Those of one line may not import each other.
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("errors",),
-    ("config", "files", "remembered"),
+    ("config", "files", "locks"),
+    ("remembered",),
     ("reference",),
     ("pattern",),
     ("acsr",),

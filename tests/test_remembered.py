@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
+import os
+import subprocess
+import sys
 import threading
+import weakref
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 
+from splat.locks import Lock
 from splat.remembered import Remembered
 
 
@@ -100,3 +106,34 @@ def test_two_threads_that_want_the_same() -> None:
     for thread in threads:
         thread.join()
     assert (len(remembered), remembered._nbytes) == (1, 10)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="processes cannot be forked here")
+def test_a_lock_that_a_forked_process_does_not_wait_for() -> None:
+    script = """
+import os, signal, threading
+from splat.remembered import Remembered
+remembered, held, over = Remembered(entries=9), threading.Event(), threading.Event()
+def hold():
+    with remembered._lock:
+        held.set()
+        over.wait()
+thread = threading.Thread(target=hold)
+thread.start()
+held.wait()
+child = os.fork()
+if not child:
+    signal.alarm(20)
+    os._exit(remembered(1, lambda: 42))
+print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+over.set()
+thread.join()
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout == "42\n"
+
+
+def test_locks_of_what_is_gone_are_gone() -> None:
+    reference = weakref.ref(Lock())
+    gc.collect()
+    assert reference() is None

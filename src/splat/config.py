@@ -58,8 +58,9 @@ def cache_dir() -> Path:
 
     Raises OSError where it would lie in the home folder, and none is known.
     """
+    given = get("SPLAT_CACHE_DIR")
     try:
-        if given := get("SPLAT_CACHE_DIR"):
+        if given:
             return Path(given).expanduser().absolute()
         if sys.platform == "darwin":
             return Path.home() / "Library" / "Caches" / "splat"
@@ -67,7 +68,7 @@ def cache_dir() -> Path:
         # A relative one is to be ignored, says the XDG specification.
         return (Path(base) if os.path.isabs(base) else Path.home() / ".cache") / "splat"
     except RuntimeError:
-        raise FileNotFoundError(errno.ENOENT, "no home folder is known", "~") from None
+        raise FileNotFoundError(errno.ENOENT, "no home folder is known", given or "~") from None
 
 
 def cxxflags() -> list[str]:

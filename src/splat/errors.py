@@ -53,7 +53,8 @@ class CompileError(SplatError):
       folder: where source and log are kept; None where they could be written nowhere.
     """
 
-    def __init__(self, message: str, *, command: str, log: str, folder: Path | None):
+    # Defaults, because an exception is copied by its message alone, and given its attributes after that.
+    def __init__(self, message: str, *, command: str = "", log: str = "", folder: Path | None = None):
         super().__init__(message)
         self.command = command
         self.log = log

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
-import threading
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
 from typing import Any, TypeVar
+
+from splat.locks import Lock
 
 _Made = TypeVar("_Made")
 
@@ -26,7 +27,7 @@ class Remembered:
         self._entries, self._limit, self._least = entries, nbytes, least
         self._known: OrderedDict[Hashable, Any] = OrderedDict()
         self._nbytes = 0
-        self._lock = threading.Lock()
+        self._lock = Lock()
 
     def __len__(self) -> int:
         return len(self._known)

@@ -165,6 +165,17 @@ def test_validate_accepts_residues_by_step() -> None:
     ACSR((4, 4), (component(2, [0, 1, 1, 1], [1, 1, 0, 1], 2),)).validate()
 
 
+def test_nobody_writes_into_a_matrix() -> None:
+    start, count = np.arange(8, dtype=np.int32), np.ones(8, np.int32)
+    matrix = ACSR((8, 8), (Component(1, start, count),))
+    count[:] = 0
+    assert matrix.nnz == 8
+    for one in (matrix, build(splat.window(2), 8), build_transposed(splat.strided(3), 8, 8)):
+        for array in (one.components[0].start, one.components[0].count):
+            with pytest.raises(ValueError, match="read-only"):
+                array[0] = 1
+
+
 def test_build_takes_text_and_patterns_alone() -> None:
     known = splat.causal() & splat.window(2)
     np.testing.assert_array_equal(build("causal() & window(2)", 5).to_dense(), known.to_dense(5))

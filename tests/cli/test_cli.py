@@ -424,6 +424,8 @@ needs_full = pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/
     ("args", "says"),
     [
         ("plan window(3) --q-len 64", "error: No space left on device"),
+        ("--help", "error: No space left on device"),
+        ("--version", "error: No space left on device"),
         ("emit window(3) --q-len 64 --target cpp --out /dev/full", "error: /dev/full: No space left on device"),
         ("show window(3) --q-len 64 --out /dev/full", "error: /dev/full: No space left on device"),
     ],
@@ -434,6 +436,28 @@ def test_a_full_disk_is_told_in_a_line(args: str, says: str) -> None:
             [sys.executable, "-m", "splat", *args.split()], stdout=out, stderr=subprocess.PIPE, text=True, check=False
         )
     assert (done.returncode, done.stderr) == (2, f"{says}\n")
+
+
+@pytest.mark.parametrize("streams", ["1", "2", "12"])
+def test_streams_that_are_closed(streams: str, tmp_path: Path) -> None:
+    path = tmp_path / "out.cpp"
+    args = ["-m", "splat", "emit", "window(3)", "--q-len", "64", "--target", "cpp", "--out", str(path)]
+    script = f"import os\nfor one in {streams!r}: os.close(int(one))\n"
+    script += f"os.execv({sys.executable!r}, {[sys.executable, *args]!r})"
+    done = subprocess.run([sys.executable, "-c", script], check=False)
+    assert done.returncode == 0
+    assert path.stat().st_size > 0
+
+
+def test_a_terminal_of_no_width() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "splat", "show", "window(3)", "--q-len", "64"],
+        env=os.environ | {"COLUMNS": "0"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert "non-zeros" in done.stdout
 
 
 def test_who_stops_reading_is_told_nothing() -> None:

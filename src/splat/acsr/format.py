@@ -53,6 +53,14 @@ class Component:
     count: Array
     line_step: int | None = 1
 
+    def __post_init__(self) -> None:
+        for name in ("start", "count"):  # plans and digests of a matrix are kept: nobody may write into it
+            array = getattr(self, name)
+            if isinstance(array, np.ndarray) and array.flags.writeable:
+                array = array.copy()
+                array.flags.writeable = False
+                object.__setattr__(self, name, array)
+
     @property
     def is_static(self) -> bool:
         return isinstance(self.start, np.ndarray) and isinstance(self.count, np.ndarray)

@@ -8,7 +8,7 @@ import typer
 
 from splat import __version__
 from splat.cli import bench, cache, demo, doctor, emit, plan, show
-from splat.cli.errors import reported, show_tracebacks
+from splat.cli.errors import reported, run_reported, show_tracebacks
 
 app = typer.Typer(
     name="splat",
@@ -52,4 +52,4 @@ app.add_typer(cache.app, name=cache.NAME)
 
 def main() -> None:
     """What the `splat` script runs."""
-    app()
+    run_reported(app)

@@ -8,7 +8,7 @@ import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import typer
 
@@ -50,11 +50,31 @@ def reported(command: Callable[..., Any]) -> Callable[..., Any]:
         except OSError as error:
             if error.errno == errno.EPIPE:  # who reads has had enough: typer ends quietly
                 raise
-            where = "" if error.filename is None else f"{error.filename}: "
-            _forget_output()
-            _report(f"{where}{error.strerror or error}", error)
+            _report_system(error)
 
     return run
+
+
+def run_reported(app: Callable[[], None]) -> None:
+    """The whole command line: what is no command's, such as `--help`, too; with streams that may be closed."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
+    if os.environ.get("COLUMNS") == "0":  # a terminal without a size: rich would print nothing
+        del os.environ["COLUMNS"]
+    try:
+        app()
+    except OSError as error:
+        try:
+            _report_system(error)
+        except typer.Exit as ended:
+            sys.exit(ended.exit_code)
+
+
+def _report_system(error: OSError) -> NoReturn:
+    where = "" if error.filename is None else f"{error.filename}: "
+    _forget_output()
+    _report(f"{where}{error.strerror or error}", error)
 
 
 def _forget_output() -> None:
@@ -65,7 +85,7 @@ def _forget_output() -> None:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115
 
 
-def _report(message: str, error: Exception) -> None:
+def _report(message: str, error: Exception) -> NoReturn:
     if _state["debug"]:
         raise error
     first, *rest = message.splitlines() or [type(error).__name__]

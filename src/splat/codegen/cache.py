@@ -37,7 +37,6 @@ import re
 import secrets
 import shutil
 import tempfile
-import threading
 import time
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
@@ -47,6 +46,7 @@ from typing import Any
 from splat import config
 from splat.codegen.files import locked, remove_temporary_leftovers, sync_folder, temporary_folder, write
 from splat.errors import SplatError, warn
+from splat.locks import Lock
 
 RECORD = "entry.json"
 FORMAT = 1
@@ -364,7 +364,7 @@ def _remove_leftovers(root: Path, held: str) -> None:
 
 # -- folders of one process --------------------------------------------------------------------------------------------
 
-_guard = threading.Lock()
+_guard = Lock()
 _private: dict[int, Path] = {}  # process id -> its own cache folder; a forked child makes one anew
 
 

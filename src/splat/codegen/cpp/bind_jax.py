@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import ctypes
 import hashlib
-import threading
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -20,10 +19,11 @@ from splat.codegen.cpp import compiler
 from splat.codegen.cpp.generate import KernelFacts, library_name, source
 from splat.codegen.partitioning import vary_like
 from splat.errors import UnsupportedError
+from splat.locks import Lock
 
 Array = Any
 
-_lock = threading.Lock()
+_lock = Lock()
 
 #: Address of a library's entry -> the name that XLA knows it by.
 _targets: dict[int, str] = {}

@@ -32,6 +32,7 @@ from splat.codegen import cache
 from splat.codegen.cpp.progress import Progress
 from splat.codegen.files import temporary_folder
 from splat.errors import CompileError, SplatError, UnsupportedError
+from splat.locks import in_forked
 
 #: Raised when libraries of an earlier version must not be found: when what surrounds the source has changed.
 FORMAT = 1
@@ -306,10 +307,7 @@ def _job(name: str, source: str) -> _Job:
 
 _one_key: dict[str, threading.Lock] = {}
 _loaded: dict[str, ctypes.CDLL] = {}
-
-
-if hasattr(os, "register_at_fork"):  # the threads that hold locks are the parent's
-    os.register_at_fork(after_in_child=_one_key.clear)
+in_forked(_one_key.clear)  # the threads that hold locks are the parent's
 
 
 def build(name: str, source: str) -> Path:

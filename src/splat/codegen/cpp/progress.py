@@ -5,14 +5,15 @@ from __future__ import annotations
 import contextlib
 import re
 import sys
-import threading
 import time
 
 from splat import config
+from splat.locks import Lock, in_forked
 
 #: What is being compiled now: on a terminal they share the last line.
 _present: list[Progress] = []
-_lock = threading.Lock()
+_lock = Lock()
+in_forked(_present.clear)  # what the parent's other threads compile
 
 
 class Progress:
