@@ -34,10 +34,12 @@ class Remembered:
 
     def __call__(self, key: Hashable, make: Callable[[], _Made]) -> _Made:
         """What `make()` gives for the key, which says all that it depends on."""
-        with self._lock:
-            if key in self._known:
-                self._known.move_to_end(key)
-                return self._known[key]
+        try:  # each step is whole by itself, and another thread may drop the key between them
+            made = self._known[key]
+            self._known.move_to_end(key)
+            return made
+        except KeyError:
+            pass
         made, dropped = make(), []
         with self._lock:
             if key not in self._known:

@@ -14,8 +14,7 @@ from tests.torch.cases import DEVICE, INTERPRETED, draw_inputs, needs_device, ru
 import splat  # isort: skip
 import splat.torch  # isort: skip
 from splat.codegen.cpp import compiler
-from splat.codegen.triton import interpret
-from splat.torch import native
+from splat.torch import native, validate
 from splat.torch.operation import attend, attend_backward
 
 pytestmark = [
@@ -35,7 +34,7 @@ def kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
     if DEVICE == "cpu" and request.param == "native":
         if compiler.missing() is not None:
             pytest.skip("there is no C++ compiler")
-        monkeypatch.setattr(interpret, "is_interpreted", lambda: False)
+        monkeypatch.setattr(validate, "_interprets", lambda: False)
     native._prepared.clear()
 
 
@@ -165,6 +164,20 @@ def test_offsets_of_sequences_are_not_compiled_again(rng: np.random.Generator) -
     for at in range(8):
         offsets = torch.tensor([at, 20 - at])
         assert_same([step(q, offsets)], [splat.torch.attention(q, k, v, PATTERN, query_offset=offsets)])
+    assert backend.frame_count == 1
+
+
+def test_kernels_are_not_traced(rng: np.random.Generator) -> None:
+    """Nor where torch.compile gives up a function, and looks into those that it calls."""
+    q, k, v, *_ = draw_inputs(rng, 20, 24)
+
+    @torch.compiler.disable(recursive=False)
+    def given_up(q: Any) -> Any:
+        return attend(q, k, v, None, None, repr(PATTERN), None, None, 0)[0]
+
+    backend = counted()
+    found = torch.compile(lambda q: given_up(q) * 2, backend=backend)(q)
+    assert_same([found], [splat.torch.attention(q, k, v, PATTERN) * 2])
     assert backend.frame_count == 1
 
 

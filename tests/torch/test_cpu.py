@@ -14,8 +14,7 @@ from tests.torch.test_attention import *  # noqa: F403
 import splat  # isort: skip
 import splat.torch  # isort: skip
 from splat.codegen.cpp import compiler
-from splat.codegen.triton import interpret
-from splat.torch import native
+from splat.torch import native, validate
 
 pytestmark = [
     pytest.mark.skipif(DEVICE != "cpu", reason="tests use the GPU that is here"),
@@ -27,7 +26,7 @@ MIXED = "causal() & window(9) | sink(2)"
 
 @pytest.fixture(autouse=True)
 def without_the_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(interpret, "is_interpreted", lambda: False)
+    monkeypatch.setattr(validate, "_interprets", lambda: False)
     native._prepared.clear()
 
 

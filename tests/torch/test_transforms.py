@@ -12,8 +12,7 @@ from tests.torch.cases import DEVICE, INTERPRETED, draw_inputs, torch
 import splat  # isort: skip
 import splat.torch  # isort: skip
 from splat.codegen.cpp import compiler
-from splat.codegen.triton import interpret
-from splat.torch import native
+from splat.torch import native, validate
 
 MIXED = splat.parse("causal() & window(9) | sink(2)")
 PATTERNS = [MIXED, splat.per_head([MIXED, splat.strided(4), MIXED, splat.window(3)])]
@@ -25,7 +24,7 @@ def kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
     if request.param == "kernels" and DEVICE == "cpu":
         if compiler.missing() is not None:
             pytest.skip("there is no C++ compiler")
-        monkeypatch.setattr(interpret, "is_interpreted", lambda: False)
+        monkeypatch.setattr(validate, "_interprets", lambda: False)
         native._prepared.clear()
 
 

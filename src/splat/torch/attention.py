@@ -90,7 +90,7 @@ def run(
     kv_lengths: Any = None,
 ) -> tuple[Tensor, Tensor]:
     """Output and log-sum-exp of `attention`, by patterns as text."""
-    query, key, value = autocast(query), autocast(key), autocast(value)
+    query, key, value = autocast(query, key, value)
     sizes = validate.check_arrays(query, key, value)
     validate.check_tangents(query, key, value)
     num_heads, patterns = groups
@@ -132,8 +132,14 @@ def _with_sinks(out: Tensor, lse: Tensor, sinks: Tensor) -> tuple[Tensor, Tensor
     return (out * less).to(out.dtype), torch.where(attends, known + more, sinks)
 
 
-def autocast(x: Any) -> Any:
-    """The tensor as `torch.autocast` wants it for attention, where that is on."""
+def autocast(*arrays: Any) -> tuple[Any, ...]:
+    """The tensors as `torch.autocast` wants them for attention, where that is on."""
+    if not torch.is_autocast_enabled("cpu") and not torch.is_autocast_enabled("cuda"):
+        return arrays
+    return tuple(map(_cast, arrays))
+
+
+def _cast(x: Any) -> Any:
     if not isinstance(x, Tensor) or x.device.type not in ("cuda", "cpu") or x.dtype not in validate.DTYPES:
         return x
     return x.to(torch.get_autocast_dtype(x.device.type)) if torch.is_autocast_enabled(x.device.type) else x

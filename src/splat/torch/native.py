@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from splat.codegen.base import Options
-from splat.codegen.cpp.call import Placed, Prepared, prepare, prepare_decode
+from splat.codegen.cpp.call import Prepared, prepare, prepare_decode
 from splat.codegen.cpp.generate import forward_kernel, gradient_kernels
 from splat.planning import Plan, Problem, make_plan
 from splat.remembered import Remembered
@@ -30,8 +30,9 @@ def forward(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """(output [B, N, T, H], log-sum-exp [B, N, T])."""
     batch, heads, q_len, width = query.shape
-    out = query.new_empty(batch, q_len, heads, width).transpose(1, 2)
-    lse = query.new_empty(batch, heads, q_len, dtype=torch.promote_types(query.dtype, torch.float32))
+    row = heads * width
+    out = query.new_empty_strided((batch, heads, q_len, width), (q_len * row, width, row, 1))
+    lse = query.new_empty((batch, heads, q_len), dtype=torch.promote_types(query.dtype, torch.float32))
     arrays = {"query": query, "key": key, "value": value, "out": out, "lse": lse}
     kernel = forward_kernel(q_len, name_of(query.dtype))
     if not _run(kernel, arrays, lengths, static, _num_threads(query, key, static)):
@@ -78,8 +79,14 @@ def _run(kernel: str, arrays: dict[str, Tensor], lengths: Tensor | None, static:
     prepared = _prepared(call, lambda: _prepare(*call))
     if prepared is None:
         return False
-    kept = {name: _rows(x) for name, x in arrays.items()}
-    placed = {name: _place(x) for name, x in kept.items()}
+    placed, copies = {}, []
+    for name, x in arrays.items():
+        stride = x.stride()
+        if len(stride) == 4 and stride[3] != 1 and x.shape[3] != 1:
+            x = x.contiguous()
+            stride = x.stride()
+            copies.append(x)
+        placed[name] = x.data_ptr(), stride[0], stride[2], stride[1]
     sizes = (batch, q_len, kv_len, num_q_heads, num_kv_heads)
     prepared(placed, None if lengths is None else lengths.data_ptr(), sizes, threads, _team())
     return True
@@ -111,15 +118,6 @@ def _team() -> int | None:
             if entry is not None:
                 return ctypes.cast(entry, ctypes.c_void_p).value
     return None
-
-
-def _rows(x: Tensor) -> Tensor:
-    """The tensor, with a contiguous last axis where it has a head dim."""
-    return x if x.ndim == 3 or x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
-
-
-def _place(x: Tensor) -> Placed:
-    return x.data_ptr(), x.stride(0), x.stride(2), x.stride(1)
 
 
 def _prepare(

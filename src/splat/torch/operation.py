@@ -11,8 +11,10 @@ schema has to change the forward's too, or old caches call the new backward in t
 
 from __future__ import annotations
 
+import importlib
+import sys
 from collections.abc import Callable, Sequence
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -23,20 +25,50 @@ from splat.torch import validate
 from splat.torch.static import Static
 
 _SCHEMA = (
-    "(Tensor query, Tensor key, Tensor value, Tensor? kv_lengths, Tensor? query_offsets, str pattern, float? scale, "
-    "float? logits_soft_cap, SymInt query_offset) -> (Tensor, Tensor)"
+    "attention(Tensor query, Tensor key, Tensor value, Tensor? kv_lengths, Tensor? query_offsets, str pattern, "
+    "float? scale, float? logits_soft_cap, SymInt query_offset) -> (Tensor, Tensor)"
 )
 _BACKWARD_SCHEMA = (
-    "(Tensor query, Tensor key, Tensor value, Tensor? kv_lengths, Tensor? query_offsets, Tensor out, Tensor lse, "
-    "Tensor? d_out, Tensor? d_lse, str pattern, float? scale, float? logits_soft_cap, SymInt query_offset, "
+    "attention_backward(Tensor query, Tensor key, Tensor value, Tensor? kv_lengths, Tensor? query_offsets, Tensor out, "
+    "Tensor lse, Tensor? d_out, Tensor? d_lse, str pattern, float? scale, float? logits_soft_cap, SymInt query_offset, "
     "bool of_query, bool of_key_value) -> (Tensor, Tensor, Tensor)"
 )
 
-#: Compiled CUDA graphs leave these out: a first call puts tables on the device, and keeps them.
-_TAGS: Any = (torch.Tag.cudagraph_unsafe,) if hasattr(torch.Tag, "cudagraph_unsafe") else None
+LIBRARY = torch.library.Library("splat", "FRAGMENT")
 
 
-@torch.library.custom_op("splat::attention", mutates_args=(), schema=_SCHEMA, tags=_TAGS)
+def _define(schema: str) -> Callable[[Callable[..., Any]], Any]:
+    """Makes a function the operation of that schema, for tensors on any device.
+
+    `torch.library.custom_op` would take 25 microseconds more in each call, and more than a second for the first.
+    """
+
+    def define(run: Callable[..., Any]) -> Any:
+        tags = [torch.Tag.pt2_compliant_tag]
+        if hasattr(torch.Tag, "cudagraph_unsafe"):  # a first call puts tables on the device, and keeps them
+            tags.append(torch.Tag.cudagraph_unsafe)
+        name = LIBRARY.define(schema, tags=tags)
+        LIBRARY.impl(name, _untraced(run), "CompositeExplicitAutograd")
+        return getattr(torch.ops.splat, name).default
+
+    return define
+
+
+def _untraced(run: Callable[..., Any]) -> Callable[..., Any]:
+    """`torch.compiler.disable`, which imports the whole compiler: not where nobody else has."""
+    disabled = []
+
+    def call(*arguments: Any) -> Any:
+        if "torch._dynamo" not in sys.modules:
+            return run(*arguments)
+        if not disabled:
+            disabled.append(torch.compiler.disable(run))
+        return disabled[0](*arguments)
+
+    return call
+
+
+@_define(_SCHEMA)
 def attend(
     query: Tensor,
     key: Tensor,
@@ -52,18 +84,15 @@ def attend(
     if query.numel() == 0:
         out, lse = _like(query, query, kv_lengths)
         return out.zero_(), lse.zero_()
-    if validate.is_native(query.device.type):
-        from splat.torch.native import forward, takes_offsets
-    else:
-        from splat.torch.programs import forward, takes_offsets
+    kernels = _kernels(validate.is_native(query.device.type))
     offset = validate.check_offsets(query_offset, query_offsets, query.shape[2])
     static, arrays = (pattern, scale, logits_soft_cap, offset), (query, key, value, kv_lengths)
-    together = isinstance(offset, int) or takes_offsets(query)
-    out, lse = forward(*arrays, static) if together else _by_sequence(forward, static, arrays)
+    together = isinstance(offset, int) or kernels.takes_offsets(query)
+    out, lse = kernels.forward(*arrays, static) if together else _by_sequence(kernels.forward, static, arrays)
     return out.data, lse  # no view, of which PyTorch would say the wrong thing to who changes the output in place
 
 
-@torch.library.custom_op("splat::attention_backward", mutates_args=(), schema=_BACKWARD_SCHEMA, tags=_TAGS)
+@_define(_BACKWARD_SCHEMA)
 def attend_backward(
     query: Tensor,
     key: Tensor,
@@ -85,10 +114,7 @@ def attend_backward(
     if query.numel() == 0 or (d_out is None and d_lse is None):
         made = _gradients_like(query, key, value, of_query, of_key_value)
         return made[0].zero_(), made[1].zero_(), made[2].zero_()
-    if validate.is_native(query.device.type):
-        from splat.torch.native import backward
-    else:
-        from splat.torch.programs import backward
+    backward = _kernels(validate.is_native(query.device.type)).backward
     offset, wanted = validate.check_offsets(query_offset, query_offsets, query.shape[2]), (of_query, of_key_value)
     static, arrays = (pattern, scale, logits_soft_cap, offset), (query, key, value, kv_lengths, out, lse, d_out, d_lse)
     if isinstance(offset, int):
@@ -100,6 +126,12 @@ def attend_backward(
     if of_query:
         return found[0], key.new_empty(0), value.new_empty(0)
     return query.new_empty(0), found[0], found[1]
+
+
+@cache
+def _kernels(native: bool) -> Any:
+    """What has `forward`, `backward` and `takes_offsets`: generated C++, or Triton's."""
+    return importlib.import_module("splat.torch.native" if native else "splat.torch.programs")
 
 
 def _by_sequence(run: Callable[..., Any], static: Static, arrays: Sequence[Tensor | None]) -> list[Tensor]:
@@ -128,14 +160,14 @@ def _heads_inside(x: Tensor) -> Tensor:
     return x.new_empty(batch, length, heads, width).transpose(1, 2)
 
 
-@attend.register_fake
+@torch.library.register_fake("splat::attention", lib=LIBRARY)
 def _like(query: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
     return _heads_inside(query), query.new_empty(
         query.shape[:-1], dtype=torch.promote_types(query.dtype, torch.float32)
     )
 
 
-@attend_backward.register_fake
+@torch.library.register_fake("splat::attention_backward", lib=LIBRARY)
 def _gradients_like(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
     *_, of_query, of_key_value = rest
     d_query = _heads_inside(query) if of_query else query.new_empty(0)
@@ -173,5 +205,5 @@ def refuse(ctx: Any, *_: Any) -> tuple[Any, ...]:
     )
 
 
-attend.register_autograd(differentiate, setup_context=save)
-attend_backward.register_autograd(refuse)
+torch.library.register_autograd("splat::attention", differentiate, setup_context=save, lib=LIBRARY)
+torch.library.register_autograd("splat::attention_backward", refuse, lib=LIBRARY)

@@ -63,7 +63,7 @@ def scaled_dot_product_attention(
     single = isinstance(query, Tensor) and query.ndim == 3
     if single:
         query, key, value = (x[None] if isinstance(x, Tensor) else x for x in (query, key, value))
-    query, key, value = autocast(query), autocast(key), autocast(value)
+    query, key, value = autocast(query, key, value)
     sizes = validate.check_arrays(query, key, value)
     if sizes.num_q_heads != sizes.num_kv_heads and not enable_gqa:
         raise ArgumentError(

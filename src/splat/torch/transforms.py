@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from splat.torch import validate
-from splat.torch.operation import attend, attend_backward, differentiate, refuse, save
+from splat.torch.operation import LIBRARY, attend, attend_backward, differentiate, refuse, save
 
 
 def is_transformed() -> bool:
@@ -88,5 +88,5 @@ def _fold(x: Tensor | None, dim: int | None, size: int) -> Tensor | None:
     return each.flatten(0, 1)
 
 
-attend.register_vmap(partial(_mapped, attend, 5))
-attend_backward.register_vmap(partial(_mapped, attend_backward, 9))
+torch.library.register_vmap("splat::attention", partial(_mapped, attend, 5), lib=LIBRARY)
+torch.library.register_vmap("splat::attention_backward", partial(_mapped, attend_backward, 9), lib=LIBRARY)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Callable
-from functools import lru_cache
+from functools import cache, lru_cache
 from typing import Any, NamedTuple, NoReturn, TypeVar
 
 import numpy as np
@@ -21,6 +21,7 @@ from splat.codegen.cpp import compiler
 from splat.codegen.triton import interpret
 from splat.errors import ArgumentError, UnsupportedError
 from splat.planning import kernels
+from splat.remembered import Remembered
 
 #: That GPU kernels serve, and C++ kernels.
 DTYPES = tuple(getattr(torch, name) for name in kernels.DTYPES)
@@ -55,6 +56,23 @@ class Sizes(NamedTuple):
 
 def check_arrays(query: Any, key: Any, value: Any) -> Sizes:
     """The sizes of query [B, N, T, H], key and value [B, K, S, H], after checking them."""
+    if torch.compiler.is_compiling():
+        return _check_arrays(query, key, value)
+    try:  # the same as in an earlier call: looking it up takes a fifth of the time
+        about = (
+            query.shape, key.shape, value.shape, query.dtype, key.dtype, value.dtype,
+            query.device, key.device, value.device, query.layout, key.layout, value.layout,
+            is_native(query.device.type),
+        )  # fmt: skip
+    except (AttributeError, RuntimeError):  # no tensors, or nested ones
+        return _check_arrays(query, key, value)
+    return _sizes(about, lambda: _check_arrays(query, key, value))
+
+
+_sizes = Remembered(entries=256)
+
+
+def _check_arrays(query: Any, key: Any, value: Any) -> Sizes:
     for name, array, letters in (("query", query, "[B, N, T, H]"), ("key", key, "[B, K, S, H]"),
                                  ("value", value, "[B, K, S, H]")):  # fmt: skip
         if not isinstance(array, Tensor):
@@ -154,7 +172,12 @@ def _device_refusal(kind: str, index: int | None) -> str | None:
 @known_when_traced
 def is_native(kind: str) -> bool:
     """Whether tensors on such a device go to C++ kernels. With TRITON_INTERPRET=1 those on CPUs do not, for tests."""
-    return kind == "cpu" and not interpret.is_interpreted()
+    return kind == "cpu" and not _interprets()
+
+
+@cache
+def _interprets() -> bool:
+    return interpret.is_interpreted()
 
 
 @lru_cache(maxsize=64)

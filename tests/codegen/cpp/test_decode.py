@@ -16,7 +16,8 @@ import splat
 from splat import reference
 from splat.codegen.base import Options
 from splat.codegen.cpp import bind_jax, compiler, generate
-from splat.codegen.cpp.call import Placed, prepare
+from splat.codegen.cpp.call import ARRAYS, PACKED, Call, Placed, prepare
+from splat.codegen.cpp.call import Array as PlacedArray
 from splat.codegen.cpp.emit import kernels_of
 from splat.pattern import Pattern
 from splat.planning import Plan, Problem, make_plan
@@ -261,6 +262,15 @@ def test_positions_in_one_cache(rng: np.random.Generator) -> None:
         a, b, c = (np.asarray(x, np.float64) for x in (queries[n], k, v))
         expected, _ = reference.attention(a, b, c, mask)
         np.testing.assert_allclose(out, expected, atol=1e-5)
+
+
+def test_calls_are_packed_as_they_are_declared() -> None:
+    call = Call(*range(5), 5.5, 6.5)
+    for n, name in enumerate(ARRAYS):
+        setattr(call, name, PlacedArray(*range(10 * n + 10, 10 * n + 14)))
+    call.kv_lengths, call.tables, call.num_groups = 777, 888, 999
+    places = [number for n in range(len(ARRAYS)) for number in range(10 * n + 10, 10 * n + 14)]
+    assert bytes(call) == PACKED.pack(*range(5), 5.5, 6.5, *places, 777, 888, 999)
 
 
 def test_one_text_for_all_patterns_and_positions() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import dataclasses
+import struct
 from collections.abc import Mapping
 from functools import lru_cache
 from typing import Any
@@ -20,6 +21,11 @@ from splat.planning import Plan
 Placed = tuple[int, int, int, int]
 
 
+#: The arrays of a call, in the order of `splat::Call`; and one that is not there.
+ARRAYS = ("query", "key", "value", "out", "d_out", "lse", "d_lse", "d_query", "d_key", "d_value")
+NOWHERE: Placed = (0, 0, 0, 0)
+
+
 class Array(ctypes.Structure):
     """`splat::Array`."""
 
@@ -32,10 +38,13 @@ class Call(ctypes.Structure):
     _fields_ = (
         *((name, ctypes.c_int64) for name in ("batch", "q_len", "kv_len", "num_q_heads", "num_kv_heads")),
         ("scale", ctypes.c_double), ("soft_cap", ctypes.c_double),
-        *((name, Array) for name in ("query", "key", "value", "out", "d_out", "lse", "d_lse")),
-        *((name, Array) for name in ("d_query", "d_key", "d_value")),
+        *((name, Array) for name in ARRAYS),
         ("kv_lengths", ctypes.c_void_p), ("tables", ctypes.c_void_p), ("num_groups", ctypes.c_void_p),
     )  # fmt: skip
+
+
+#: The same, of numbers one after the other: quicker to make.
+PACKED = struct.Struct(f"@5q2d{4 * len(ARRAYS)}q3q")
 
 
 def kernel_facts(
@@ -61,9 +70,10 @@ class Prepared:
     """A compiled kernel with the tables of a static plan; several threads may call it at once."""
 
     run: Any
-    template: Call
+    options: Options
     tables: list[np.ndarray]
-    keep: tuple[Any, ...]
+    pointers: Any
+    counts: Any
 
     @property
     def nbytes(self) -> int:
@@ -83,12 +93,10 @@ class Prepared:
           team: the address of an OpenMP runtime's `GOMP_parallel`, whose threads they are; None: they are made for
             the call.
         """
-        call = Call.from_buffer_copy(self.template)
-        call.batch, call.q_len, call.kv_len, call.num_q_heads, call.num_kv_heads = sizes
-        call.kv_lengths = kv_lengths
-        for name, placed in arrays.items():
-            setattr(call, name, Array(*placed))
-        self.run(ctypes.byref(call), threads, team)
+        scale, soft_cap = self.options.scale, self.options.logits_soft_cap or 0.0
+        places = [number for name in ARRAYS for number in arrays.get(name, NOWHERE)]
+        tables = ctypes.addressof(self.pointers), ctypes.addressof(self.counts)
+        self.run(PACKED.pack(*sizes, scale, soft_cap, *places, kv_lengths or 0, *tables), threads, team)
 
 
 @lru_cache(maxsize=512)
@@ -127,8 +135,6 @@ def _bound(facts: KernelFacts, options: Options, tables: list[Any], numbers: lis
     flat = [np.ascontiguousarray(table, np.int32) for table in tables]
     pointers = (ctypes.c_void_p * len(flat))(*(table.ctypes.data for table in flat))
     counts = (ctypes.c_int64 * len(numbers))(*numbers)
-    call = Call(scale=options.scale, soft_cap=options.logits_soft_cap or 0.0)
-    call.tables, call.num_groups = ctypes.addressof(pointers), ctypes.addressof(counts)
     run = library.splat_run
     run.argtypes, run.restype = (ctypes.c_void_p, ctypes.c_int, ctypes.c_void_p), ctypes.c_int
-    return Prepared(run, call, flat, (library, pointers, counts))
+    return Prepared(run, options, flat, pointers, counts)
