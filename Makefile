@@ -27,7 +27,7 @@ export PYRIGHT_PYTHON_IGNORE_WARNINGS := 1
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo test torch test-torch lint types bench clean
+.PHONY: help demo test test-all torch test-torch lint types bench clean
 
 help:  ## list the targets
 	@echo "make TARGET [PYTHON=$(PYTHON)] [VENV=$(VENV)] [JOBS=$(JOBS)] [ARGS='...']"
@@ -37,8 +37,11 @@ demo: $(FOR_RUN)  ## show what SPLAT does, on this machine (ARGS: to `splat demo
 	@$(BIN)/splat demo $(ARGS)
 
 test: lint types $(if $(PYTHON312),$(FOR_312))  ## lint, types, then the tests in JOBS processes (ARGS: to pytest)
-	@$(if $(PYTHON312),SPLAT_TEST_PYTHON312=$(VENV)/python3.12/bin/python) \
+	@$(if $(PYTHON312),SPLAT_TEST_PYTHON312=$(VENV)/python3.12/bin/python) SPLAT_TEST_SAMPLE=$${SPLAT_TEST_SAMPLE-new} \
 		$(BIN)/python -m pytest -n $(JOBS) --dist worksteal $(ARGS)
+
+test-all:  ## the same with all tests: of some large grids, `make test` draws a share
+	@SPLAT_TEST_SAMPLE= $(MAKE) --no-print-directory test
 
 torch: $(FOR_TORCH)  ## install PyTorch, so that `make test` tests its front end too (TORCH: what to install)
 

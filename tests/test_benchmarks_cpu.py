@@ -193,6 +193,7 @@ def test_only_is_for_this_suite(capsys: pytest.CaptureFixture[str]) -> None:
     assert "--only names bars of the suite cpu: add --suite cpu" in capsys.readouterr().err
 
 
+@pytest.mark.sampled(1 / 2)
 @needs_compiler
 @pytest.mark.parametrize("name", NAMES)
 def test_rehearsal(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

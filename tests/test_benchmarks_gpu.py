@@ -352,6 +352,7 @@ worker.main()
 """
 
 
+@pytest.mark.sampled(1 / 2)
 @needs_torch
 @pytest.mark.parametrize("broken", [False, True])
 def test_attention_needs_neither_jax_nor_every_peer(broken: bool, monkeypatch: pytest.MonkeyPatch) -> None:

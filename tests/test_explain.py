@@ -147,6 +147,7 @@ def test_picture_shows_every_class(tmp_path: Path, q_len: int) -> None:
     assert {FULL, PARTIAL, WASTED, "#ffffff"} <= pixels(path)
 
 
+@pytest.mark.sampled(1 / 2)
 @pytest.mark.parametrize(("pattern", "q_len", "kv_len", "offset"), [*CASES, ("causal()", 2, 5000, 4998)])
 def test_every_case_can_be_drawn(tmp_path: Path, pattern: str, q_len: int, kv_len: int, offset: int) -> None:
     path = tmp_path / "p.png"

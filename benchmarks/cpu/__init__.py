@@ -7,4 +7,7 @@ over those where there are enough. "foreign" is the share of the processors that
 from __future__ import annotations
 
 #: What `--only` takes.
-NAMES = ("forward", "share", "causal", "strided", "backward", "first", "overhead", "threads", "linear", "decode")
+NAMES = (
+    *("forward", "share", "causal", "strided", "backward", "first", "overhead", "threads", "linear", "decode"),
+    "scores",
+)

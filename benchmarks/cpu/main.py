@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable, Iterator
 
-from benchmarks.cpu import NAMES, against, alone, decode, fresh, host, torch_side
+from benchmarks.cpu import NAMES, against, alone, decode, fresh, host, scores, torch_side
 from benchmarks.cpu.setting import Setting
 from benchmarks.report import Report
 
@@ -20,6 +20,7 @@ BARS: dict[str, Callable[[Setting], Report | Iterator[Report]]] = {
     "threads": fresh.threads,
     "linear": alone.linear,
     "decode": decode.decode,
+    "scores": scores.scores,
 }
 assert tuple(BARS) == NAMES
 

@@ -87,7 +87,7 @@ def _load_masks() -> None:
     peers.block_mask("causal()", 256)  # what the first call loads is not the mask's
 
 
-def flex(case: Case) -> tuple[Call, dict[str, float]]:
+def flex(case: Case, score_mod: Any = None) -> tuple[Call, dict[str, float]]:
     """FlexAttention, compiled for this case alone, and the seconds that preparing it took."""
     pt = torch()
     from torch.nn.attention.flex_attention import flex_attention
@@ -99,7 +99,7 @@ def flex(case: Case) -> tuple[Call, dict[str, float]]:
 
     def call() -> Any:
         with pt.no_grad():
-            return compiled(query, key, value, block_mask=mask)
+            return compiled(query, key, value, score_mod=score_mod, block_mask=mask)
 
     _, first_s = timed(call)
     _, warm_s = timed(call)

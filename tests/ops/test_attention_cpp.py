@@ -12,6 +12,7 @@ import splat
 from splat.codegen.cpp import bind_jax, compiler
 from splat.errors import UnsupportedError
 from tests.attention_suite import AttentionSuite, draw_inputs
+from tests.score_mod_suite import ScoreModSuite
 from tests.sharding_suite import ShardingSuite
 
 pytestmark = pytest.mark.skipif(
@@ -49,6 +50,32 @@ class TestCpp(AttentionSuite, ShardingSuite):
         )
         np.testing.assert_array_equal(read.call(q, k, v), expected)
         np.testing.assert_array_equal(jax.grad(lambda q: read.call(q, k, v).sum())(q), gradient)
+
+
+class TestCppScoreMod(ScoreModSuite):
+    implementation = "cpp"
+    export_checks = staticmethod(bind_jax.export_checks)
+
+
+@pytest.mark.parametrize("name", ["tables", "functions", "bias"])
+def test_score_mods_with_all_gradients_in_one(name: str, rng: np.random.Generator, monkeypatch: Any) -> None:
+    monkeypatch.setenv("NPROC", "1")
+    TestCppScoreMod().test_score_mods(name, rng)
+
+
+def test_score_mods_without_text(rng: np.random.Generator) -> None:
+    """A loop: refused by name, served by xla otherwise."""
+    q, k, v, *_ = draw_inputs(rng, 12, 12)
+
+    def score_mod(s: Any, b: Any, h: Any, i: Any, j: Any) -> Any:
+        return s + jax.lax.fori_loop(0, i - j, lambda n, x: x + 1.0 / (1 + n), 0.0)
+
+    def run(implementation: Any) -> Any:
+        return splat.attention(q, k, v, splat.causal(), score_mod=score_mod, implementation=implementation)
+
+    with pytest.raises(UnsupportedError, match="score_mod uses while, and the cpp implementation has no text for that"):
+        run("cpp")
+    np.testing.assert_array_equal(run(None), run("xla"))
 
 
 @pytest.mark.parametrize(

@@ -12,11 +12,29 @@ import pytest
 import splat
 from splat.errors import UnsupportedError
 from tests.attention_suite import AttentionSuite, draw_inputs
+from tests.score_mod_suite import ScoreModSuite
 from tests.sharding_suite import ShardingSuite
 
 pytest.importorskip("triton", reason="triton is not installed: the interpreted kernels are untested here")
 
 
+@pytest.mark.sampled(1 / 2)
+class TestTritonScoreMod(ScoreModSuite):
+    implementation = "triton"
+    dtypes = ("float32", "bfloat16", "float16")
+    interpreted = True
+
+    @pytest.mark.parametrize("name", ["all"])
+    def test_where_scores_are(self, name: str, rng: np.random.Generator) -> None:
+        super().test_where_scores_are(name, rng)
+
+    # A callback cannot be exported. The others are JAX's part, the same as that of `cpp`.
+    test_export_for_any_batch_with_a_score_mod = None  # type: ignore[assignment]
+    test_equal_score_mods_are_compiled_once = test_ranks_are_as_users_want_them = None  # type: ignore[assignment]
+    test_score_mods_in_shard_map = test_the_oracle_is_the_reference = None  # type: ignore[assignment]
+
+
+@pytest.mark.sampled(1 / 3)
 class TestTriton(AttentionSuite, ShardingSuite):
     implementation = "triton"
     splits = False  # interpreted kernels call back into Python, and XLA gathers for them

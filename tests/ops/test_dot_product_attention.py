@@ -67,6 +67,23 @@ def test_without_a_batch_axis(rng: np.random.Generator) -> None:
     np.testing.assert_allclose(*both(arrays, key_value_seq_lengths=jnp.array([5])), atol=ATOL)
 
 
+@pytest.mark.parametrize("shape", [(3, 2, 12, 12), (1, 2, 1, 12), (12, 1)])
+def test_bias(shape: tuple[int, ...], rng: np.random.Generator) -> None:
+    """And its gradient."""
+    arrays, bias = draw(rng), jnp.asarray(rng.standard_normal(shape), jnp.float32)
+    np.testing.assert_allclose(
+        *both(arrays, bias=bias.reshape((1,) * (4 - bias.ndim) + shape), is_causal=True), atol=ATOL
+    )
+
+    def gradient(attend: Any) -> Any:
+        return jax.grad(lambda bias: (attend(*arrays, bias=bias, is_causal=True) ** 2).sum())(bias.reshape(shape))
+
+    def theirs(q: Any, k: Any, v: Any, *, bias: Any, **more: Any) -> Any:
+        return jax.nn.dot_product_attention(q, k, v, bias[(None,) * (4 - len(shape))], **more)
+
+    np.testing.assert_allclose(gradient(splat.dot_product_attention), gradient(theirs), atol=1e-5)
+
+
 @pytest.mark.parametrize("lengths", [[0, 5, 12], [12, 12, 12]])
 def test_query_lengths(lengths: list[int], rng: np.random.Generator) -> None:
     """Rows before the lengths are JAX's. Past them JAX leaves the mean of the values in places; here it is 0."""
@@ -208,11 +225,7 @@ def test_per_head_pattern(rng: np.random.Generator) -> None:
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
-        (
-            dict(bias=np.zeros((1, 1, 12, 12))),
-            UnsupportedError,
-            "bias is not supported: a dense [T, S] bias costs what",
-        ),
+        (dict(bias=np.zeros((2, 1, 12, 12))), ArgumentError, "bias must be floating-point numbers, broadcastable to"),
         (
             dict(local_window_size=(1, 2, 3)),
             ArgumentError,

@@ -173,6 +173,33 @@ REFUSED: list[Any] = [
         ArgumentError,
         "logits_soft_cap must be in [1e-37, 1e+37] or None, but nan was given",
     ),
+    (
+        call(bias=x(3, 6)),
+        ArgumentError,
+        "bias must be floating-point numbers, broadcastable to [B, N, T, S] = [2, 4, 8, 6]",
+    ),
+    (call(bias=x(1, 1, 1, 1, 1)), ArgumentError, "[B, N, T, S] = [2, 4, 8, 6], but float32[1, 1, 1, 1, 1] was given"),
+    (call(bias=x(8, 6, dtype="int32")), ArgumentError, "but int32[8, 6] was given."),
+    (call(bias=x(8, 6) > 0), ArgumentError, "but bool[8, 6] was given. A bool mask is a pattern: from_mask(mask)."),
+    (call(bias=[[1.0], [2.0, 3.0]]), ArgumentError, "bias must be an array of numbers, but list was given"),
+    (
+        call(score_mod=1.0),
+        ArgumentError,
+        "score_mod must be a function (score, batch, head, q_idx, kv_idx) -> score, but",
+    ),
+    (
+        call(score_mod=lambda s, i, j: s),
+        ArgumentError,
+        "q_idx, kv_idx) -> score, but a function of (s, i, j) was given",
+    ),
+    (call(score_mod=lambda *_: None), ArgumentError, "must return one floating-point number for one score, but it"),
+    (call(score_mod=lambda s, *_: s > 0), ArgumentError, "for one score, but it returned bool[]"),
+    (call(score_mod=lambda s, *_: s * x(3)), ArgumentError, "for one score, but it returned float32[3]"),
+    (
+        call(score_mod=lambda s, *_: jax.debug.print("{}", s) or s),
+        ArgumentError,
+        "score_mod must compute a score and do nothing else, but it has side effects (such as jax.debug.print)",
+    ),
     (call(sinks=x(3)), ArgumentError, "sinks must be floating-point numbers of shape [4], one for each query head"),
     (call(sinks=x(4, dtype="int32")), ArgumentError, "one for each query head, but int32[4] was given"),
     (call(sinks=splat.sink(4)), ArgumentError, "sinks must be an array of numbers, but Sink was given"),
@@ -299,7 +326,7 @@ def test_numbers_in_all_forms_are_taken() -> None:
 
 
 def test_unknown_arguments() -> None:
-    for name in ("bias", "mask", "score_mod", "dropout"):
+    for name in ("mask", "dropout"):
         with pytest.raises(TypeError, match=f"unexpected keyword argument '{name}'"):
             splat.attention(**call(**{name: None}))
 

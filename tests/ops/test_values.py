@@ -22,6 +22,7 @@ from splat.remembered import Remembered
 from tests.values_suite import ValuesSuite
 
 
+@pytest.mark.sampled(1 / 2)
 class TestXla(ValuesSuite):
     implementation = "xla"
     splits = False
@@ -56,6 +57,7 @@ class TestCpp(ValuesSuite):
 @pytest.mark.skipif(
     not importlib.util.find_spec("triton"), reason="triton is not installed: its kernels are untested here"
 )
+@pytest.mark.sampled(1 / 3)
 class TestTriton(ValuesSuite):
     """Interpreted."""
 

@@ -5,12 +5,15 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 from functools import lru_cache, wraps
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from splat.acsr import ACSR
 from splat.errors import ArgumentError
 from splat.planning import Plan, check_blocks
 from splat.remembered import Remembered
+
+if TYPE_CHECKING:  # it imports jax
+    from splat.codegen.score_mod import Place, ScoreMod
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,6 +26,7 @@ class Request:
       named: whether the implementation was asked for by name.
       elsewhere: whether nothing is to be run here, so that what is installed does not matter.
       blocks: (block_q, block_kv) that are asked for; None: any.
+      score_mod: what becomes of scores, by the arguments `score_mod` and `bias`; None: nothing.
     """
 
     platform: str
@@ -31,6 +35,7 @@ class Request:
     named: bool = False
     elsewhere: bool = False
     blocks: tuple[int | None, int | None] = (None, None)
+    score_mod: ScoreMod | None = None
 
 
 def refused_blocks(name: str, request: Request) -> str | None:
@@ -57,10 +62,11 @@ def accumulator(dtype: Any) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """Static arguments of one attention call."""
+    """Static arguments of one attention call: scores are scaled, modified and then capped."""
 
     scale: float
     logits_soft_cap: float | None = None
+    score_mod: ScoreMod | None = None
 
 
 #: Float32 has the numbers that kernels take, also times log2(e).
@@ -178,8 +184,14 @@ class Implementation(Protocol):
         """The planning target that JAX's default device is."""
         ...
 
-    def attention(self, plan: Plan, options: Options, query: Any, key: Any, value: Any, kv_lengths: Any) -> Any:
-        """(output in the query's dtype [B, T, N, H], log-sum-exp float32 or float64 [B, T, N]); differentiable."""
+    def attention(
+        self, plan: Plan, options: Options, query: Any, key: Any, value: Any, kv_lengths: Any,
+        place: Place | None = None,
+    ) -> Any:  # fmt: skip
+        """(output in the query's dtype [B, T, N, H], log-sum-exp float32 or float64 [B, T, N]); differentiable.
+
+        `place` is given with `options.score_mod`: its operands.
+        """
         ...
 
     # Operations on values. `acsr` is static; arrays have one batch axis, of any length; values have the accumulation

@@ -330,15 +330,21 @@ def _check_kept(name: str, letters: str, spec: PartitionSpec, how: Split) -> Non
 # -- inside shard_map --------------------------------------------------------------------------------------------------
 
 
+def whole(array: Array) -> Array:
+    """On every device, where its type says that it is split."""
+    sharding = jax.typeof(array).sharding
+    return jax.sharding.reshard(array, NamedSharding(sharding.mesh, PartitionSpec())) if any(sharding.spec) else array
+
+
 def vary_like(value: Array, *others: Array) -> Array:
     """`value` marked as varying over the mesh axes that `others` vary over (inside shard_map; else unchanged)."""
-    missing = tuple(frozenset().union(*map(_varying, others)) - _varying(value))
+    missing = tuple(frozenset().union(*map(varying, others)) - varying(value))
     return lax.pcast(value, missing, to="varying") if missing else value
 
 
-def _varying(value: Array) -> frozenset[str]:
+def varying(value: Array) -> frozenset[str]:
     """The mesh axes over which `value` varies inside shard_map; jax 0.10 and later."""
     return getattr(getattr(jax.typeof(value), "mat", None), "varying", frozenset())
 
 
-__all__ = ["Axes", "Split", "alike", "explicit", "partitioned", "vary_like"]
+__all__ = ["Axes", "Split", "alike", "explicit", "partitioned", "vary_like", "varying", "whole"]

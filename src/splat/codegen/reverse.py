@@ -40,34 +40,39 @@ def differentiable(
     refusal: str | None = None,
     outside: Callable[[Any], Any] = lambda lse: lse,
     prepare: Callable[..., None] = lambda *_: None,
+    of_shared: Callable[[Any, Any], Any] = lambda *_: None,
 ) -> Any:
-    """(query, key, value, tables, kv_lengths) -> (output, log-sum-exp [B, T, N]), jitted, with its reverse mode.
+    """(query, key, value, shared, *more) -> (output, log-sum-exp [B, T, N]), jitted, with its reverse mode.
 
     Args:
       name: of the implementation.
-      forward: ((query, key, value, kv_lengths), tables) -> (output, log-sum-exp).
-      backward: ((query, key, value, kv_lengths, output, log-sum-exp, their gradients), tables) -> gradients.
+      forward: ((query, key, value, *more), shared) -> (output, log-sum-exp).
+      backward: ((query, key, value, *more, output, log-sum-exp, their gradients), shared) -> gradients.
       refusal: why there is no backward.
       outside: from the functions' log-sum-exp to [B, T, N], and back.
-      prepare: called with (query, key, tables, kv_lengths) where both will be needed.
+      prepare: called with (query, key, shared, *more) where both will be needed.
+      of_shared: of the backward's arguments, the gradients of what is in `shared`; None: nothing there has any.
     """
     forward, backward = _first_order(name, forward), _first_order(name, backward)
 
-    def attention(query, key, value, tables, kv_lengths):
-        out, lse = forward((query, key, value, kv_lengths), tables)
+    def attention(query, key, value, shared, *more):
+        out, lse = forward((query, key, value, *more), shared)
         return out, outside(lse)
 
-    def fwd(query, key, value, tables, kv_lengths):
-        prepare(query, key, tables, kv_lengths)
-        out, lse = forward((query, key, value, kv_lengths), tables)
-        return (out, outside(lse)), (query, key, value, tables, kv_lengths, out, lse)
+    def fwd(query, key, value, shared, *more):
+        prepare(query, key, shared, *more)
+        out, lse = forward((query, key, value, *more), shared)
+        return (out, outside(lse)), (shared, (query, key, value, *more, out, lse))
 
     def bwd(saved, cotangents):
-        query, key, value, tables, kv_lengths, out, lse = saved
+        shared, operands = saved
         if refusal:
             raise UnsupportedError(refusal)
-        d_out, d_lse = cotangents[0].astype(query.dtype), outside(cotangents[1]).astype(lse.dtype)
-        return (*backward((query, key, value, kv_lengths, out, lse, d_out, d_lse), tables), None, None)
+        out, lse = operands[-2:]
+        d_out, d_lse = cotangents[0].astype(out.dtype), outside(cotangents[1]).astype(lse.dtype)
+        operands = (*operands, d_out, d_lse)
+        more = len(operands) - 7
+        return (*backward(operands, shared), of_shared(operands, shared), *(None,) * more)
 
     whole = jax.custom_vjp(attention)
     whole.defvjp(fwd, bwd)

@@ -13,20 +13,23 @@ import numpy as np
 from jax.core import Tracer
 
 from splat.codegen import Options, Request, choose
+from splat.codegen.base import accumulator
 from splat.codegen.devices import platform_of
 from splat.codegen.partitioning import Axes, explicit
 from splat.codegen.registry import load
+from splat.codegen.score_mod import Place, trace
 from splat.errors import ArgumentError, PatternError, UnsupportedError
 from splat.ops import validate
 from splat.pattern import Pattern, PerHead, causal, from_mask, full, key_heads, window
 from splat.pattern.core import with_arrays, without_arrays
 from splat.planning import Problem, make_plan
 
-#: Of query, key, value, key lengths and offsets of sequences, and of output and log-sum-exp: see `partitioning.Axes`.
-AXES = Axes.parse("BTNH BSKH BSKH B B -> BTNH BTN")
+#: Of query, key, value, key lengths, numbers of batch entries, offsets of sequences, numbers of query heads, and of
+#: output and log-sum-exp: see `partitioning.Axes`.
+AXES = Axes.parse("BTNH BSKH BSKH B B B N -> BTNH BTN")
 
 #: Where heads differ, devices need all.
-HEADS_WHOLE = Axes.parse("BTWH BSWH BSWH B B -> BTWH BTW")
+HEADS_WHOLE = Axes.parse("BTWH BSWH BSWH B B B W -> BTWH BTW")
 
 
 def attention(
@@ -36,7 +39,9 @@ def attention(
     pattern: Pattern,
     *,
     scale: float | None = None,
+    bias: Any = None,
     logits_soft_cap: float | None = None,
+    score_mod: Callable[..., Any] | None = None,
     sinks: Any = None,
     query_offset: Any = 0,
     kv_lengths: Any = None,
@@ -50,7 +55,12 @@ def attention(
       key, value: [B, S, K, H]; N a multiple of K (grouped-query attention: query head n uses key head n // (N/K)).
       pattern: which (query, key) pairs attend; `per_head([...])` gives each query head its own.
       scale: of the scores, 1/sqrt(H) where None.
-      logits_soft_cap: scores become `cap * tanh(score / cap)`.
+      bias: floating-point numbers, broadcastable to [B, N, T, S], added to the scaled scores. A run-time value, with a
+        gradient. Only what the pattern has is read.
+      logits_soft_cap: scores become `cap * tanh(score / cap)`, after `bias` and `score_mod`.
+      score_mod: `(score, batch, head, q_idx, kv_idx) -> score`, as FlexAttention's, of JAX scalars: the scaled score
+        becomes what it returns, before `bias` is added. `q_idx` is the query's position, `query_offset` counted in. It
+        is traced in every call; arrays that it closes over are run-time values, with gradients.
       sinks: [N] numbers, one for each query head: one more score in each of its rows, whose value is 0 (learned, as in
         gpt-oss; of zeros: softmax-off-by-one). A run-time value, with a gradient; neither scaled nor capped.
       query_offset: row i is position `i + query_offset`. An int is planned for; a JAX scalar, or integers [B] where
@@ -83,18 +93,24 @@ def attention(
     return_lse = validate.check_flag("return_lse", return_lse)
     sizes = validate.check_arrays(query, key, value)
     pattern = validate.check_pattern(pattern, sizes.num_q_heads)
-    options = Options(validate.check_scale(scale, sizes.head_dim), validate.check_soft_cap(logits_soft_cap))
+    bias = validate.check_bias(bias, sizes)
+    modified = query.size > 0 and (score_mod is not None or bias is not None)
+    mod, closed_over = trace(score_mod, bias, accumulator(query.dtype)) if modified else (None, ())
+    options = Options(validate.check_scale(scale, sizes.head_dim), validate.check_soft_cap(logits_soft_cap), mod)
     sinks = validate.check_sinks(sinks, sizes.num_q_heads)
     offset = validate.check_offset(query_offset, sizes.batch, sizes.q_len)
     lengths = validate.check_lengths("kv_lengths", kv_lengths, sizes.batch, sizes.kv_len)
-    request = Request(platform_of(query), str(query.dtype), sizes.head_dim)
+    request = Request(platform_of(query), str(query.dtype), sizes.head_dim, score_mod=mod)
     chosen = choose(request, implementation)
 
     if query.size == 0:
         out, lse = query, jnp.zeros(query.shape[:-1], jnp.promote_types(query.dtype, jnp.float32))
     else:
-        given = {"query": query, "key": key, "value": value, "kv_lengths": lengths, "query_offset": None}
-        inside = list(pattern.run_time_arrays), []
+        given = {"query": query, "key": key, "value": value, "kv_lengths": lengths}
+        given |= dict.fromkeys(("batch", "query_offset", "heads"))
+        if modified:
+            given["batch"], given["heads"] = (jnp.arange(n, dtype=jnp.int32) for n in query.shape[::2])
+        inside = list(pattern.run_time_arrays), [], closed_over
         known = None
         if isinstance(offset, int):
             known = offset
@@ -144,8 +160,8 @@ class _Part:
       pattern: `without_arrays`.
       offset: None where it is a run-time value.
       target: of the implementation.
-      tree: of the arguments: ((query, key, value, lengths, offsets of sequences), (arrays of the pattern, run-time
-        offset of all)).
+      tree: of the arguments: ((query, key, value, lengths, numbers of batch entries, offsets of sequences, numbers of
+        heads), (arrays of the pattern, run-time offset of all, what the score modification closes over)).
     """
 
     pattern: Pattern
@@ -156,9 +172,10 @@ class _Part:
     tree: Any
 
     def __call__(self, *arrays: Any) -> tuple[Any, Any]:
-        (*given, offsets), (inside, offset_of_all) = self.tree.unflatten(arrays)
+        (*given, offsets, heads), (inside, offset_of_all, closed_over) = self.tree.unflatten(arrays)
         pattern = with_arrays(self.pattern, inside) if inside else self.pattern
-        run = partial(self._by_head, pattern) if isinstance(pattern, PerHead) else partial(self._run, pattern)
+        run = self._by_head if isinstance(pattern, PerHead) else self._run
+        run = partial(run, pattern, heads, closed_over)
         if offsets is not None:
             return jax.vmap(partial(self._of_sequence, run))(offsets, *given)
         offset = validate.saturated(offset_of_all[0], given[0].shape[1]) if offset_of_all else self.offset
@@ -170,23 +187,33 @@ class _Part:
         out, lse = run(offset, *(None if x is None else x[None] for x in given))
         return out[0], lse[0]
 
-    def _run(self, pattern: Pattern, offset: Any, query: Any, key: Any, value: Any, lengths: Any) -> tuple[Any, Any]:
+    def _run(
+        self, pattern: Pattern, heads: Any, closed_over: Any,
+        offset: Any, query: Any, key: Any, value: Any, lengths: Any, batch: Any,
+    ) -> tuple[Any, Any]:  # fmt: skip
         grouped = self.implementation == "triton" and query.shape[2] > key.shape[2]
         _, q_len, _, head_dim = query.shape
         problem = Problem.of_any_heads(pattern, q_len, key.shape[1], head_dim, str(query.dtype), grouped=grouped)
         plan = make_plan(problem, implementation=self.implementation, target=self.target, query_offset=offset)
-        return load(self.implementation).attention(plan, self.options, query, key, value, lengths)
+        place = None
+        if self.options.score_mod is not None:
+            place = Place(batch, heads, jnp.asarray(offset, jnp.int32), closed_over)
+        return load(self.implementation).attention(plan, self.options, query, key, value, lengths, place)
 
     def _by_head(
-        self, pattern: PerHead, offset: Any, query: Any, key: Any, value: Any, lengths: Any
-    ) -> tuple[Any, Any]:
+        self, pattern: PerHead, heads: Any, closed_over: Any,
+        offset: Any, query: Any, key: Any, value: Any, lengths: Any, batch: Any,
+    ) -> tuple[Any, Any]:  # fmt: skip
         """Heads with equal patterns together; the results put back in the heads' order."""
         share = query.shape[2] // key.shape[2]
         parts, order = [], []
-        for one, heads in pattern.groups().items():
-            at, kv_at = np.array(heads), np.array(key_heads(heads, share))
-            parts.append(self._run(one, offset, query[:, :, at], key[:, :, kv_at], value[:, :, kv_at], lengths))
-            order += heads
+        for one, own in pattern.groups().items():
+            at, kv_at = np.array(own), np.array(key_heads(own, share))
+            arrays = query[:, :, at], key[:, :, kv_at], value[:, :, kv_at]
+            parts.append(
+                self._run(one, heads if heads is None else heads[at], closed_over, offset, *arrays, lengths, batch)
+            )
+            order += own
         back = np.argsort(order)
         out, lse = (jnp.concatenate([part[n] for part in parts], axis=2)[:, :, back] for n in range(2))
         return out, lse
@@ -218,10 +245,11 @@ def dot_product_attention(
 
     `is_causal` (row i sees j <= i), `local_window_size` (int or (left, right)), a concrete `mask` and `pattern` are
     intersected. Differences: a row that may attend to nothing (also one past `query_seq_lengths`) gives 0, not the mean
-    of the values; `bias` and traced masks are refused; `implementation` takes SPLAT's names.
+    of the values; traced masks are refused; `implementation` takes SPLAT's names.
 
     Args:
       query: [B, T, N, H] or [T, N, H]; key, value: [B, S, K, H] or [S, K, H]; dtypes as in `attention`.
+      bias: floating-point numbers, broadcastable to [B, N, T, S], added to the scaled scores.
       mask: NumPy or concrete JAX bool, broadcastable to [B, N, T, S] with the same values for every B: its regular
         structure is recovered, once per distinct head.
       scale: of the scores, 1/sqrt(H) where None.
@@ -232,7 +260,7 @@ def dot_product_attention(
       output in query's shape and dtype; with `return_residual` also the log-sum-exp in float32 (float64 for float64).
 
     Raises:
-      ArgumentError, PatternError, UnsupportedError: as `attention`, and for bias and traced masks.
+      ArgumentError, PatternError, UnsupportedError: as `attention`, and for traced masks.
       IrregularPatternError: the mask is not regular.
 
     >>> import jax, splat
@@ -243,11 +271,6 @@ def dot_product_attention(
     for name, given in (("bias", bias), ("mask", mask)):
         if isinstance(given, Pattern):
             raise ArgumentError(f"{name} was given a pattern. Pass it by name: pattern=...")
-    if bias is not None:
-        raise UnsupportedError(
-            "bias is not supported: a dense [T, S] bias costs what sparse attention saves. Use "
-            "jax.nn.dot_product_attention for it."
-        )
     query, key, value = map(validate.as_array, ("query", "key", "value"), (query, key, value))
     return_residual = validate.check_flag("return_residual", return_residual)
     single = query.ndim == key.ndim == value.ndim == 3
@@ -275,7 +298,7 @@ def dot_product_attention(
         past = (jnp.arange(sizes.q_len, dtype=jnp.int32)[None, :] >= query_lengths[:, None])[:, :, None]
         query = jnp.where(past[..., None], jnp.zeros((), query.dtype), query)
     out, lse = attention(
-        query, key, value, pattern, scale=scale, kv_lengths=key_lengths, return_lse=True,
+        query, key, value, pattern, scale=scale, bias=bias, kv_lengths=key_lengths, return_lse=True,
         implementation=implementation,
     )  # fmt: skip
     if past is not None:

@@ -14,6 +14,7 @@ from jax.core import Tracer
 
 from splat.acsr import ACSR
 from splat.codegen import base
+from splat.codegen.partitioning import whole
 from splat.errors import ArgumentError, UnsupportedError
 from splat.pattern import Pattern, PerHead
 from splat.pattern.core import check_is_pattern
@@ -145,6 +146,23 @@ def check_soft_cap(cap: Any) -> float | None:
     if cap is None:
         return None
     return base.check_soft_cap(_static_float("logits_soft_cap", cap))
+
+
+def check_bias(bias: Any, sizes: Sizes) -> Any:
+    """`bias` as an array of four axes, of which each has its whole length or 1; None where None."""
+    if bias is None:
+        return None
+    array = as_array("bias", bias)
+    wanted = sizes.batch, sizes.num_q_heads, sizes.q_len, sizes.kv_len
+    shape = (1,) * (4 - array.ndim) + array.shape
+    fits = len(shape) == 4 and all(given in (1, want) for given, want in zip(shape, wanted, strict=True))
+    if not fits or not jnp.issubdtype(array.dtype, jnp.floating):
+        hint = " A bool mask is a pattern: from_mask(mask)." if array.dtype == bool else ""
+        raise ArgumentError(
+            f"bias must be floating-point numbers, broadcastable to [B, N, T, S] = {list(wanted)}, but "
+            f"{array.dtype}{list(array.shape)} was given.{hint}"
+        )
+    return whole(array).reshape(shape)  # read by elements
 
 
 def check_sinks(sinks: Any, num_q_heads: int) -> Any:

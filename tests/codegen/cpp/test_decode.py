@@ -268,9 +268,9 @@ def test_calls_are_packed_as_they_are_declared() -> None:
     call = Call(*range(5), 5.5, 6.5)
     for n, name in enumerate(ARRAYS):
         setattr(call, name, PlacedArray(*range(10 * n + 10, 10 * n + 14)))
-    call.kv_lengths, call.tables, call.num_groups = 777, 888, 999
+    call.kv_lengths, call.tables, call.num_groups, call.where, call.arrays = 777, 888, 999, 111, 222
     places = [number for n in range(len(ARRAYS)) for number in range(10 * n + 10, 10 * n + 14)]
-    assert bytes(call) == PACKED.pack(*range(5), 5.5, 6.5, *places, 777, 888, 999)
+    assert bytes(call) == PACKED.pack(*range(5), 5.5, 6.5, *places, 777, 888, 999, 111, 222)
 
 
 def test_one_text_for_all_patterns_and_positions() -> None:

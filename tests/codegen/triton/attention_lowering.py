@@ -91,6 +91,26 @@ def lengths() -> list[KernelCall]:
 
 
 @case
+def score_mod() -> list[KernelCall]:
+    """With gradients of slopes, and a bias at a position that is not known yet."""
+
+    def run(q: Any, k: Any, v: Any, slopes: Any, bias: Any, offset: Any) -> Any:
+        def modified(q: Any, k: Any, v: Any, slopes: Any) -> Any:
+            def alibi(score: Any, batch: Any, head: Any, q_idx: Any, kv_idx: Any) -> Any:
+                return score + slopes[head] * (kv_idx - q_idx)
+
+            return loss(q, k, v, score_mod=alibi, bias=bias, query_offset=offset, logits_soft_cap=30.0)
+
+        return jax.grad(modified, (0, 1, 2, 3))(q, k, v, slopes)
+
+    slopes, bias = (
+        jax.ShapeDtypeStruct((HEADS,), jnp.float32),
+        jax.ShapeDtypeStruct((1, HEADS, 1, LENGTH), jnp.bfloat16),
+    )
+    return lower(run, *arrays(), slopes, bias, jax.ShapeDtypeStruct((), jnp.int32))
+
+
+@case
 def runtime_offset() -> list[KernelCall]:
     def run(q: Any, k: Any, v: Any, offset: Any) -> Any:
         return gradients(q, k, v, query_offset=offset)

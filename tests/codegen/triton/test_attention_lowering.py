@@ -81,7 +81,9 @@ def test_launches(report: Report) -> None:
     assert "splat_merge" not in merged, "the last pass has every row, and merges the other's results"
 
 
-@pytest.mark.parametrize("name", ["gradients_window", "lengths", "runtime_offset", "runtime_segments", "float16"])
+@pytest.mark.parametrize(
+    "name", ["gradients_window", "lengths", "runtime_offset", "runtime_segments", "float16", "score_mod"]
+)
 def test_one_launch_each(report: Report, name: str) -> None:
     assert sorted(names(report[name])) == sorted(GRADIENTS)
 

@@ -11,7 +11,10 @@ import pytest
 from splat.codegen.triton.offline import Compiled, Job, compile_all
 from splat.planning.kernels import ARCHITECTURES, KERNELS, KernelConfig, find_config, kernel_configs
 
-pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
+pytestmark = [
+    pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed"),
+    pytest.mark.sampled(1 / 3),
+]
 
 FACTORY = "splat.codegen.triton.record:sample"
 HEAD_DIMS = (64, 128, 256)

@@ -24,6 +24,8 @@ pytest.importorskip("triton", reason="triton is not installed: the interpreted k
 
 from tests.codegen.triton.numpy_attention import Layout, attend, check, plan_of
 
+pytestmark = pytest.mark.sampled(1 / 3)
+
 #: Two walks and, with strides, passes that are merged; a tile that two components share; edges on both sides.
 LOCAL = "causal() & (sink(2) | window(9, 0))"
 MERGED = "window(3) | strided(4)"

@@ -37,6 +37,8 @@ pytest.importorskip("triton", reason="triton is not installed: the interpreted k
 from splat.codegen.triton import record
 from tests.codegen.triton.numpy_attention import attend, carry_out, check, plan_of
 
+pytestmark = pytest.mark.sampled(1 / 3)
+
 LOCAL = "causal() & (sink(2) | window(9, 0))"
 MERGED = "window(3) | strided(4)"
 

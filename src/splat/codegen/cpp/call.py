@@ -15,6 +15,7 @@ from splat.codegen.base import Options
 from splat.codegen.cpp import amx, compiler
 from splat.codegen.cpp.generate import KernelFacts, library_name, source
 from splat.codegen.cpp.lower import UNKNOWN, Holes, PassFacts, counts_of, holes_of, passes_of
+from splat.codegen.scalars import Modification
 from splat.planning import Plan
 
 #: Address, and elements from one batch entry, position and head to the next.
@@ -39,12 +40,12 @@ class Call(ctypes.Structure):
         *((name, ctypes.c_int64) for name in ("batch", "q_len", "kv_len", "num_q_heads", "num_kv_heads")),
         ("scale", ctypes.c_double), ("soft_cap", ctypes.c_double),
         *((name, Array) for name in ARRAYS),
-        ("kv_lengths", ctypes.c_void_p), ("tables", ctypes.c_void_p), ("num_groups", ctypes.c_void_p),
+        *((name, ctypes.c_void_p) for name in ("kv_lengths", "tables", "num_groups", "where", "arrays")),
     )  # fmt: skip
 
 
 #: The same, of numbers one after the other: quicker to make.
-PACKED = struct.Struct(f"@5q2d{4 * len(ARRAYS)}q3q")
+PACKED = struct.Struct(f"@5q2d{4 * len(ARRAYS)}q5q")
 
 
 def kernel_facts(
@@ -56,13 +57,14 @@ def kernel_facts(
     head_dim: int,
     soft_cap: bool,
     lengths: bool,
+    score_mod: Modification | None = None,
 ) -> KernelFacts:
     """Everything static about a kernel. With key lengths a query may be in no pair although the pattern has some."""
     guard = holes.queries or lengths if kernel == "d_key_value" else holes.keys
-    tiles = dtype == "bfloat16" and amx.is_granted()
+    tiles = dtype == "bfloat16" and score_mod is None and amx.is_granted()
     if kernel == "decode":  # one text for all plans: it reads what is kept and no more, without matrix tiles
         guard, passes, tiles = False, (), False
-    return KernelFacts(kernel, dtype, head_dim, soft_cap, guard, passes, tiles)
+    return KernelFacts(kernel, dtype, head_dim, soft_cap, guard, passes, tiles, score_mod)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -96,7 +98,7 @@ class Prepared:
         scale, soft_cap = self.options.scale, self.options.logits_soft_cap or 0.0
         places = [number for name in ARRAYS for number in arrays.get(name, NOWHERE)]
         tables = ctypes.addressof(self.pointers), ctypes.addressof(self.counts)
-        self.run(PACKED.pack(*sizes, scale, soft_cap, *places, kv_lengths or 0, *tables), threads, team)
+        self.run(PACKED.pack(*sizes, scale, soft_cap, *places, kv_lengths or 0, *tables, 0, 0), threads, team)
 
 
 @lru_cache(maxsize=512)

@@ -14,7 +14,9 @@ from functools import lru_cache
 from typing import Any
 
 from splat import __version__
+from splat.codegen.cpp import score_mod
 from splat.codegen.cpp.lower import ALONE, GROUP, PassFacts, WalkFacts
+from splat.codegen.scalars import Modification
 
 #: dtype -> its type in C++.
 SCALARS = {"float32": "float", "float64": "double", "bfloat16": "bfloat16", "float16": "float16"}
@@ -39,9 +41,9 @@ def few_queries(dtype: str) -> int:
     return 6 if dtype == "bfloat16" else 8
 
 
-def forward_kernel(q_len: int, dtype: str) -> str:
-    """The kernel of a forward."""
-    return "decode" if q_len <= few_queries(dtype) else "forward"
+def forward_kernel(q_len: int, dtype: str, *, modified: bool = False) -> str:
+    """The kernel of a forward; one for few queries there is for scores as they are."""
+    return "decode" if q_len <= few_queries(dtype) and not modified else "forward"
 
 
 def gradient_kernels(dtype: str, heads: Any, threads: int) -> tuple[str, ...]:
@@ -73,6 +75,7 @@ class KernelFacts:
       guard: whether columns that no row of a group keeps may hold NaN, and must not be read.
       passes: at least one, of which the first covers every row, if any does; none for "decode".
       amx: whether matrix tiles may be used, where there is a kernel for them and the compiler's flags have them.
+      score_mod: what becomes of scores, if anything.
     """
 
     kernel: str
@@ -82,6 +85,11 @@ class KernelFacts:
     guard: bool
     passes: tuple[PassFacts, ...]
     amx: bool = False
+    score_mod: Modification | None = None
+
+    @property
+    def modified(self) -> bool:
+        return self.score_mod is not None
 
     @property
     def fill(self) -> bool:
@@ -98,25 +106,33 @@ def library_name(facts: KernelFacts) -> str:
 def source(facts: KernelFacts) -> str:
     """The text of the kernel's translation unit."""
     what, *_ = _WORDS[facts.kernel]
-    flags = ", ".join(f"{name} = {_flag(getattr(facts, name))}" for name in ("soft_cap", "guard", "fill", "amx"))
+    flags = ", ".join(
+        f"{name} = {_flag(getattr(facts, name))}" for name in ("soft_cap", "guard", "fill", "amx", "modified")
+    )
     passes = [line for n, one in enumerate(facts.passes) for line in ("", *_pass(n, one, facts.kernel))]
     names = "".join(f", Pass{n}" for n in range(len(facts.passes)))
+    more_facts, before = [f"static constexpr bool {flags};"], ()
+    if facts.score_mod is not None:
+        more_facts.append("using Mod = ScoreMod;")
+        before = (*score_mod.text(facts.score_mod), "")
     return translation_unit(
         what,
         ("ffi.hpp", f"{facts.kernel}.hpp"),
         facts.dtype,
         facts.head_dim,
         f"SPLAT_KERNEL({facts.kernel}, Facts{names})",
-        more_facts=(f"static constexpr bool {flags};",),
+        more_facts=more_facts,
         types=passes,
+        before=before,
     )
 
 
 def translation_unit(
     what: str, headers: Sequence[str], dtype: str, head_dim: int, entry: str, *,
-    more_facts: Sequence[str] = (), types: Sequence[str] = (),
+    more_facts: Sequence[str] = (), types: Sequence[str] = (), before: Sequence[str] = (),
 ) -> str:  # fmt: skip
-    """The text around a kernel's facts: `entry` is the macro that makes its handler, `types` are lines before it."""
+    """The text around a kernel's facts: `entry` is the macro that makes its handler, `types` are lines before it, and
+    `before` those before the facts."""
     members = (f"using Scalar = {SCALARS[dtype]};", f"static constexpr int head_dim = {head_dim};", *more_facts)
     lines = [
         f"// splat {__version__}: {what}; {dtype}, head dim {head_dim}.",
@@ -126,6 +142,7 @@ def translation_unit(
         "",
         "using namespace splat;",
         "",
+        *before,
         "struct Facts {",
         *(f"  {member}" for member in members),
         "};",

@@ -10,14 +10,20 @@ import jax.numpy as jnp
 
 from splat import __version__
 from splat.acsr import ACSR
+from splat.codegen import modified
 from splat.codegen.base import USUAL, How, Missing, Options, Request, kept_with_plan, refused_blocks
 from splat.codegen.devices import compute_capability, device_target, nearest_target
+from splat.codegen.jaxprs import modification, refusal
+from splat.codegen.modified import Shared
 from splat.codegen.reverse import differentiable, lower_all
+from splat.codegen.score_mod import Place
 from splat.codegen.triton import bind_jax, interpret, record, values
-from splat.codegen.triton.lower import PassSpec, Tables, lower
+from splat.codegen.triton.lower import PassSpec, lower
 from splat.codegen.triton.offline import Job
 from splat.codegen.triton.offline_model import ARCHITECTURES
 from splat.codegen.triton.program import UNKNOWN, Binding, Passes, Program, Sizes, guards_of, passes_of
+from splat.codegen.triton.score_mod import STORED
+from splat.codegen.xla.emit import Learned
 from splat.errors import ArgumentError
 from splat.planning import SCHEDULES, Plan, find
 from splat.planning.kernels import DTYPES, INTERPRETER, MAX_HEAD_DIM, OLDEST_CAPABILITY
@@ -43,6 +49,8 @@ class TritonImplementation:
                 "use implementation='xla'."
             )
         if reason := refused_blocks(self.name, request):
+            return reason
+        if request.score_mod is not None and (reason := refusal(self.name, request.score_mod, request.dtype)):
             return reason
         if request.head_dim > MAX_HEAD_DIM:
             return (
@@ -72,13 +80,12 @@ class TritonImplementation:
             return nearest_target(f"{capability // 10}.{capability % 10}")
         return INTERPRETER if interpret.is_interpreted() else device_target()
 
-    def attention(self, plan: Plan, options: Options, query: Any, key: Any, value: Any, kv_lengths: Any) -> Any:
-        call, tables = _static(plan, options)
-        arrays = jax.tree.leaves((query, key, value, tables, kv_lengths))
-        query, key, value = (bind_jax.vary_like(x, *arrays) for x in (query, key, value))
-        if kv_lengths is not None:
-            kv_lengths = bind_jax.vary_like(kv_lengths, *arrays)
-        return _function(call)(query, key, value, tables, kv_lengths)
+    def attention(
+        self, plan: Plan, options: Options, query: Any, key: Any, value: Any, kv_lengths: Any,
+        place: Place | None = None,
+    ) -> Any:  # fmt: skip
+        call, shared = _static(plan, options)
+        return _function(call)(*modified.operands(shared, place, query, key, value, kv_lengths))
 
     def num_values(self, acsr: ACSR, how: How) -> int:
         return values.num_values(acsr, how)
@@ -132,7 +139,8 @@ class _Call:
     """Everything static about one attention call; equal calls share one traced function.
 
     `plan` is set where the plan is static: then its tables are constants of the program. Otherwise they are arguments,
-    and `backward_refusal` says why there is no backward, if there is none.
+    and `backward_refusal` says why there is no backward, if there is none. `learns` makes the gradients of what the
+    score modification closes over, where that can have any.
     """
 
     options: Options
@@ -141,15 +149,17 @@ class _Call:
     plan: Plan | None
     specs: tuple[tuple[PassSpec, ...], ...] = ()
     backward_refusal: str | None = None
+    learns: Learned | None = None
 
 
-def _static(plan: Plan, options: Options) -> tuple[_Call, list[list[Tables]] | None]:
-    """What is static about the call, and the tables that are not."""
+def _static(plan: Plan, options: Options) -> tuple[_Call, Shared]:
+    """What is static about the call, and what is not."""
     tf32 = _allows_tf32()
+    learns, learned = modified.learns(plan, options)
     if plan.is_static:
-        return _Call(options, plan.target, tf32, plan), None
+        return _Call(options, plan.target, tf32, plan, learns=learns), Shared()
     specs, tables, refusal = lower_all(plan, lower)
-    return _Call(options, plan.target, tf32, None, specs, refusal), tables
+    return _Call(options, plan.target, tf32, None, specs, refusal, learns), Shared(tables, learned=learned)
 
 
 def _allows_tf32() -> bool:
@@ -166,24 +176,37 @@ def _passes(call: _Call, tables: Any, which: str) -> Passes:
 
 @kept_with_plan
 def _function(call: _Call) -> Any:
-    """(query, key, value, tables, kv_lengths) -> (output, log-sum-exp [B, T, N]), jitted, with its reverse mode."""
-    functions = _forward(call), _backward(call)
+    """(query, key, value, shared, kv_lengths, where) -> (output, log-sum-exp [B, T, N]), with its reverse mode."""
+
+    def outside(lse: Array) -> Array:
+        return jnp.swapaxes(lse, 1, 2)
+
     return differentiable(
-        "triton", *functions, refusal=call.backward_refusal, outside=lambda lse: jnp.swapaxes(lse, 1, 2)
+        "triton", _forward(call), _backward(call), refusal=call.backward_refusal, outside=outside,
+        of_shared=modified.gradients(call.learns, outside),
     )  # fmt: skip
 
 
-@bind_jax.vmappable("BTNH BSKH BSKH B -> BTNH BNT")
-def _forward(call: _Call, batched: Any, tables: Any) -> Any:
-    query, key, value, lengths = batched
-    return _program(call, query, key).forward(_passes(call, tables, "forward"), query, key, value, lengths)
+@bind_jax.vmappable("BTNH BSKH BSKH B BNW -> BTNH BNT")
+def _forward(call: _Call, batched: Any, shared: Shared) -> Any:
+    query, key, value, lengths, where = batched
+    passes, place = _passes(call, shared.tables, "forward"), _place(where, shared)
+    return _program(call, query, key).forward(passes, query, key, value, lengths, place)
 
 
-@bind_jax.vmappable("BTNH BSKH BSKH B BTNH BNT BTNH BNT -> BTNH BSKH BSKH")
-def _backward(call: _Call, batched: Any, tables: Any) -> Any:
-    query, key, value, lengths, *rest = batched
-    passes, transposed = (_passes(call, tables, which) for which in SCHEDULES[1:])
-    return _program(call, query, key).backward(passes, transposed, query, key, value, lengths, *rest)
+@bind_jax.vmappable("BTNH BSKH BSKH B BNW BTNH BNT BTNH BNT -> BTNH BSKH BSKH")
+def _backward(call: _Call, batched: Any, shared: Shared) -> Any:
+    query, key, value, lengths, where, *rest = batched
+    passes, transposed = (_passes(call, shared.tables, which) for which in SCHEDULES[1:])
+    place = _place(where, shared)
+    return _program(call, query, key).backward(passes, transposed, query, key, value, lengths, *rest, place=place)
+
+
+def _place(where: Any, shared: Shared) -> list[Array]:
+    """The operands of the score modification, as kernels take them."""
+    if where is None:
+        return []
+    return [where, *(x.reshape(-1).astype(STORED.get(str(x.dtype), x.dtype)) for x in shared.arrays)]
 
 
 def _program(call: _Call, query: Array, key: Array) -> Program:
@@ -195,7 +218,9 @@ def _program(call: _Call, query: Array, key: Array) -> Program:
         allow_tf32=call.allow_tf32, descriptors=bind_jax.supports_descriptors(),
     )  # fmt: skip
     guards = UNKNOWN if call.plan is None else guards_of(call.plan)
-    return Program(call.options, sizes, find(call.target), guards, binding)
+    mod = call.options.score_mod
+    modified = None if mod is None else modification(mod, sizes.dtype)
+    return Program(call.options, sizes, find(call.target), guards, binding, modified)
 
 
 __all__ = ["IMPLEMENTATION", "TritonImplementation"]

@@ -11,6 +11,8 @@ from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from typing import Any
 
+from splat.codegen.scalars import Modification
+from splat.codegen.triton import score_mod
 from splat.codegen.triton.launch import Kernel
 from splat.codegen.triton.lower import PassFacts, WalkFacts
 from splat.codegen.triton.source import load
@@ -27,6 +29,7 @@ class Variant:
       lengths: there are run-time key lengths.
       grouped: several query heads share a key head.
       parts: a slot has no more rows in the results than its tile.
+      score_mod: what becomes of scores, if anything.
     """
 
     partial: bool = False
@@ -34,24 +37,25 @@ class Variant:
     lengths: bool = False
     grouped: bool = False
     parts: bool = False
+    score_mod: Modification | None = None
 
 
 @lru_cache(maxsize=512)
 def forward(facts: PassFacts, variant: Variant) -> Kernel:
     """Arrays Q, K, V, tables; outputs OUT, LSE."""
-    return _kernel("splat_forward", _forward_text(facts, variant), facts)
+    return _kernel("splat_forward", _forward_text(facts, variant), facts, _modification(variant, "value"))
 
 
 @lru_cache(maxsize=512)
 def d_query(facts: PassFacts, variant: Variant) -> Kernel:
     """Arrays Q, K, V, DO, LSE, DELTA, tables; output DQ."""
-    return _kernel("splat_d_query", _d_query_text(facts, variant), facts)
+    return _kernel("splat_d_query", _d_query_text(facts, variant), facts, _modification(variant, "with_slope"))
 
 
 @lru_cache(maxsize=512)
 def d_key_value(facts: PassFacts, variant: Variant) -> Kernel:
     """Arrays Q, K, V, DO, LSE, DELTA, tables of the transposed schedule; outputs DK, DV."""
-    return _kernel("splat_d_key_value", _d_key_value_text(facts, variant), facts)
+    return _kernel("splat_d_key_value", _d_key_value_text(facts, variant), facts, _modification(variant, "with_slope"))
 
 
 @lru_cache(maxsize=64)
@@ -98,8 +102,27 @@ def tables_of(facts: PassFacts, variant: Variant, results: Sequence[str]) -> lis
         "LENGTHS": variant.lengths,
     }
     tables = [name for name, here in wanted.items() if here]
+    tables += _operands(variant)
     tables += ["SLOTS"] if variant.earlier else []
     return tables + [f"{result}{n}" for n in range(variant.earlier) for result in results]
+
+
+def _modification(variant: Variant, which: str) -> Sequence[str]:
+    """The text of the score modification."""
+    return () if variant.score_mod is None else tuple(score_mod.text(variant.score_mod, which))
+
+
+def _operands(variant: Variant) -> list[str]:
+    """The score modification's arrays."""
+    return [] if variant.score_mod is None else ["WHERE", *(f"A{n}" for n in range(len(variant.score_mod.arrays)))]
+
+
+def _place(variant: Variant, pair: str) -> Iterator[str]:
+    """Where the scores of a head are, for the modification."""
+    if variant.score_mod is not None:
+        _, *arrays = _operands(variant)
+        yield f"    of_batch, of_head, offset = where_of(WHERE, {pair})"
+        yield f"    place = ({', '.join(['of_batch', 'of_head', 'offset', *arrays])})"
 
 
 def _signature(
@@ -159,11 +182,13 @@ def _forward_text(facts: PassFacts, variant: Variant) -> Iterator[str]:
     yield "    keys_of = head_of(K, batch, head // GROUP, k_b, k_h, UNIT)"
     yield "    values_of = head_of(V, batch, head // GROUP, v_b, v_h, UNIT)"
     yield "    top, total, acc = start(BLOCK_Q, WIDTH)"
+    yield from _place(variant, "batch * NUM_HEADS + head")
+    more = ", rows, residue, place, modify" if variant.score_mod else ""
 
     def call(begin: str, end: str, bounds: str, stride: str, keep: str, limited: bool) -> str:
         return (
             f"top, total, acc = attend(top, total, acc, q, keys, values, {begin}, {end}, stop, {bounds}, scale, "
-            f"soft_cap, K_T, V_T, {stride}, {keep}, {limited}, SOFT_CAP, GUARD, {_SHAPE})"
+            f"soft_cap, K_T, V_T, {stride}, {keep}, {limited}, SOFT_CAP, GUARD, {_SHAPE}{more})"
         )
 
     sources = {"keys": ("keys_of", "K_T"), "values": ("values_of", "V_T")}
@@ -194,11 +219,13 @@ def _d_query_text(facts: PassFacts, variant: Variant) -> Iterator[str]:
     yield "    keys_of = head_of(K, batch, head // GROUP, k_b, k_h, UNIT)"
     yield "    values_of = head_of(V, batch, head // GROUP, v_b, v_h, UNIT)"
     yield "    acc = tl.zeros([BLOCK_Q, WIDTH], tl.float32)"
+    yield from _place(variant, "batch * NUM_HEADS + head")
+    more = ", rows, residue, place, modify_with_slope" if variant.score_mod else ""
 
     def call(begin: str, end: str, bounds: str, stride: str, keep: str, limited: bool) -> str:
         return (
             f"acc = d_query(acc, q, d_out, lse2, delta, keys, values, {begin}, {end}, stop, {bounds}, scale, "
-            f"soft_cap, K_T, V_T, {stride}, {keep}, {limited}, SOFT_CAP, GUARD, {_SHAPE})"
+            f"soft_cap, K_T, V_T, {stride}, {keep}, {limited}, SOFT_CAP, GUARD, {_SHAPE}{more})"
         )
 
     sources = {"keys": ("keys_of", "K_T"), "values": ("values_of", "V_T")}
@@ -228,11 +255,12 @@ def _d_key_value_text(facts: PassFacts, variant: Variant) -> Iterator[str]:
     yield f"    d_v = {zeros}"
     if variant.lengths:
         yield "    live = tl.min(rows, 0) < length"
+    more = ", rows, place, modify_with_slope" if variant.score_mod else ""
 
     def call(begin: str, end: str, bounds: str, stride: str, keep: str, limited: bool) -> str:
         return (
             f"d_k, d_v = d_key_value(d_k, d_v, k, v, queries, d_outs, lse_of, delta_of, {begin}, {end}, stop, "
-            f"residue, {bounds}, scale, soft_cap, Q_T, DO_T, {stride}, {keep}, SOFT_CAP, GUARD, {_SHAPE})"
+            f"residue, {bounds}, scale, soft_cap, Q_T, DO_T, {stride}, {keep}, SOFT_CAP, GUARD, {_SHAPE}{more})"
         )
 
     inner = [
@@ -244,7 +272,7 @@ def _d_key_value_text(facts: PassFacts, variant: Variant) -> Iterator[str]:
         "d_outs_of = head_of(DO, batch, q_head, do_b, do_h, UNIT)",
     ]
     sources = {"queries": ("queries_of", "Q_T"), "d_outs": ("d_outs_of", "DO_T")}
-    body = [f"    {line}" for line in inner]
+    body = [*(f"    {line}" for line in inner), *_place(variant, "batch * NUM_HEADS + q_head")]
     body += _walks(facts, sources, call, limited=False, live=variant.lengths)
     if variant.grouped:
         # Left to itself, the compiler makes what every member needs ahead of the loop, and spills it.
@@ -419,5 +447,5 @@ def _merge_parts_lines(name: str, passes: int) -> Iterator[str]:
     yield "    tl.store(LSE + pair.to(tl.int64) * num_rows + rows, lse, mask=rows < num_rows)"
 
 
-def _kernel(name: str, lines: Iterator[str], facts: PassFacts) -> Kernel:
-    return load(name, "\n".join([*_keeps(facts), *lines]) + "\n")
+def _kernel(name: str, lines: Iterator[str], facts: PassFacts, modification: Sequence[str]) -> Kernel:
+    return load(name, "\n".join([*_keeps(facts), *modification, *lines]) + "\n")

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from splat.codegen.base import Options
+from splat.codegen.scalars import Modification
 from splat.codegen.triton import generate
 from splat.codegen.triton.generate import Variant
 from splat.codegen.triton.kernels import SPLAT_DELTA
@@ -107,6 +108,7 @@ class Program:
     Attributes:
       target: what the kernels are for; it chooses their configurations, and in how many parts passes are run.
       guards: what must be zeroed, whatever it holds.
+      modification: what becomes of scores, if anything.
     """
 
     options: Options
@@ -114,11 +116,17 @@ class Program:
     target: Target
     guards: Guards
     binding: Binding
+    modification: Modification | None = None
 
     # -- forward -------------------------------------------------------------------------------------------------------
 
-    def forward(self, passes: Passes, query: Any, key: Any, value: Any, lengths: Any = None) -> tuple[Any, Any]:
-        """(output in the query's dtype, log-sum-exp float32 [B, N, T])."""
+    def forward(
+        self, passes: Passes, query: Any, key: Any, value: Any, lengths: Any = None, place: Sequence[Any] = ()
+    ) -> tuple[Any, Any]:
+        """(output in the query's dtype, log-sum-exp float32 [B, N, T]).
+
+        `place`: where scores are, int32 [B, N, 3], and what the score modification closes over, where there is one.
+        """
         s = self.sizes
         if not passes:
             out = self.binding.full(self.binding.shape(s.batch, s.num_q_heads, s.q_len, s.head_dim), s.dtype, 0.0)
@@ -131,10 +139,10 @@ class Program:
             out, strides = self._result(spec, partial, s.num_q_heads, s.q_len)
             lse = Output((s.batch, s.num_q_heads, spec.result_rows if partial else s.q_len), "float32")
             scale, sign = self._scale()
-            variant = Variant(partial, len(earlier.counts), lengths is not None, parts=spec.parts > 1)
+            variant = self._variant(partial, earlier, lengths, parts=spec.parts > 1)
             return self._launch(
                 "forward", generate.forward(spec.facts, variant), one, s.num_q_heads, (query, key, value), earlier,
-                lengths, self._strides(q=query, k=key, v=value) | {"out": strides}, (s.q_len,),
+                lengths, place, self._strides(q=query, k=key, v=value) | {"out": strides}, (s.q_len,),
                 (scale, self._soft_cap()), (out, lse), GUARD=self.guards.holes, SIGN=sign,
             )  # fmt: skip
 
@@ -144,16 +152,27 @@ class Program:
     # -- backward ------------------------------------------------------------------------------------------------------
 
     def backward(
-        self, passes: Passes, transposed: Passes, query, key, value, lengths, out, lse, d_out, d_lse=None
+        self,
+        passes: Passes,
+        transposed: Passes,
+        query,
+        key,
+        value,
+        lengths,
+        out,
+        lse,
+        d_out,
+        d_lse=None,
+        place: Sequence[Any] = (),
     ) -> tuple[Any, Any, Any]:
         """(d_query, d_key, d_value) in the inputs' dtype; `lse` and `d_lse` are float32 [B, N, T].
 
-        `passes` are the plan's for dQ, `transposed` those for dK and dV.
+        `passes` are the plan's for dQ, `transposed` those for dK and dV; `place` as for the forward.
         """
         delta = self._delta(out, d_out, lse, d_lse)
         saved = (query, key, value, d_out, lse, delta)
-        d_query = self._d_query(passes, saved, lengths)
-        return (d_query, *self._d_key_value(transposed, saved, lengths))
+        d_query = self._d_query(passes, saved, lengths, place)
+        return (d_query, *self._d_key_value(transposed, saved, lengths, place))
 
     def _delta(self, out: Any, d_out: Any, lse: Any, d_lse: Any) -> Any:
         s, blocks = self.sizes, ceil_div(self.sizes.q_len, MERGE_ROWS)
@@ -171,23 +190,23 @@ class Program:
         )  # fmt: skip
         return delta
 
-    def _d_query(self, passes: Passes, saved: Sequence[Any], lengths: Any) -> Any:
+    def _d_query(self, passes: Passes, saved: Sequence[Any], lengths: Any, place: Sequence[Any]) -> Any:
         s = self.sizes
         if not passes:
             return self.binding.full(self.binding.shape(s.batch, s.num_q_heads, s.q_len, s.head_dim), s.dtype, 0.0)
 
         def run(one: OnePass, partial: bool, earlier: Earlier) -> Any:
             result, strides = self._result(one[0], partial, s.num_q_heads, s.q_len)
-            kernel = generate.d_query(one[0].facts, Variant(partial, len(earlier.counts), lengths is not None))
+            kernel = generate.d_query(one[0].facts, self._variant(partial, earlier, lengths))
             return self._launch(
-                "d_query", kernel, one, s.num_q_heads, saved, earlier, lengths,
+                "d_query", kernel, one, s.num_q_heads, saved, earlier, lengths, place,
                 self._saved_strides(saved) | {"dq": strides}, (s.q_len,), (self.options.scale, self._soft_cap()),
                 (result,), GUARD=self.guards.holes,
             )  # fmt: skip
 
         return self._each(passes, run, s.num_q_heads, s.q_len)[0]
 
-    def _d_key_value(self, passes: Passes, saved: Sequence[Any], lengths: Any) -> tuple[Any, Any]:
+    def _d_key_value(self, passes: Passes, saved: Sequence[Any], lengths: Any, place: Sequence[Any]) -> tuple[Any, Any]:
         s = self.sizes
         if not passes:
             shape = self.binding.shape(s.batch, s.num_kv_heads, s.kv_len, s.head_dim)
@@ -195,10 +214,10 @@ class Program:
 
         def run(one: OnePass, partial: bool, earlier: Earlier) -> Any:
             result, strides = self._result(one[0], partial, s.num_kv_heads, s.kv_len)
-            variant = Variant(partial, len(earlier.counts), lengths is not None, s.group > 1)
+            variant = self._variant(partial, earlier, lengths, grouped=s.group > 1)
             return self._launch(
                 "d_key_value", generate.d_key_value(one[0].facts, variant), one, s.num_kv_heads, saved, earlier,
-                lengths, self._saved_strides(saved) | {"dk": strides, "dv": strides}, (s.kv_len,),
+                lengths, place, self._saved_strides(saved) | {"dk": strides, "dv": strides}, (s.kv_len,),
                 (s.q_len, self.options.scale, self._soft_cap()), (result, result),
                 GUARD=self.guards.unused or lengths is not None,
             )  # fmt: skip
@@ -232,12 +251,13 @@ class Program:
 
     def _launch(
         self, which: str, kernel: Kernel, one: OnePass, heads: int, arrays: Sequence[Any], earlier: Earlier,
-        lengths: Any, strides: Strides, length: tuple[int], scalars: Sequence[int | float], outputs: tuple[Output, ...],
-        **constants: Any,
+        lengths: Any, place: Sequence[Any], strides: Strides, length: tuple[int], scalars: Sequence[int | float],
+        outputs: tuple[Output, ...], **constants: Any,
     ) -> Any:  # fmt: skip
         s, (spec, tables) = self.sizes, one
         read = [self.binding.table(tables[name]) for name in TABLES if name in tables]
         read += [] if lengths is None else [lengths]
+        read += place
         read += [] if earlier.slots is None else [earlier.slots, *earlier.arrays]
         config = self._config(which, spec)
         described = config.descriptors and spec.is_long and self.binding.descriptors and self._describable(strides)
@@ -254,6 +274,11 @@ class Program:
                 (*heads_at, spec.num_slots, spec.num_walks, *length, *earlier.counts, *scalars), outputs, constants,
                 config.num_warps, config.num_stages,
             )
+        )  # fmt: skip
+
+    def _variant(self, partial: bool, earlier: Earlier, lengths: Any, **more: bool) -> Variant:
+        return Variant(
+            partial, len(earlier.counts), lengths is not None, score_mod=self.modification, **more
         )  # fmt: skip
 
     def _config(self, which: str, spec: PassSpec) -> KernelConfig:
@@ -348,8 +373,10 @@ class Program:
         return "tf32" if self.binding.allow_tf32 and self.sizes.dtype == "float32" else "ieee"
 
     def _scale(self) -> tuple[float, int]:
-        """(scale > 0, factor of q): kernels look for the largest score before they scale it."""
+        """(scale > 0, factor of q): kernels look for the largest score before they scale it, if they can."""
         scale = self.options.scale
+        if self.modification is not None:
+            return scale, 1
         return (abs(scale), 1 if scale > 0 else -1) if scale else (1.0, 0)
 
     def _soft_cap(self) -> float:

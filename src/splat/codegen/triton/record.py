@@ -9,9 +9,11 @@ import numpy as np
 
 from splat import __version__
 from splat.codegen.base import OPERATIONS, Options
+from splat.codegen.scalars import Modification
 from splat.codegen.triton.launch import Launch, Output
 from splat.codegen.triton.offline import Failure, Job, compile_all
 from splat.codegen.triton.program import Binding, Program, Sizes, guards_of, passes_of
+from splat.codegen.triton.score_mod import STORED
 from splat.errors import ArgumentError, UnsupportedError
 from splat.pattern import parse
 from splat.planning import TARGETS, Plan, Problem, find, make_plan
@@ -74,14 +76,26 @@ def launches(
         lambda shape, dtype, value: Output(shape, dtype), descriptors=descriptors,
     )  # fmt: skip
     s = sizes_of(plan)
-    program = Program(options, s, find(plan.target), guards_of(plan), binding)
+    modified, place = _modification(options, s)
+    program = Program(options, s, find(plan.target), guards_of(plan), binding, modified)
     q = Output((s.batch, s.q_len, s.num_q_heads, s.head_dim), s.dtype)
     k = Output((s.batch, s.kv_len, s.num_kv_heads, s.head_dim), s.dtype)
     length = Output((s.batch,), "int32") if lengths else None
-    out, lse = program.forward(passes_of(plan, "forward"), q, k, k, length)
+    out, lse = program.forward(passes_of(plan, "forward"), q, k, k, length, place)
     passes, transposed = passes_of(plan, "d_query"), passes_of(plan, "d_key_value")
-    program.backward(passes, transposed, q, k, k, length, out, lse, q, lse)
+    program.backward(passes, transposed, q, k, k, length, out, lse, q, lse, place)
     return made
+
+
+def _modification(options: Options, sizes: Sizes) -> tuple[Modification | None, list[Output]]:
+    """The score modification, and its operands."""
+    mod = options.score_mod
+    if mod is None:
+        return None, []
+    from splat.codegen.jaxprs import modification  # it imports jax, which other kernels do without
+
+    arrays = (Output(x.shape, STORED.get(str(x.dtype), str(x.dtype))) for x in mod.arrays)
+    return modification(mod, sizes.dtype), [Output((sizes.batch, sizes.num_q_heads, 3), "int32"), *arrays]
 
 
 def planned(*, plan: str, kernel: str, scale: float, logits_soft_cap: float | None, descriptors: bool) -> Launch:

@@ -15,6 +15,16 @@ _LIBRARY = {
     "backward": ("d_key_value", "d_query", "zeros"),
     "combine": ("merged_lse", "partial_lse", "partial_rows", "resume", "share", "slots_of"),
     "forward": ("attend", "finish", "start"),
+    "score_mod": (
+        "absolute", "acos", "acosh", "asin", "asinh", "atan", "atan2", "atanh", "cbrt", "ceil",
+        "choose_condition", "clamp_real", "clamp_whole", "cos", "cosh", "erf", "erfc", "exp2_real",
+        "exp_real", "expm1", "floor", "fmod", "least_real", "least_whole", "log1p", "log_real", "logistic",
+        "minus", "most_real", "most_whole", "negated", "plus", "pow", "power_real", "power_whole",
+        "quotient", "remainder", "rint", "root", "round", "shift_left", "shift_right", "sign_real",
+        "sign_whole", "sin", "sinh", "tan", "tanh_real", "times", "to_real", "to_whole_int16",
+        "to_whole_int32", "to_whole_int8", "to_whole_uint16", "to_whole_uint8", "where_of", "wrapped_int16",
+        "wrapped_int8", "wrapped_uint16", "wrapped_uint8",
+    ),
     "tiles": (
         "LOG2E", "bound", "cut", "head_of", "lattice", "load_rows", "locate", "rows_by_map", "rows_in_steps", "skip",
         "span", "store_rows",

@@ -23,16 +23,37 @@ def weights(s, lse2, scale, soft_cap, SOFT_CAP: tl.constexpr):
 
 
 @triton.jit
+def modified_weights(s, lse2, row, column, place, soft_cap, MODIFY: tl.constexpr, SOFT_CAP: tl.constexpr):
+    """The same of scores that MODIFY(scores, row, column, place) makes others of, and their derivatives by the old."""
+    s, slope = MODIFY(s, row, column, place)
+    hidden = s == -float("inf")
+    if SOFT_CAP:
+        t = tanh(s / soft_cap)
+        s = soft_cap * t
+        slope = slope * (1.0 - t * t)
+    exponent = s * LOG2E - lse2
+    p = tl.exp2(tl.where(exponent > 0.0, 0.0, exponent))
+    return tl.where(hidden, 0.0, p), tl.where(hidden, 0.0, slope)
+
+
+@triton.jit
 def d_query(acc, q, d_out, lse2, delta, K, V, begin, end, stop, bounds, scale, soft_cap, k_t, v_t, stride,
             KEEP: tl.constexpr, LIMITED: tl.constexpr, SOFT_CAP: tl.constexpr, GUARD: tl.constexpr,
             BLOCK_KV: tl.constexpr, HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr, WIDE: tl.constexpr,
-            DESCRIPTORS: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+            DESCRIPTORS: tl.constexpr, PRECISION: tl.constexpr, rows=None, residue=None, place=None,
+            MODIFY: tl.constexpr = None):  # fmt: skip
     """Adds dQ / scale of lattice columns [begin, end) to `acc`; arguments as `forward.attend`."""
     EDGE: tl.constexpr = LIMITED or KEEP is not None
     for x in tl.range(begin, end, BLOCK_KV):
         k = load_lattice(K, x, stop, k_t, stride, BLOCK_KV, HEAD_DIM, WIDTH, EDGE, WIDE, DESCRIPTORS)
         s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
-        p, slope = weights(s, lse2[:, None], scale, soft_cap, SOFT_CAP)
+        if MODIFY is not None:
+            at = residue + stride * (x + tl.arange(0, BLOCK_KV))
+            p, slope = modified_weights(
+                s * scale, lse2[:, None], rows[:, None], at[None, :], place, soft_cap, MODIFY, SOFT_CAP
+            )
+        else:
+            p, slope = weights(s, lse2[:, None], scale, soft_cap, SOFT_CAP)
         v = load_lattice(V, x, stop, v_t, stride, BLOCK_KV, HEAD_DIM, WIDTH, EDGE, WIDE, DESCRIPTORS)
         d_p = tl.dot(d_out, tl.trans(v), input_precision=PRECISION)
         d_s = p * (d_p - delta[:, None]) * slope
@@ -64,7 +85,7 @@ def zeros(scale, ROWS: tl.constexpr, WIDTH: tl.constexpr):
 def d_key_value(d_k, d_v, k, v, Q, DO, LSE, DELTA, begin, end, stop, residue, bounds, scale, soft_cap, q_t, do_t,
                 stride, KEEP: tl.constexpr, SOFT_CAP: tl.constexpr, GUARD: tl.constexpr, BLOCK_KV: tl.constexpr,
                 HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr, WIDE: tl.constexpr, DESCRIPTORS: tl.constexpr,
-                PRECISION: tl.constexpr):  # fmt: skip
+                PRECISION: tl.constexpr, rows=None, place=None, MODIFY: tl.constexpr = None):  # fmt: skip
     """Adds dK / scale and dV of query positions `residue + stride * [begin, end)`; rows are key positions.
 
     GUARD: some query or key may be in no pair and hold anything; it must not reach a result.
@@ -86,14 +107,19 @@ def d_key_value(d_k, d_v, k, v, Q, DO, LSE, DELTA, begin, end, stop, residue, bo
             q = tl.where(some, q, 0.0).to(k.dtype)
             d_out = tl.where(some, d_out, 0.0).to(k.dtype)
         s = tl.dot(k, tl.trans(q), input_precision=PRECISION)  # [BLOCK_Q key rows, BLOCK_KV queries]
-        p, slope = weights(s, (lse * LOG2E)[None, :], scale, soft_cap, SOFT_CAP)
+        if MODIFY is not None:
+            p, slope = modified_weights(
+                s * scale, (lse * LOG2E)[None, :], row[None, :], rows[:, None], place, soft_cap, MODIFY, SOFT_CAP
+            )
+        else:
+            p, slope = weights(s, (lse * LOG2E)[None, :], scale, soft_cap, SOFT_CAP)
         if EDGE:
             keep = KEEP(at, bounds)
             p = tl.where(keep, p, 0.0)
         d_v = tl.dot(p.to(d_out.dtype), d_out, d_v, input_precision=PRECISION)
         d_p = tl.dot(v, tl.trans(d_out), input_precision=PRECISION)
         d_s = p * (d_p - delta[None, :]) * slope
-        if EDGE and GUARD:
+        if EDGE and (GUARD or MODIFY is not None):
             d_s = tl.where(keep, d_s, 0.0)
         d_k = tl.dot(d_s.to(q.dtype), q, d_k, input_precision=PRECISION)
     return d_k, d_v

@@ -17,17 +17,26 @@ def start(BLOCK_Q: tl.constexpr, WIDTH: tl.constexpr):
 def attend(top, total, acc, q, K, V, begin, end, stop, bounds, scale, soft_cap, k_t, v_t, stride,
            KEEP: tl.constexpr, LIMITED: tl.constexpr, SOFT_CAP: tl.constexpr, GUARD: tl.constexpr,
            BLOCK_KV: tl.constexpr, HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr, WIDE: tl.constexpr,
-           DESCRIPTORS: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+           DESCRIPTORS: tl.constexpr, PRECISION: tl.constexpr, rows=None, residue=None, place=None,
+           MODIFY: tl.constexpr = None):  # fmt: skip
     """Attends to lattice columns [begin, end), a block at a time.
 
     KEEP(x, bounds) says which pairs the pattern has; None: all. LIMITED: `stop` comes from key lengths and is compared.
-    GUARD: some key may be in no pair and hold anything; it must not reach a result.
+    GUARD: some key may be in no pair and hold anything; it must not reach a result. MODIFY(scores, rows, columns,
+    place) makes other scores; None: they stay, and neither rows nor residue nor place are read.
     """
     EDGE: tl.constexpr = LIMITED or KEEP is not None
     for x in tl.range(begin, end, BLOCK_KV):
         k = load_lattice(K, x, stop, k_t, stride, BLOCK_KV, HEAD_DIM, WIDTH, EDGE, WIDE, DESCRIPTORS)
         s = tl.dot(q, tl.trans(k), input_precision=PRECISION)  # [BLOCK_Q, BLOCK_KV]
-        if SOFT_CAP:
+        if MODIFY is not None:
+            at = residue + stride * (x + tl.arange(0, BLOCK_KV))
+            s = MODIFY(s * scale, rows[:, None], at[None, :], place)
+            unit = LOG2E
+            if SOFT_CAP:
+                s = tl.where(s == -float("inf"), s, tanh(s / soft_cap))
+                unit = soft_cap * LOG2E
+        elif SOFT_CAP:
             s = tanh(s * (scale / soft_cap))
             unit = soft_cap * LOG2E
         else:

@@ -34,6 +34,7 @@ template <class Facts> struct Backward {
     alignas(64) T query[D * kLanes], d_out[D * kLanes], sum[D * kLanes];  // [d][lane]
     alignas(64) T query_rows[kLanes * Dp], d_out_rows[kLanes * Dp];       // [lane][d], zeros in lanes without a row
     alignas(64) T base[kLanes], delta[kLanes];
+    Place<Facts> place;
   };
   /// A chunk of walked rows, with what their gradients have added up to.
   struct Slot {
@@ -52,6 +53,7 @@ template <class Facts> struct Backward {
   const bool first;
   int64_t batch, kv_head, q_head;
   const T *key, *value;
+  WalkedRows walked;
   Slot* slot;             // the chunk that is worked on
   int64_t step, residue;  // of the lattice that the slots are of
   int64_t untouched;      // of dK and dV, the rows from here on hold nothing yet
@@ -77,6 +79,7 @@ template <class Facts> struct Backward {
     const int64_t h = q_head + head;
     const Scalar *query = at<Scalar>(call.query, batch, h), *d_out = at<Scalar>(call.d_out, batch, h);
     query_numbers<Scalar, D>(call, batch, h, kLanes, [&](int lane) { return rows.at[lane]; }, s.base, s.delta);
+    s.place.set(h, rows);
     for (int lane = 0; lane < kLanes; ++lane) {
       const int64_t row = rows.at[lane];
       if (lane + kSoon < kLanes && rows.at[lane + kSoon] >= 0)
@@ -94,7 +97,7 @@ template <class Facts> struct Backward {
     }
     LaneRows own;  // the copies, which lie together
     for (int lane = 0; lane < kLanes; ++lane) own.at[lane] = lane;
-    rows_to_lanes<T, D>(s.query_rows, Dp, own, (T)(Facts::soft_cap ? 1 / call.soft_cap : kLog2e<double>), s.query);
+    rows_to_lanes<T, D>(s.query_rows, Dp, own, (T)lane_factor<Facts>(call, 1), s.query);
     rows_to_lanes<T, D>(s.d_out_rows, Dp, own, (T)1, s.d_out);
     if (first) memset(s.sum, 0, sizeof s.sum);
     else
@@ -103,6 +106,7 @@ template <class Facts> struct Backward {
   }
 
   void pack(int, int64_t from, int64_t step_, int count, int, int) {
+    walked = {from, step_};
     if (step != step_ || residue != from % step_) {  // rows may lie in slots of another lattice
       for (Slot& one : memory.slots) put_back(one);
       step = step_, residue = from % step;
@@ -137,7 +141,10 @@ template <class Facts> struct Backward {
     SPLAT_UNROLL
     for (int v = 0; v < NV; ++v) base[v] = load(s.base + lane + v * W), delta[v] = load(s.delta + lane + v * W);
     differentiate<Facts, NV, true>(
-        call, n, x, lane, mask, p, ds, [&](int, int v) { return base[v]; }, [&](int, int v) { return delta[v]; });
+        call, n, x, lane, mask, p, ds, [&](int, int v) { return base[v]; }, [&](int, int v) { return delta[v]; },
+        [&](int k, int v) {
+          return score_place<Facts, false>(call, batch, s.place.head, s.place, lane + v * W, walked, at + k);
+        });
     accumulate<T, D, NV>(key + (int64_t)at * D, D, ds, n, s.sum + lane);
     spread_rows(p, n, NV * W, s.d_out_rows + lane * Dp, slot->d_value + at * Dp);
     spread_rows(ds, n, NV * W, s.query_rows + lane * Dp, slot->d_key + at * Dp);

@@ -22,6 +22,8 @@ struct Call {
   const int32_t* kv_lengths;         // [batch], in [0, kv_len]: keys at or past it are in no pair; null: all keys
   const int32_t* const* tables;      // for every pass: GROUPS, BOUNDS if it has tests, ROWS if it has a map; or RUNS
   const int64_t* num_groups;         // for every pass; or components of RUNS, and its rows of a batch entry (0: of all)
+  const int32_t* where;              // [batch, num_q_heads, 3], for score_mod: its batch and head, and row 0's position
+  const void* const* arrays;         // that score_mod closes over
 };
 
 // Tables are int32; a group is 16 rows (queries in forward and d_query, keys in d_key_value) that lie in one row tile

@@ -24,6 +24,7 @@ template <class Facts> struct DKeyValue {
   struct State {
     alignas(64) Element key[kDepth * kLanes], value[kDepth * kLanes];  // [d][lane]
     alignas(64) T d_key[D * kLanes], d_value[D * kLanes];              // [d][lane]
+    Place<Facts> place;
   };
   struct Scratch {
     State tiles[kTiles];
@@ -37,6 +38,8 @@ template <class Facts> struct DKeyValue {
   const bool first;
   int64_t batch, kv_head, q_head;
   Walked<Element> query, d_out;
+  WalkedRows walked;
+  int64_t walked_head;
 
   void start(int64_t batch_, int64_t kv_head_, int64_t) {
     batch = batch_, kv_head = kv_head_, q_head = kv_head_ * (call.num_q_heads / call.num_kv_heads);
@@ -48,6 +51,7 @@ template <class Facts> struct DKeyValue {
     State& s = memory.tiles[tile];
     Side::lanes(call.key, batch, kv_head, rows, (T)lane_factor<Facts>(call), s.key);
     Side::lanes(call.value, batch, kv_head, rows, (T)1, s.value);
+    s.place.set(kv_head, rows);
     if (first) {
       memset(s.d_key, 0, sizeof s.d_key);
       memset(s.d_value, 0, sizeof s.d_value);
@@ -60,6 +64,7 @@ template <class Facts> struct DKeyValue {
 
   void pack(int head, int64_t from, int64_t step, int count, int, int) {
     const int64_t h = q_head + head;
+    walked = {from, step}, walked_head = h;
     query = Side::bring(call.query, batch, h, from, step, count, 0, count, memory.query);
     d_out = Side::bring(call.d_out, batch, h, from, step, count, 0, count, memory.d_out);
     query_numbers<Scalar, D>(
@@ -75,7 +80,10 @@ template <class Facts> struct DKeyValue {
     scores<T, kDepth, NV>(d_out.rows + (int64_t)from * kDepth, s.value + lane, n, ds);
     differentiate<Facts, NV, true>(
         call, n, x, lane, mask, p, ds, [&](int k, int) { return splat_of(base[k]); },
-        [&](int k, int) { return splat_of(delta[k]); });
+        [&](int k, int) { return splat_of(delta[k]); },
+        [&](int k, int v) {
+          return score_place<Facts, true>(call, batch, walked_head, s.place, lane + v * W, walked, from + k);
+        });
     const Element *const d_outs = d_out.sums + (int64_t)from * D, *const queries = query.sums + (int64_t)from * D;
     Side::template sum<NV>(d_outs, Side::template weights<NV>(p, n), n, s.d_value + lane);
     Side::template sum<NV>(queries, Side::template weights<NV>(ds, n), n, s.d_key + lane);

@@ -26,6 +26,7 @@ template <class Facts> struct DQuery {
     alignas(64) Element query[kDepth * kLanes], d_out[kDepth * kLanes];  // [d][lane]
     alignas(64) T sum[D * kLanes];                                       // [d][lane]
     alignas(64) T base[kLanes], delta[kLanes];
+    Place<Facts> place;
   };
   struct Scratch {
     State tiles[kTiles];
@@ -39,6 +40,7 @@ template <class Facts> struct DQuery {
   const bool first;
   int64_t batch, kv_head, q_head;
   Walked<Element> key, value;
+  WalkedRows walked;
 
   void start(int64_t batch_, int64_t kv_head_, int64_t q_head_) {
     batch = batch_, kv_head = kv_head_, q_head = q_head_;
@@ -53,6 +55,7 @@ template <class Facts> struct DQuery {
     const int64_t h = q_head + head;
     Side::lanes(call.query, batch, h, rows, (T)lane_factor<Facts>(call), s.query);
     Side::lanes(call.d_out, batch, h, rows, (T)1, s.d_out);
+    s.place.set(h, rows);
     query_numbers<Scalar, D>(call, batch, h, kLanes, [&](int lane) { return rows.at[lane]; }, s.base, s.delta);
     if (first) memset(s.sum, 0, sizeof s.sum);
     else
@@ -61,6 +64,7 @@ template <class Facts> struct DQuery {
   }
 
   void pack(int, int64_t from, int64_t step, int count, int, int) {
+    walked = {from, step};
     key = Side::bring(call.key, batch, kv_head, from, step, count, 0, count, memory.key);
     value = Side::bring(call.value, batch, kv_head, from, step, count, 0, count, memory.value);
   }
@@ -75,7 +79,10 @@ template <class Facts> struct DQuery {
     SPLAT_UNROLL
     for (int v = 0; v < NV; ++v) base[v] = load(s.base + lane + v * W), delta[v] = load(s.delta + lane + v * W);
     differentiate<Facts, NV, false>(
-        call, n, x, lane, mask, p, ds, [&](int, int v) { return base[v]; }, [&](int, int v) { return delta[v]; });
+        call, n, x, lane, mask, p, ds, [&](int, int v) { return base[v]; }, [&](int, int v) { return delta[v]; },
+        [&](int k, int v) {
+          return score_place<Facts, false>(call, batch, s.place.head, s.place, lane + v * W, walked, from + k);
+        });
     Side::template sum<NV>(key.sums + (int64_t)from * D, Side::template weights<NV>(ds, n), n, s.sum + lane);
   }
 

@@ -1,14 +1,15 @@
 // How a kernel is called: `splat_run` from anywhere, and `splat_ffi` from XLA, whose call frame becomes a `Call`.
 //
 //   kernel        operands                                                                  results
-//   forward       query, key, value, [kv_lengths], tables                                   out, lse
+//   forward       query, key, value, [kv_lengths], [where, arrays], tables                  out, lse
 //   decode        the same                                                                  out, lse
-//   d_query       query, key, value, out, lse, d_out, d_lse, [kv_lengths], tables           d_query
+//   d_query       query, key, value, out, lse, d_out, d_lse, [...] as above, tables         d_query
 //   d_key_value   the same                                                                  d_key, d_value
 //   backward      those of d_query                                                          d_query, d_key, d_value
 //
 // Arrays are [batch, position, head, head_dim] of the kernel's type, row-major; lse and d_lse [batch, position, head]
-// of its compute type; kv_lengths int32 [batch]; tables as call.hpp says. Attributes: scale and soft_cap, float64.
+// of its compute type; kv_lengths int32 [batch]; where and arrays, for score_mod, and tables as call.hpp says.
+// Attributes: scale and soft_cap, float64.
 #pragma once
 #include <string.h>
 #if defined(__linux__)
@@ -129,6 +130,13 @@ class Reader {
     return array<T>(name, (XLA_FFI_Buffer*)frame_->args.args[at_++], sizes...);
   }
 
+  /// The next operand, whatever it is.
+  const void* operand_of_any_kind(const char* name) {
+    if (!good()) return nullptr;
+    if (frame_->args.types[at_] != XLA_FFI_ArgType_BUFFER) complain("splat: %s is no array", name);
+    return ((XLA_FFI_Buffer*)frame_->args.args[at_++])->data;
+  }
+
   template <class T, class... Sizes> T* result(const char* name, Sizes&... sizes) {
     if (!good()) return nullptr;
     T* const data = array<T>(name, (XLA_FFI_Buffer*)frame_->rets.rets[result_++], sizes...);
@@ -178,7 +186,11 @@ template <Kind kKind, class Facts, class... Passes> class Handler {
   using T = Compute<Scalar>;
   static constexpr int kTables = kKind == Kind::decode ? 1 : (0 + ... + Passes::kTables);
   static constexpr bool kForward = kKind == Kind::forward || kKind == Kind::decode;
-  static constexpr int kArrays = kForward ? 3 : 7;
+  static constexpr int num_arrays() {
+    if constexpr (Facts::modified) return Facts::Mod::num_arrays;
+    else return 0;
+  }
+  static constexpr int kArrays = (kForward ? 3 : 7) + (Facts::modified ? 1 + num_arrays() : 0);
   static constexpr bool kQueries = kKind == Kind::d_query || kKind == Kind::backward;    // results: d_query
   static constexpr bool kKeys = kKind == Kind::d_key_value || kKind == Kind::backward;   // d_key and d_value
   static constexpr int kResults = kForward ? 2 : kQueries + 2 * kKeys;
@@ -190,9 +202,11 @@ template <Kind kKind, class Facts, class... Passes> class Handler {
     Call call = {};
     const int32_t* tables[kTables];
     int64_t num_groups[sizeof...(Passes) + 2];
+    const void* arrays[num_arrays() + 1];
     call.tables = tables;
     call.num_groups = num_groups;
-    read(reader, call, tables, num_groups);
+    call.arrays = arrays;
+    read(reader, call, tables, num_groups, arrays);
     if (!reader.good()) return reader.error();
     Pool pool = threads_of(frame);
     run(call, pool);
@@ -200,7 +214,7 @@ template <Kind kKind, class Facts, class... Passes> class Handler {
   }
 
  private:
-  static void read(Reader& reader, Call& call, const int32_t** tables, int64_t* num_groups) {
+  static void read(Reader& reader, Call& call, const int32_t** tables, int64_t* num_groups, const void** arrays) {
     reader.check_counts(kArrays + kTables, kResults);
     int64_t batch = -1, queries = -1, keys = -1, heads = -1, shared = -1, width = Facts::head_dim;
     auto query = [&](const void* data) { return dense(data, queries, heads, width); };
@@ -218,6 +232,11 @@ template <Kind kKind, class Facts, class... Passes> class Handler {
       call.d_lse = row(reader.operand<T>("d_lse", batch, queries, heads));
     }
     if (reader.num_operands() > kArrays + kTables) call.kv_lengths = reader.operand<int32_t>("kv_lengths", batch);
+    if constexpr (Facts::modified) {
+      int64_t numbers = 3;
+      call.where = reader.operand<int32_t>("where", batch, heads, numbers);
+      for (int n = 0; n < num_arrays(); ++n) arrays[n] = reader.operand_of_any_kind("an array of score_mod");
+    }
     int64_t rows = kKind == Kind::d_key_value ? keys : queries;
     if (kKind == Kind::decode) {
       int64_t numbers = -1;

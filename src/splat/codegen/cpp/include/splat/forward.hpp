@@ -28,6 +28,7 @@ template <class Facts> struct Forward {
     alignas(64) Element query[kDepth * kLanes];        // [d][lane]
     alignas(64) T sum[D * kLanes];                     // [d][lane], not divided by `total` yet
     alignas(64) T most[kLanes], total[kLanes];         // base 2
+    Place<Facts> place;
   };
   struct Scratch {
     State tiles[kTiles];
@@ -41,6 +42,7 @@ template <class Facts> struct Forward {
   const bool first;  // of the passes
   int64_t batch, kv_head, q_head;
   const Element *key, *value;  // of walked rows, for scores and for sums
+  WalkedRows walked;
   Ahead ahead;
 
   void start(int64_t batch_, int64_t kv_head_, int64_t q_head_) {
@@ -54,6 +56,7 @@ template <class Facts> struct Forward {
   void begin(int tile, int head, const LaneRows& rows) {
     State& s = memory.tiles[tile];
     Side::lanes(call.query, batch, q_head + head, rows, (T)lane_factor<Facts>(call), s.query);
+    s.place.set(q_head + head, rows);
     if (first) {
       memset(s.sum, 0, sizeof s.sum);
       for (int lane = 0; lane < kLanes; ++lane) s.most[lane] = -kInfinity<T>, s.total[lane] = 0;
@@ -68,6 +71,7 @@ template <class Facts> struct Forward {
   }
 
   void pack(int, int64_t from, int64_t step, int count, int place, int fresh) {
+    walked = {from, step};
     key = Side::bring(call.key, batch, kv_head, from, step, count, place, fresh, memory.key).rows;
     value = Side::bring(call.value, batch, kv_head, from, step, count, place, fresh, memory.value).sums;
   }
@@ -85,7 +89,7 @@ template <class Facts> struct Forward {
     Vec<T> before[NV];
     auto made = [&](int v, Vec<T>& score) SPLAT_INLINED {
       score = Side::scaled(score, factor);
-      if constexpr (!Facts::soft_cap) most[v] = larger<T>(most[v], score);
+      if constexpr (!kChanges) most[v] = larger<T>(most[v], score);
     };
     auto begin = [&](int, int) SPLAT_INLINED {
       for (int rows = 0; rows < kRowsAhead; ++rows) ahead.next<D * (int)sizeof(Scalar)>();
@@ -94,14 +98,19 @@ template <class Facts> struct Forward {
     };
     auto end = [&](int r, int rows) SPLAT_INLINED {
       const bool inside = r >= full.from && r + rows <= full.to;
-      if (inside && !Facts::soft_cap) return;
+      if (inside && !kChanges) return;
       SPLAT_UNROLL
       for (int v = 0; v < NV; ++v) most[v] = before[v];
       for (int k = r; k < r + rows; ++k) {
         SPLAT_UNROLL
         for (int v = 0; v < NV; ++v) {
           Vec<T> score = load(p + k * kLanes + v * W);
-          if constexpr (Facts::soft_cap) score = tanh<T>(score) * (T)(call.soft_cap * kLog2e<double>);
+          if constexpr (Facts::modified) {
+            const int at_lane = lane + v * W;
+            const auto at = score_place<Facts, false>(call, batch, s.place.head, s.place, at_lane, walked, from + k);
+            score = mod::real_vector<T>(Facts::Mod::template value<T>(score, at)) * (T)after_modification<Facts>(call);
+          }
+          if constexpr (Facts::soft_cap) score = capped<Facts>(call, score, tanh<T>(score));
           if constexpr (M::kSome)
             if (!inside) score = mask.keep(x + k, lane + v * W) ? score : splat_of(-kInfinity<T>);
           store(p + k * kLanes + v * W, score);
@@ -147,6 +156,9 @@ template <class Facts> struct Forward {
   static void prepare(const Call& call, Pool& pool) { fill_outputs<Facts>(call, pool); }
 
  private:
+  /// Whether scores are other numbers than products.
+  static constexpr bool kChanges = Facts::soft_cap || Facts::modified;
+
   /// Rows asked for between the products: a row tile's three times 64 in less than a hundred of them.
   static constexpr int kRowsAhead = 3;
 

@@ -52,10 +52,10 @@ template <class T, bool kShort = false> SPLAT_INLINE Vec<T> probability(Vec<T> e
 }
 
 /// For n rows: p = 2^(score - base) and ds = p * (ds - delta), 0 where masked. `base` and `delta` give the vector of a
-/// row and a vector of lanes; `p` is written only where `kKeep`.
-template <class Facts, int NV, bool kKeep, class T, class M, class Base, class Delta>
+/// row and a vector of lanes, and `place` what a score modification is told of them; `p` is written only where `kKeep`.
+template <class Facts, int NV, bool kKeep, class T, class M, class Base, class Delta, class Where>
 SPLAT_INLINE void differentiate(const Call& call, int n, int x, int lane, const M& mask, T* p, T* ds, Base&& base,
-                                Delta&& delta) {
+                                Delta&& delta, Where&& place) {
   constexpr int W = kWidth<T>;
   const T factor = (T)lane_factor<Facts>(call);
   for (int k = 0; k < n; ++k) {
@@ -63,13 +63,22 @@ SPLAT_INLINE void differentiate(const Call& call, int n, int x, int lane, const 
     for (int v = 0; v < NV; ++v) {
       const int at = k * kLanes + v * W;
       Vec<T> score = Operands<Facts>::scaled(load(p + at), factor), slope = load(ds + at) - delta(k, v);
+      if constexpr (Facts::modified) {
+        const auto made = Facts::Mod::template with_slope<T>(score, place(k, v));
+        score = mod::real_vector<T>(made.value) * (T)after_modification<Facts>(call);
+        slope *= mod::real_vector<T>(made.slope);
+      }
       if constexpr (Facts::soft_cap) {
         const Vec<T> t = tanh<T>(score);
-        score = t * (T)(call.soft_cap * kLog2e<double>);
+        score = capped<Facts>(call, score, t);
         slope *= (T)1 - t * t;
       }
       Vec<T> weight = probability<T, kPaired<Facts>>(score - base(k, v));
       slope *= weight;
+      if constexpr (Facts::modified) {  // a score that is none may have become no number
+        const Vec<Int<T>> none = base(k, v) == kInfinity<T>;
+        weight = none ? Vec<T>{} : weight, slope = none ? Vec<T>{} : slope;
+      }
       if constexpr (kKeep) store(p + at, weight);
       store(ds + at, slope);
     }

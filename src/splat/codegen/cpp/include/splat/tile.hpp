@@ -2,6 +2,7 @@
 #pragma once
 #include "splat/call.hpp"
 #include "splat/micro.hpp"
+#include "splat/score_mod.hpp"
 #include "splat/threads.hpp"
 
 namespace splat {
@@ -239,9 +240,62 @@ template <class Scalar, int D> SPLAT_INLINE Compute<Scalar> dot(const Scalar* a,
   return sum;
 }
 
-/// The factor of what lies in the lanes, so that their products are scores base 2 (or tanh's argument).
+/// The factor of what lies in the lanes, so that their products are scores base 2 (or tanh's argument, or what a score
+/// modification takes), `scale` being the scores' own.
+template <class Facts> SPLAT_INLINE double lane_factor(const Call& call, double scale) {
+  return Facts::modified ? scale : Facts::soft_cap ? scale / call.soft_cap : scale * kLog2e<double>;
+}
 template <class Facts> SPLAT_INLINE double lane_factor(const Call& call) {
-  return Facts::soft_cap ? call.scale / call.soft_cap : call.scale * kLog2e<double>;
+  return lane_factor<Facts>(call, call.scale);
+}
+
+/// The factor of modified scores.
+template <class Facts> SPLAT_INLINE double after_modification(const Call& call) {
+  return Facts::soft_cap ? 1 / call.soft_cap : kLog2e<double>;
+}
+
+/// A score that is capped, base 2, `tanh` being its own. What a modification has hidden stays so.
+template <class Facts, class V> SPLAT_INLINE V capped(const Call& call, V score, V tanh) {
+  using T = Compute<typename Facts::Scalar>;
+  const V out = tanh * (T)(call.soft_cap * kLog2e<double>);
+  if constexpr (Facts::modified) return score == -kInfinity<T> ? score : out;
+  else return out;
+}
+
+/// The rows in the lanes of a row tile and its query head, where a score modification asks for them.
+template <class Facts, bool = Facts::modified> struct Place {
+  static constexpr int64_t head = 0;
+  void set(int64_t, const LaneRows&) {}
+};
+template <class Facts> struct Place<Facts, true> {
+  using Index = Int<Compute<typename Facts::Scalar>>;
+  alignas(64) Index lanes[kLanes];
+  int64_t head;
+  void set(int64_t head_, const LaneRows& rows) {
+    head = head_;
+    Index known = 0;  // lanes without a row have their group's last one, whose scores have a meaning
+    for (int lane = 0; lane < kLanes; ++lane) lanes[lane] = known = rows.at[lane] < 0 ? known : rows.at[lane];
+  }
+};
+
+/// Walked rows: number n of a block is `first + step * n`.
+struct WalkedRows {
+  int64_t first, step;
+};
+
+/// What a score modification is told of a walked row and a vector of lanes.
+template <class Facts, bool kKeysInLanes>
+SPLAT_INLINE auto score_place(const Call& call, int64_t batch, int64_t head, const Place<Facts>& place, int lane,
+                              WalkedRows walked, int n) {
+  using T = Compute<typename Facts::Scalar>;
+  if constexpr (Facts::modified) {
+    const int32_t* const where = call.where + (batch * call.num_q_heads + head) * 3;
+    const Vec<Int<T>> lanes = load(place.lanes + lane);
+    const Int<T> other = (Int<T>)(walked.first + walked.step * n);
+    if constexpr (kKeysInLanes)
+      return mod::At<T, Int<T>, Vec<Int<T>>>{call.arrays, where[0], where[1], where[2], other, lanes};
+    else return mod::At<T, Vec<Int<T>>, Int<T>>{call.arrays, where[0], where[1], where[2], lanes, other};
+  }
 }
 
 /// body(batch, head) for all of them, on the pool's threads.
