@@ -92,7 +92,7 @@ def lengths() -> list[KernelCall]:
 
 @case
 def score_mod() -> list[KernelCall]:
-    """With gradients of slopes, and a bias at a position that is not known yet."""
+    """With gradients of slopes, and a bias (float32: read score by score) at a position that is not known yet."""
 
     def run(q: Any, k: Any, v: Any, slopes: Any, bias: Any, offset: Any) -> Any:
         def modified(q: Any, k: Any, v: Any, slopes: Any) -> Any:
@@ -105,7 +105,7 @@ def score_mod() -> list[KernelCall]:
 
     slopes, bias = (
         jax.ShapeDtypeStruct((HEADS,), jnp.float32),
-        jax.ShapeDtypeStruct((1, HEADS, 1, LENGTH), jnp.bfloat16),
+        jax.ShapeDtypeStruct((1, HEADS, 1, LENGTH), jnp.float32),
     )
     return lower(run, *arrays(), slopes, bias, jax.ShapeDtypeStruct((), jnp.int32))
 

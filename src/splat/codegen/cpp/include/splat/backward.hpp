@@ -14,7 +14,7 @@ template <class Facts> struct Backward {
   static constexpr int D = Facts::head_dim, W = kWidth<T>, Dp = (D + W - 1) / W * W, kVectors = kMaxVectors;
   static constexpr bool kKeysInLanes = false, kGuard = Facts::guard, kFill = Facts::fill, kOwnSegments = false;
   static constexpr int kRing = 0;
-  static constexpr bool kKeeps = true, kWholeHeads = true;
+  static constexpr bool kCopiesAhead = false, kKeeps = true, kWholeHeads = true;
   static constexpr int kChunk = within(32, (96 << 10) / (2 * (D + Dp) * (int)sizeof(T)) / 32 * 32, 4096);
   static constexpr int kTiles = within(1, (640 << 10) / ((3 * D + 2 * Dp) * kLanes * (int)sizeof(T)), kMostTiles);
   static constexpr int kSlots = 14;

@@ -17,7 +17,7 @@ template <class Facts> struct DKeyValue {
   static constexpr int D = Facts::head_dim, W = kWidth<T>, kVectors = kMaxVectors, kDepth = Side::kDepth;
   static constexpr bool kKeysInLanes = true, kGuard = Facts::guard, kFill = Facts::fill, kOwnSegments = false;
   static constexpr int kRing = 0;
-  static constexpr bool kKeeps = false, kWholeHeads = false;
+  static constexpr bool kCopiesAhead = false, kKeeps = false, kWholeHeads = false;
   static constexpr int kTiles = kTilesOf<2 * (kDepth + D) * kLanes * (int)sizeof(T)>;
   static constexpr int kChunk = kChunkOf<2 * Queries<1>::kRowBytes>;
 

@@ -18,7 +18,7 @@ template <class Facts> struct DQuery {
   static constexpr int D = Facts::head_dim, W = kWidth<T>, kVectors = kMaxVectors, kDepth = Side::kDepth;
   static constexpr bool kKeysInLanes = false, kGuard = Facts::guard, kFill = Facts::fill, kOwnSegments = false;
   static constexpr int kRing = 0;
-  static constexpr bool kKeeps = false, kWholeHeads = false;
+  static constexpr bool kCopiesAhead = false, kKeeps = false, kWholeHeads = false;
   static constexpr int kTiles = kTilesOf<(2 * kDepth + D) * kLanes * (int)sizeof(T)>;
   static constexpr int kChunk = kChunkOf<Keys<1>::kRowBytes + Values<1>::kRowBytes>;
 

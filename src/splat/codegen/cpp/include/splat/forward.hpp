@@ -19,7 +19,7 @@ template <class Facts> struct Forward {
   static constexpr int D = Facts::head_dim, W = kWidth<T>, kVectors = kMaxVectors, kDepth = Side::kDepth;
   static constexpr int kRowBytes = Keys<1>::kRowBytes + Values<1>::kRowBytes;
   static constexpr bool kKeysInLanes = false, kGuard = Facts::guard, kFill = Facts::fill, kOwnSegments = false;
-  static constexpr bool kKeeps = false, kWholeHeads = false;
+  static constexpr bool kCopiesAhead = Side::kCopiesAhead, kKeeps = false, kWholeHeads = false;
   static constexpr int kTiles = kTilesOf<(kDepth + D) * kLanes * (int)sizeof(T)>, kChunk = kChunkOf<kRowBytes>;
   static constexpr int kRing = kRingOf<kRowBytes>;
   static constexpr Array Call::*kInLanes[] = {&Call::query}, Call::*kWalked[] = {&Call::key, &Call::value};
@@ -44,6 +44,11 @@ template <class Facts> struct Forward {
   const Element *key, *value;  // of walked rows, for scores and for sums
   WalkedRows walked;
   Ahead ahead;
+  struct {
+    Ring* ring;
+    int64_t row, step;
+    int count;
+  } coming = {};  // walked rows that can be copied
 
   void start(int64_t batch_, int64_t kv_head_, int64_t q_head_) {
     batch = batch_, kv_head = kv_head_, q_head = q_head_;
@@ -76,6 +81,8 @@ template <class Facts> struct Forward {
     value = Side::bring(call.value, batch, kv_head, from, step, count, place, fresh, memory.value).sums;
   }
 
+  void copy_ahead(Ring* ring, int64_t row, int64_t step, int count) { coming = {ring, row, step, count}; }
+
   template <int NV, class M>
   __attribute__((noinline)) void block(int tile, int lane, int from, int n, int x, const M& mask) {
     State& s = memory.tiles[tile];
@@ -92,7 +99,7 @@ template <class Facts> struct Forward {
       if constexpr (!kChanges) most[v] = larger<T>(most[v], score);
     };
     auto begin = [&](int, int) SPLAT_INLINED {
-      for (int rows = 0; rows < kRowsAhead; ++rows) ahead.next<D * (int)sizeof(Scalar)>();
+      meanwhile();
       SPLAT_UNROLL
       for (int v = 0; v < NV; ++v) before[v] = most[v];
     };
@@ -141,8 +148,9 @@ template <class Facts> struct Forward {
     SPLAT_UNROLL
     for (int v = 0; v < NV; ++v) store(at_total + v * W, total[v]);
     const Element* const rows = value + (int64_t)from * D;
-    if (M::kSome && n == kGroup) Side::template sum<NV, kGroup>(rows, weights, n, sum);  // edges of bands
-    else Side::template sum<NV>(rows, weights, n, sum);
+    auto before_sums = [&]() SPLAT_INLINED { meanwhile(); };
+    if (M::kSome && n == kGroup) Side::template sum<NV, kGroup>(rows, weights, n, sum, before_sums);  // edges of bands
+    else Side::template sum<NV>(rows, weights, n, sum, before_sums);
   }
 
   void end(int tile, int head, const LaneRows& rows) {
@@ -159,8 +167,25 @@ template <class Facts> struct Forward {
   /// Whether scores are other numbers than products.
   static constexpr bool kChanges = Facts::soft_cap || Facts::modified;
 
-  /// Rows asked for between the products: a row tile's three times 64 in less than a hundred of them.
-  static constexpr int kRowsAhead = 3;
+  /// Rows asked for between two products: as many as eight lines. A processor waits for little more than a dozen lines
+  /// at once, and products need some of them.
+  static constexpr int kRowBytesAhead = D * (int)sizeof(Scalar), kRowsAhead = within(1, 512 / kRowBytesAhead, 8);
+
+  /// A little of what the next unit needs, done between two products: walked rows are asked for first, and copied when
+  /// all of them are on their way.
+  __attribute__((noinline)) void meanwhile() {
+    for (int n = 0; n < kRowsAhead; ++n)
+      if (!ahead.next<kRowBytesAhead>() && kCopiesAhead) copy_row();
+  }
+  SPLAT_INLINE void copy_row() {
+    if (!coming.count) return;
+    const int place = coming.ring->place(coming.ring->to);
+    if constexpr (kCopiesAhead) {
+      Side::copy_row(call.key, batch, kv_head, coming.row, place, memory.key);
+      Side::copy_row(call.value, batch, kv_head, coming.row, place, memory.value);
+    }
+    coming.ring->grow(1), coming.row += coming.step, --coming.count;
+  }
 
   /// Scores may pass the maximum by so much (in powers of 2) before it is raised.
   static constexpr T kSlack = 8;
@@ -168,14 +193,17 @@ template <class Facts> struct Forward {
   /// Makes the new maximum the base; what was summed is scaled down to it.
   template <int NV> void raise(State& s, int lane, const Vec<T> (&most)[NV], Vec<T> (&base)[NV]) {
     Vec<T> factor[NV];
+    bool scales = false;  // some sum that is not 0
     SPLAT_UNROLL
     for (int v = 0; v < NV; ++v) {
       const Vec<T> next = larger<T>(base[v], most[v]);
+      scales |= any<T>((next != base[v]) & (base[v] != -kInfinity<T>));
       factor[v] = next == base[v] ? splat_of((T)1) : exp2<T>(base[v] - next);
       base[v] = next;
       store(s.most + lane + v * W, next);
       store(s.total + lane + v * W, load(s.total + lane + v * W) * factor[v]);
     }
+    if (!scales) return;
     for (int d = 0; d < D; ++d) {
       SPLAT_UNROLL
       for (int v = 0; v < NV; ++v) {

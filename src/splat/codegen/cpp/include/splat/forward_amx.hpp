@@ -28,7 +28,7 @@ template <class Facts> struct ForwardAmx {
   static constexpr bool kKeysInLanes = false, kGuard = Facts::guard, kFill = Facts::fill, kOwnSegments = true;
   static constexpr int kRing = kRingOf<2 * 2 * Dp>;
   static constexpr Array Call::*kInLanes[] = {&Call::query}, Call::*kWalked[] = {&Call::key, &Call::value};
-  static constexpr bool kKeeps = false, kWholeHeads = false;
+  static constexpr bool kCopiesAhead = false, kKeeps = false, kWholeHeads = false;
   static constexpr int kVectors = kMaxVectors;
   static constexpr int kTiles = within(1, (896 << 10) / ((4 + 2) * Dp * kLanes), 16);
   static constexpr int kChunk = kChunkOf<2 * 2 * Dp>;

@@ -23,7 +23,7 @@ template <class Facts, bool keys_in_lanes> struct GradientAmx {
   static constexpr int D = Facts::head_dim, Dp = (D + 31) / 32 * 32;
   static constexpr bool kKeysInLanes = keys_in_lanes, kGuard = Facts::guard, kFill = Facts::fill, kOwnSegments = true;
   static constexpr int kRing = kRingOf<(2 + (keys_in_lanes ? 2 : 1)) * 2 * Dp>;
-  static constexpr bool kKeeps = false, kWholeHeads = false;
+  static constexpr bool kCopiesAhead = false, kKeeps = false, kWholeHeads = false;
   static constexpr int kVectors = kMaxVectors, kSums = kKeysInLanes ? 2 : 1;
   static constexpr int kTiles = within(1, (768 << 10) / ((2 * 2 + 4 * kSums) * Dp * kLanes), 16);
   static constexpr int kChunk = kChunkOf<(2 + kSums) * 2 * Dp>;

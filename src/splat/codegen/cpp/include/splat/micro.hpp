@@ -103,13 +103,19 @@ SPLAT_INLINE void scores(const B* walked, const B* lanes, int n, T* out) {
   scores<T, D, NV>(walked, lanes, n, out, [](int, Vec<T>&) SPLAT_INLINED {}, nothing, nothing);
 }
 
-/// D columns; `step` elements from one walked row to the next.
-template <class T, int D, int NV, int kN = 0, class B>
-SPLAT_INLINE void accumulate(const B* walked, int64_t step, const B* p, int n, T* out) {
+struct Nothing {
+  SPLAT_INLINE void operator()() const {}
+};
+
+/// D columns; `step` elements from one walked row to the next. Before each few columns before() is called.
+template <class T, int D, int NV, int kN = 0, class B, class Before = Nothing>
+SPLAT_INLINE void accumulate(const B* walked, int64_t step, const B* p, int n, T* out, Before&& before = {}) {
   constexpr int R = kRows<NV>, rest = D % R;
   int d = 0;
-  for (; d + R <= D; d += R)
+  for (; d + R <= D; d += R) {
+    before();
     product<T, R, NV, true, kN>(Strided<B>{walked + d, 1, step}, p, kLanes, n, out + d * kLanes, kLanes);
+  }
   if constexpr (rest > 0)
     product<T, rest, NV, true, kN>(Strided<B>{walked + d, 1, step}, p, kLanes, n, out + d * kLanes, kLanes);
 }

@@ -33,6 +33,14 @@ template <class Facts, bool = kPaired<Facts>> struct Operands {
 
   static bool in_place(const Array& array, int64_t step) { return step == 1 && is_packed<Scalar, D>(array); }
 
+  static constexpr bool kCopiesAhead = true;
+  /// Copies a row of an array's head to a place in the memory.
+  template <class M>
+  static SPLAT_INLINE void copy_row(const Array& array, int64_t batch, int64_t head, int64_t row, int place,
+                                    M& memory) {
+    pack_rows<Scalar, D>(at<Scalar>(array, batch, head), array.position, row, 0, 1, memory.rows + place * D);
+  }
+
   /// lanes[d][lane] of an array's head. `factor` is multiplied into them here, or by `scaled` into their scores.
   static SPLAT_INLINE void lanes(const Array& array, int64_t batch, int64_t head, const LaneRows& rows, T factor,
                                  T* to) {
@@ -61,9 +69,10 @@ template <class Facts, bool = kPaired<Facts>> struct Operands {
   /// Of weights that are in p.
   template <int NV> static SPLAT_INLINE const T* weights(T* p, int) { return p; }
 
-  /// out[d][lane] += sum_k walked[k][d] * weights[k][lane]; kN: as `product` says.
-  template <int NV, int kN = 0> static SPLAT_INLINE void sum(const T* walked, const T* weights, int n, T* out) {
-    accumulate<T, D, NV, kN>(walked, D, weights, n, out);
+  /// out[d][lane] += sum_k walked[k][d] * weights[k][lane]; kN: as `product` says; before(): as `accumulate` says.
+  template <int NV, int kN = 0, class Before = Nothing>
+  static SPLAT_INLINE void sum(const T* walked, const T* weights, int n, T* out, Before&& before = {}) {
+    accumulate<T, D, NV, kN>(walked, D, weights, n, out, before);
   }
 };
 
@@ -82,6 +91,7 @@ template <class Facts> struct Operands<Facts, true> {
   };
 
   static bool in_place(const Array&, int64_t) { return false; }
+  static constexpr bool kCopiesAhead = false;  // rows are paired with their neighbours
 
   static SPLAT_INLINE void lanes(const Array& array, int64_t batch, int64_t head, const LaneRows& rows, T,
                                  uint32_t* to) {
@@ -154,9 +164,9 @@ template <class Facts> struct Operands<Facts, true> {
     return weights<NV>(p, n, [&](int k, int v) SPLAT_INLINED { return load(p + k * kLanes + v * W); });
   }
 
-  template <int NV, int kN = 0>
-  static SPLAT_INLINE void sum(const uint32_t* walked, const uint32_t* weights, int n, T* out) {
-    accumulate<T, D, NV, kN / 2>(walked, 2 * D, weights, n / 2, out);
+  template <int NV, int kN = 0, class Before = Nothing>
+  static SPLAT_INLINE void sum(const uint32_t* walked, const uint32_t* weights, int n, T* out, Before&& before = {}) {
+    accumulate<T, D, NV, kN / 2>(walked, 2 * D, weights, n / 2, out, before);
     if (kN % 2 || (kN == 0 && n % 2)) last<NV>(walked + (n - 1) * D, weights + n / 2 * kLanes, out);
   }
 

@@ -14,6 +14,8 @@
 //   pack(head, first, step, count, place, fresh)   brings together walked rows first + step * n from `place` on, of
 //                              which the last `fresh` are missing there; `place` is 0 and all are, but for rings
 //   kInLanes, kWalked, ahead   where kRing: the arrays of either side, and what asks for the next unit's rows
+//   kCopiesAhead               whether it also copies them: copy_ahead(ring, first, step, count), which may do any part
+//                              of it until the unit ends, a count of 0 nothing
 //   block<NV>(tile, lane, at, n, x, mask)   works on n of them, from number `at` on, in NV vectors from `lane` on
 //   end(tile, head, rows)
 //   kKeeps                     whether what was packed stays for later units, so that chunks are always whole
@@ -118,15 +120,16 @@ template <class Kernel, class PassType> struct Runner {
       const int64_t row = residue + kStep * from * kGroup, count = next_num_groups * kGroup;
       const int64_t rows_left = row < grid.num_rows ? ceil_div(grid.num_rows - row, kStep) : 0;
       for (int h = 0; h < heads; ++h)
-        look_ahead(Kernel::kInLanes, Kernel::kKeysInLanes ? kernel.kv_head : kernel.q_head + h, row, kStep,
+        look_ahead(false, Kernel::kInLanes, Kernel::kKeysInLanes ? kernel.kv_head : kernel.q_head + h, row, kStep,
                    count < rows_left ? count : rows_left);
     }
   }
 
   template <size_t n>
-  void look_ahead(Array Call::*const (&arrays)[n], int64_t head, int64_t from, int64_t step, int64_t count) {
+  void look_ahead(bool walked, Array Call::*const (&arrays)[n], int64_t head, int64_t from, int64_t step,
+                  int64_t count) {
     for (auto array : arrays)
-      kernel.ahead.template rows<typename Kernel::Scalar>(call.*array, kernel.batch, head, from, step, count);
+      kernel.ahead.template add<typename Kernel::Scalar>(walked, call.*array, kernel.batch, head, from, step, count);
   }
 
   void find_rows(int t, int64_t residue, int64_t tile, int64_t num_rows) {
@@ -179,15 +182,23 @@ template <class Kernel, class PassType> struct Runner {
     // Rows that stay where they are come in chunks as well, so that sums do not depend on where rows lie.
     const int32_t size = grid.by_band ? rings[number].rows : Kernel::kChunk;
     Ring* const ring = grid.by_band && !kernel.in_place(kStride) ? &rings[number] : nullptr;
+    Columns next;  // of the next unit, that this one has not
     if constexpr (Kernel::kRing > 0) {
       if (grid.by_band && next_group >= 0) {
-        Columns next = hull(span(next_group, number), next_num_groups, PassType::kWalks);
+        next = hull(span(next_group, number), next_num_groups, PassType::kWalks);
         if (next.low < most) next.low = most;
         if (next.high > stop) next.high = stop;
         if (next.low < next.high)
-          look_ahead(Kernel::kWalked, Kernel::kKeysInLanes ? kernel.q_head + head : kernel.kv_head,
+          look_ahead(true, Kernel::kWalked, Kernel::kKeysInLanes ? kernel.q_head + head : kernel.kv_head,
                      residue + kStride * next.low, kStride, next.high - next.low);
       }
+    }
+    // They can be copied when this unit's are all there, if they follow them and the ring has room for both.
+    bool may_copy = Kernel::kCopiesAhead && ring && next.low == most && next.low < next.high &&
+                    next.high - least <= size;
+    for (int g = 0; may_copy && g < next_num_groups; ++g) {
+      const Span& s = *span(next_group + g, number);
+      may_copy = s.x0 >= s.x3 || s.residue == residue;
     }
     for (int64_t base = floor_to(least, size); base < most; base += size) {
       int32_t from = 1 << 30, to = -(1 << 30);
@@ -205,9 +216,15 @@ template <class Kernel, class PassType> struct Runner {
         if (to > base + size) to = (int32_t)(base + size);
         if (to > stop) to = stop;
       }
-      const int place = ring ? ring->at + from % ring->rows : 0;
+      const int place = ring ? ring->place(from) : 0;
       const int fresh = ring ? ring->missing(residue, from, to - from) : to - from;
       kernel.pack(head, residue + kStride * from, kStride, to - from, place, fresh);
+      if constexpr (Kernel::kCopiesAhead) {
+        const bool copies = may_copy && ring->to >= most;
+        if (copies || base == floor_to(least, size))
+          kernel.copy_ahead(ring, residue + kStride * next.low, kStride, copies ? next.high - next.low : 0);
+        may_copy &= !copies;
+      }
       for (int t = 0; t < num_tiles; ++t)
         if (low[t] < to && high[t] > from) tile<WalkType>(t, number, n, from, to < high[t] ? to : high[t]);
     }
@@ -391,11 +408,9 @@ void run_pass(const Call& call, Pool& pool, const int32_t* const*& tables, const
   const int64_t all = Kernel::kWholeHeads ? heads : heads * units;
   // Neighbouring units have walked rows in common: a thread takes some one after the other.
   const int64_t least = grid.by_band ? within(1, (int)(all / (16 * pool.num_threads)), 4) : 0;
-  // Heads that are interleaved lie in the same pages: the next head comes when units have nothing more in common, and
-  // where `kPagesHoldUp` after some.
+  // Heads that are interleaved lie in the same pages: the next head comes when units have nothing more in common.
   const bool interleaved = grid.by_band && call.key.head < call.key.position;
-  const int64_t common = PassType::kStep > 1 ? grid.units_of_residue : units;
-  const int64_t together = !interleaved ? units : kPagesHoldUp && common > 16 ? 16 : common;
+  const int64_t together = interleaved && PassType::kStep > 1 ? grid.units_of_residue : units;
   parallel_runs(pool, all, least, [&](int64_t from, int64_t to) {
     auto* memory = (typename Kernel::Scratch*)scratch(sizeof(typename Kernel::Scratch));
     Runner<Kernel, PassType> runner{call, grid, groups, bounds, map, Kernel{call, *memory, first}};

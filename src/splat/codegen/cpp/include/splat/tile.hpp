@@ -34,18 +34,17 @@ struct Ring {
     if (lattice != residue || x < from || x > to) residue = lattice, from = to = x;
     const int64_t end = x + count;
     const int fresh = (int)(end > to ? end - to : 0);
-    to += fresh;
-    if (from < to - rows) from = to - rows;
+    grow(fresh);
     return fresh;
   }
+  /// From now on the lattice's next rows are there, too.
+  void grow(int count) {
+    to += count;
+    if (from < to - rows) from = to - rows;
+  }
+  /// Of the lattice's row x, in the memory.
+  int place(int64_t x) const { return at + (int)(x % rows); }
 };
-
-/// Whether finding the page of a row that was asked for holds up what is computed meanwhile. Not on AMD's processors.
-#ifdef SPLAT_ZEN
-constexpr bool kPagesHoldUp = false;
-#else
-constexpr bool kPagesHoldUp = true;
-#endif
 
 /// Asks for a row; `near`: __builtin_prefetch's, 3 is the nearest cache.
 template <int bytes, int near> SPLAT_INLINE void ask_for(const char* row) {
@@ -58,40 +57,52 @@ template <class Scalar, int D> SPLAT_INLINE void ask_for(const Scalar* row) {
 /// rows later.
 constexpr int kSoon = 4;
 
-/// Rows that will be needed soon, asked for one at a time, so that they come while something else is computed.
+/// Rows that the next unit needs, asked for one at a time, so that they come while something else is computed: those
+/// that are walked, then those in the lanes.
 class Ahead {
  public:
-  void clear() { count_ = done_ = 0; }
-  /// `count` rows, `step` bytes apart. Where `kPagesHoldUp`, rows in pages of their own are not asked for: that would
-  /// take as long as waiting for them.
-  void add(const void* first, int64_t step, int64_t count) {
-    if (count > 0 && (step <= kNear || !kPagesHoldUp) && count_ < kMost)
-      ranges_[count_++] = {(const char*)first, step, (int32_t)count};
-  }
-  /// Rows `from + step * n` of an array's head.
+  void clear() { walked_.clear(), lanes_.clear(); }
+  /// Rows `from + step * n` of an array's head, n < count.
   template <class Scalar>
-  void rows(const Array& array, int64_t batch, int64_t head, int64_t from, int64_t step, int64_t count) {
+  void add(bool walked, const Array& array, int64_t batch, int64_t head, int64_t from, int64_t step, int64_t count) {
     const int64_t bytes = array.position * (int64_t)sizeof(Scalar);
-    add((const char*)at<Scalar>(array, batch, head) + from * bytes, step * bytes, count);
+    (walked ? walked_ : lanes_).add((const char*)at<Scalar>(array, batch, head) + from * bytes, step * bytes, count);
   }
-  template <int bytes> SPLAT_INLINE void next() {
-    if (done_ == count_) return;
-    Range& range = ranges_[done_];
-    ask_for<bytes, 2>(range.at);  // into the second-level cache
-    range.at += range.step;
-    if (!--range.count) ++done_;
+  /// Asks for a row; whether it is one that is walked.
+  template <int bytes> SPLAT_INLINE bool next() {
+    const bool walked = !walked_.empty();
+    Rows& rows = walked ? walked_ : lanes_;
+    if (!rows.empty()) ask_for<bytes, 2>(rows.next());  // into the second-level cache
+    return walked;
   }
 
  private:
-  static constexpr int64_t kNear = 2048;
-  static constexpr int kMost = 2 * kMostTiles + 2;  // two arrays of as many heads in the lanes, two that are walked
-  struct Range {
-    const char* at;
-    int64_t step;
-    int32_t count;
+  class Rows {
+   public:
+    void clear() { count_ = done_ = 0; }
+    bool empty() const { return done_ == count_; }
+    void add(const char* first, int64_t step, int64_t count) {
+      if (count > 0 && count_ < kMost) ranges_[count_++] = {first, step, (int32_t)count};
+    }
+    const char* next() {
+      Range& range = ranges_[done_];
+      const char* const row = range.at;
+      range.at += range.step;
+      if (!--range.count) ++done_;
+      return row;
+    }
+
+   private:
+    static constexpr int kMost = 2 * kMostTiles;  // two arrays of as many heads in the lanes, or of as many walks
+    struct Range {
+      const char* at;
+      int64_t step;
+      int32_t count;
+    };
+    Range ranges_[kMost];
+    int count_ = 0, done_ = 0;
   };
-  Range ranges_[kMost];
-  int count_ = 0, done_ = 0;
+  Rows walked_, lanes_;
 };
 
 /// The rows in the lanes of a row tile; -1: none.
